@@ -1,0 +1,192 @@
+"""Recipes' building material: frozen typed configs, choices by `kind`, overrides, differences, JSON schema.
+
+A config is a pydantic dataclass whose unknown keys are refused. A field that offers a choice is annotated
+X
+import path. `None` in a derivable field means "derive it"; `dougong.recipes` fills it in and says why.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, TypeVar, dataclass_transform
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as _pydantic_dataclass
+from pydantic_core import core_schema
+
+from dougong.core.errors import ConfigError, did_you_mean
+from dougong.core.table import Table
+
+T = TypeVar("T")
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(dataclasses.field, Field))
+def config(cls: type[T]) -> type[T]:
+    """Makes `cls` a frozen, keyword-only, slotted, validated config that refuses unknown keys."""
+    strict = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False,
+                        use_attribute_docstrings=True)
+    return _pydantic_dataclass(frozen=True, kw_only=True, slots=True, config=strict)(cls)  # type: ignore
+
+
+@dataclasses.dataclass(frozen=True)
+class chosen_from:  # noqa: N801 (reads as an annotation: `Annotated[OptimConfig, chosen_from(OPTIMIZERS)]`)
+    """Marks a field whose value is a config found in `table` by its `kind`.
+
+    Accepts a config, a mapping with `kind`, or just the kind as a string.
+    """
+
+    table: Table
+
+    def __get_pydantic_core_schema__(self, _source: Any, _handler: Any) -> Any:
+        return core_schema.with_info_plain_validator_function(self._choose)
+
+    def __get_pydantic_json_schema__(self, _schema: Any, _handler: Any) -> Any:
+        return {"type": "object"}  # spelled out by `json_schema`
+
+    def _choose(self, value: Any, info: Any) -> Any:
+        if isinstance(value, str):
+            value = {"kind": value}
+        if isinstance(value, Mapping):
+            if "kind" not in value:
+                raise ConfigError(f"{info.field_name!r} needs a 'kind'. Known: {', '.join(sorted(self.table))}.")
+            return from_dict(self.table[value["kind"]], value, where=info.field_name or "")
+        if getattr(value, "kind", None) not in self.table:
+            raise ConfigError(f"{info.field_name}={value!r} is no {self.table.what}. "
+                              f"Known: {', '.join(sorted(self.table))}.")
+        return value
+
+
+@cache
+def _adapter(cls: type) -> TypeAdapter:
+    return TypeAdapter(cls)
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any], *, where: str = "") -> T:
+    """Builds a config from plain values. Raises ConfigError naming each wrong key or value and what fits."""
+    try:
+        return _adapter(cls).validate_python(dict(values))
+    except ValidationError as error:
+        lines = [_explain(cls, problem, where) for problem in error.errors()]
+        raise ConfigError("\n".join(lines)) from None
+
+
+def _explain(cls: type, problem: Mapping[str, Any], where: str) -> str:
+    path = ".".join([*([where] if where else []), *(str(part) for part in problem["loc"])])
+    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        owner = _owner(cls, problem["loc"])
+        names = [field.name for field in dataclasses.fields(owner)] if owner else []
+        return f"unknown key {path!r}.{did_you_mean(str(problem['loc'][-1]), names)}"
+    if problem["type"] == "missing":
+        return f"{path!r} is required and was not given."
+    message = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    return f"{path or cls.__name__}={problem['input']!r}: {message}" if path else message
+
+
+def _owner(cls: Any, loc: tuple) -> Any:
+    """The config class in which the last part of `loc` was looked for, or None where that is not a config."""
+    for part in loc[:-1]:
+        if not dataclasses.is_dataclass(cls):
+            return None
+        annotation = next((f.type for f in dataclasses.fields(cls) if f.name == part), None)
+        cls = next((a for a in [annotation, *getattr(annotation, "__args__", ())]
+                    if dataclasses.is_dataclass(a)), None)
+    return cls if dataclasses.is_dataclass(cls) else None
+
+
+def to_dict(value: Any) -> Any:
+    """A config as plain JSON values, `kind`s included; the inverse of `from_dict`."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): to_dict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_dict(item) for item in value]
+    return value
+
+
+replace = dataclasses.replace
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`; lists are leaves."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `changes` laid over it, mapping by mapping.
+
+    A change of `kind` drops the old kind's other keys: they belong to another class.
+    """
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        if isinstance(old, Mapping) and isinstance(value, str) and "kind" in old:
+            value = {"kind": value}
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            same_kind = value.get("kind", old.get("kind")) == old.get("kind")
+            merged[key] = merge(old if same_kind else {}, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def parse_overrides(arguments: list[str]) -> dict[str, Any]:
+    """`["optim.lr=3e-4"]` as nested values; the right-hand sides are YAML. Raises ConfigError without `=`."""
+    nested: dict[str, Any] = {}
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{argument!r} is not an override. Write key=value, such as optim.lr=3e-4.")
+        try:
+            value = yaml.safe_load(text) if text else None
+        except yaml.YAMLError:
+            value = text
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        nested = merge(nested, value)
+    return nested
+
+
+def difference(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys on which two configs differ, as `{key: (old, new)}`; None where one lacks the key."""
+    a, b = flatten(to_dict(old)), flatten(to_dict(new))
+    return {key: (a.get(key), b.get(key)) for key in [*a, *(k for k in b if k not in a)]
+            if a.get(key) != b.get(key)}
+
+
+def json_schema(cls: type) -> dict[str, Any]:
+    """JSON schema of a config for editors, each choice spelled out by the configs of its table."""
+    definitions: dict[str, Any] = {}
+    return {**_schema(cls, definitions), "$defs": definitions}
+
+
+def _schema(cls: type, definitions: dict[str, Any]) -> dict[str, Any]:
+    schema = _adapter(cls).json_schema(ref_template="#/$defs/{model}")
+    for name, definition in schema.pop("$defs", {}).items():
+        definitions.setdefault(name, definition)
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        marker = next((m for m in getattr(field.type, "__metadata__", ()) if isinstance(m, chosen_from)), None)
+        if marker is None:
+            continue
+        options = []
+        for kind in marker.table:
+            option = marker.table[kind]
+            if option.__name__ not in definitions:
+                definitions[option.__name__] = {}
+                definitions[option.__name__] = _schema(option, definitions)
+            options.append({"$ref": f"#/$defs/{option.__name__}"})
+        schema["properties"][field.name] = {"anyOf": options}
+    return schema
+
+
+def dump_yaml(value: Any) -> str:
+    """A config or plain values as YAML in field order."""
+    return yaml.safe_dump(json.loads(json.dumps(to_dict(value))), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,106 @@
+"""Files that are either whole or absent: atomic writes, checksums, locks, and errors that name the disk."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dougong.core.errors import CheckpointError, DougongError
+
+_CHUNK_BYTES = 1 << 20
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes `path` whole or not at all: temporary file beside it, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def write_text(path: Path, content: str) -> None:
+    write_bytes(path, content.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+
+
+def sync_directory(path: Path) -> None:
+    """Makes renames inside `path` survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of the file's bytes, read in chunks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def lock(path: Path, *, owner: str) -> Iterator[None]:
+    """Holds an exclusive lock file for as long as the block runs; the kernel frees it if the process dies.
+
+    Raises CheckpointError naming the process that holds it.
+    """
+    import fcntl
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a+")  # noqa: SIM115 (the lock lives as long as the handle)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise CheckpointError(f"{path.parent} is in use by {holder}.\n"
+                                  "Wait for it, stop it, or choose another --run name.") from None
+        file.truncate(0)
+        file.write(f"{owner}, process {os.getpid()}")
+        file.flush()
+        yield
+    finally:
+        file.close()
+
+
+@contextlib.contextmanager
+def explained_disk_errors(what: str) -> Iterator[None]:
+    """Turns a full or read-only disk inside the block into a DougongError that says what could not be written."""
+    try:
+        yield
+    except OSError as error:
+        reasons = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up",
+                   errno.EROFS: "the file system is read-only", errno.EACCES: "permission was denied",
+                   errno.EPERM: "permission was denied"}
+        if error.errno not in reasons:
+            raise
+        raise DougongError(f"cannot write {what}: {reasons[error.errno]} ({error.filename or 'no file named'}).\n"
+                           "Nothing already written was lost. Free some space or choose another directory, "
+                           "then continue.") from error

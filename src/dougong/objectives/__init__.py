@@ -1,0 +1,13 @@
+"""What a model is trained for: each objective turns a model and a batch into summed losses."""
+
+from dougong.core.table import Table
+from dougong.objectives.losses import Losses
+
+OBJECTIVES = Table("objective", {
+    "causal_lm": "dougong.objectives.causal_lm:CausalLMConfig",
+    "classify": "dougong.objectives.classify:ClassifyConfig",
+    "regression": "dougong.objectives.regression:RegressionConfig",
+    "gan": "dougong.objectives.gan:GANObjectiveConfig",
+})
+
+__all__ = ["OBJECTIVES", "Losses"]

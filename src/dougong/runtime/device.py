@@ -1,0 +1,132 @@
+"""Where and how a model computes: device, precision, threads; measured once, then frozen into the recipe."""
+
+import os
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from dougong.core.config import config
+from dougong.core.errors import ConfigError
+
+_BF16_GAIN = 1.3   # bf16 must beat fp32 by this much on matrix products, or its coarser rounding is not worth it
+
+
+@config
+class RuntimeConfig:
+    """Device, precision and threads. What is None is measured at the first start and then kept."""
+
+    device: Literal["cpu", "cuda", "mps"] | None = None
+    """derived: CUDA, then MPS, then CPU"""
+    precision: Literal["fp32", "bf16"] | None = None
+    """derived: bf16 where its matrix products are at least 1.3 times as fast; master weights stay fp32"""
+    threads: int | None = None
+    """derived: the cores this process may use"""
+    compile: bool | None = None
+    """torch.compile each block; derived: on for CUDA, off where its start-up time does not pay"""
+    deterministic: bool = False
+    """refuse operations without a deterministic implementation (on CPU all we use have one)"""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The one value that says where computation happens. Passed, never global."""
+
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
+    threads: int = 1
+    compile: bool = False
+    deterministic: bool = False
+    rank: int = 0
+    world_size: int = 1
+
+    @classmethod
+    def start(cls, section: RuntimeConfig) -> "Runtime":
+        """Applies a resolved section to torch (threads, determinism) and returns the value.
+
+        Raises ConfigError when the device is absent or several processes were launched.
+        """
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if world_size > 1:
+            raise ConfigError(f"{world_size} processes were launched; this version trains in one process.\n"
+                              "Start without torchrun.")
+        name = section.device or best_device()
+        available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        if not available[name]:
+            raise ConfigError(f"runtime.device={name} is not available here. "
+                              f"Available: {', '.join(d for d, there in available.items() if there)}.")
+        threads = section.threads or usable_cores()
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(section.deterministic)
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, None: torch.float32}[section.precision]
+        return cls(device=torch.device(name), dtype=dtype, threads=threads,
+                   compile=bool(section.compile), deterministic=section.deterministic)
+
+
+def best_device() -> Literal["cpu", "cuda", "mps"]:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def usable_cores() -> int:
+    """Cores this process may run on (affinity), not those the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def matmul_flops_per_s(device: torch.device, dtype: torch.dtype, *, width: int = 1024, seconds: float = 0.25) -> float:
+    """Measured peak of a square matrix product: best of the repeats that fit in `seconds`."""
+    width = width if device.type == "cpu" else 8 * width
+    a = torch.randn(width, width, device=device, dtype=dtype)
+    b = torch.randn(width, width, device=device, dtype=dtype)
+    sync = {"cuda": torch.cuda.synchronize, "mps": getattr(torch.mps, "synchronize", None)}.get(device.type)
+    a @ b
+    best, begin = float("inf"), time.perf_counter()
+    while time.perf_counter() - begin < seconds:
+        if sync:
+            sync()
+        start = time.perf_counter()
+        a @ b
+        if sync:
+            sync()
+        best = min(best, time.perf_counter() - start)
+    return 2 * width**3 / best
+
+
+def measure_precision(device: torch.device) -> tuple[Literal["fp32", "bf16"], str]:
+    """The faster sensible precision and the reason, with both figures."""
+    fp32 = matmul_flops_per_s(device, torch.float32)
+    try:
+        bf16 = matmul_flops_per_s(device, torch.bfloat16)
+    except RuntimeError:
+        return "fp32", f"no bf16 matrix product on {device.type}"
+    chosen = "bf16" if bf16 >= _BF16_GAIN * fp32 else "fp32"
+    return chosen, f"matrix products here: bf16 {bf16 / 1e9:,.0f} GFLOP/s, fp32 {fp32 / 1e9:,.0f} GFLOP/s"
+
+
+def machine_facts(device: torch.device) -> dict[str, Any]:
+    """Processor, cores, memory, system: what a reader needs to judge a speed."""
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        processor = names[0] if names else processor
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    facts = {"processor": processor, "cores": usable_cores(), "memory_bytes": memory,
+             "system": f"{platform.system()} {platform.machine()}", "device": device.type}
+    if device.type == "cuda":
+        facts["device"] = torch.cuda.get_device_name(device)
+    return facts
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held so far: the device's on CUDA, else this process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
