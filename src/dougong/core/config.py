@@ -1,8 +1,8 @@
 """Recipes' building material: frozen typed configs, choices by `kind`, overrides, differences, JSON schema.
 
 A config is a pydantic dataclass whose unknown keys are refused. A field that offers a choice is annotated
-X
-import path. `None` in a derivable field means "derive it"; `dougong.recipes` fills it in and says why.
+`Annotated[X, chosen_from(TABLE)]`: its value is a config found in the table by its `kind`, so nothing in a file can
+name an import path. `None` in a derivable field means "derive it"; `dougong.recipes` fills it in and says why.
 """
 
 import dataclasses
@@ -38,6 +38,7 @@ class chosen_from:  # noqa: N801 (reads as an annotation: `Annotated[OptimConfig
     """
 
     table: Table
+    optional: bool = False
 
     def __get_pydantic_core_schema__(self, _source: Any, _handler: Any) -> Any:
         return core_schema.with_info_plain_validator_function(self._choose)
@@ -46,6 +47,8 @@ class chosen_from:  # noqa: N801 (reads as an annotation: `Annotated[OptimConfig
         return {"type": "object"}  # spelled out by `json_schema`
 
     def _choose(self, value: Any, info: Any) -> Any:
+        if value is None and self.optional:
+            return None
         if isinstance(value, str):
             value = {"kind": value}
         if isinstance(value, Mapping):

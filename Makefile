@@ -1,0 +1,53 @@
+# One virtual environment, .venv; every target installs what it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help install demo demo-short test test-slow test-gpu check bench bench-full docs clean
+
+help:            ## show this list
+	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  +##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
+
+install: $(STAMP)  ## make .venv and install dougong with everything the tests need
+
+# torch first and alone: any other order may choose another build of it.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info < (3, 14), f"Python 3.11 to 3.13 is needed, this is {sys.version.split()[0]}. Try: make PYTHON=python3.12"'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+demo: install    ## train a first model in about five minutes and show what it can do
+	$(BIN)/dougong demo
+
+demo-short: install  ## the same in about one minute
+	$(BIN)/dougong demo --minutes 0.5
+
+test: install    ## the fast tests
+	$(BIN)/python -m pytest
+
+test-slow: install  ## the slow ones
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: install  ## those that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+check: install   ## ruff, types, the floors between rooms, fast tests
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/pyright
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python -m pytest
+
+bench: install   ## every benchmark in its quick form
+	for script in time_to_loss throughput generation data; do $(BIN)/python benchmarks/$$script.py --quick || exit 1; done
+
+bench-full: install  ## every benchmark in full (about two hours on two cores)
+	for script in time_to_loss throughput generation data; do $(BIN)/python benchmarks/$$script.py --json benchmarks/results/$$script.json || exit 1; done
+
+docs: install    ## check that the documentation's commands and links hold
+	$(BIN)/python -m pytest tests/docs
+
+clean:           ## remove the environment and caches (never runs/)
+	rm -rf $(VENV) .pytest_cache .ruff_cache build dist src/*.egg-info

@@ -1,0 +1,5 @@
+"""`python -m dougong` is `dougong`."""
+
+from dougong.cli.main import main
+
+main()

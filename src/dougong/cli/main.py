@@ -1,0 +1,53 @@
+"""`dougong`: gathers the commands and turns errors into one readable screen.
+
+Nothing here or in a command's module imports torch before the command runs, so `dougong --help` is instant.
+"""
+
+import signal
+import sys
+
+import typer
+
+from dougong.cli import data, demo, evaluate, generate, recipes, report, show, train
+from dougong.core.errors import DougongError
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+                  context_settings={"help_option_names": ["-h", "--help"]},
+                  help="斗拱 dougong: build your own large model, from a folder of files to a model that writes.\n\n"
+                       "Begin with: dougong demo")
+app.command("demo")(demo.demo)
+app.command("recipes")(recipes.recipes)
+app.command("show")(show.show)
+app.command("train")(train.train)
+app.command("eval")(evaluate.evaluate)
+app.command("generate")(generate.generate)
+app.command("report")(report.report)
+app.add_typer(data.app, name="data")
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: bool = typer.Option(False, "--version", help="Print the version.")) -> None:
+    if version:
+        from dougong import __version__
+
+        print(f"dougong {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: user errors go to standard error as one screen, with exit code 2 and no traceback."""
+    try:
+        app()
+    except DougongError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""What every command prints: text for people on standard output, or one JSON object on its last line."""
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line of standard output.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
+                                                       help="Changes, such as optim.lr=3e-4 or data.path=~/texts.")]
+
+
+def console(as_json: bool = False) -> Any:
+    """A rich console for people: on standard output, or on standard error when that belongs to JSON."""
+    from rich.console import Console
+
+    return Console(stderr=as_json, highlight=False)
+
+
+def emit(value: Any, as_json: bool) -> None:
+    """Prints the JSON object if it was asked for."""
+    if as_json:
+        print(json.dumps(value, ensure_ascii=False, allow_nan=False))
+        sys.stdout.flush()
+
+
+def progress_bar(as_json: bool = False) -> Any:
+    """A callable `(done, total, what)` that draws one bar with an ETA per `what` on standard error."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    terminal = Console(stderr=True)
+    bar = Progress(TextColumn("{task.description:<28}"), BarColumn(30), TextColumn("{task.percentage:>3.0f}%"),
+                   TransferSpeedColumn(), TimeRemainingColumn(), console=terminal, transient=True)
+    tasks: dict[str, Any] = {}
+
+    def report(done: int, total: int | None, what: str) -> None:
+        if not terminal.is_terminal:
+            return
+        if not tasks:
+            bar.start()
+        if what not in tasks:
+            tasks[what] = bar.add_task(what, total=total)
+        bar.update(tasks[what], completed=done, total=total)
+        if total is not None and done >= total and all(task.finished for task in bar.tasks):
+            bar.stop()
+            for task in tasks.values():
+                bar.remove_task(task)
+            tasks.clear()
+
+    return report

@@ -1,0 +1,142 @@
+"""The `Recipe`: one frozen value that says what to build, and how it is read from a name, a file and overrides."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field
+
+from dougong.core.config import chosen_from, config, from_dict, merge, parse_overrides, to_dict
+from dougong.core.errors import ConfigError, did_you_mean
+from dougong.data import DATA, TOKENIZERS
+from dougong.models import FAMILIES
+from dougong.objectives import OBJECTIVES
+from dougong.optim import OPTIMIZERS, SCHEDULES
+from dougong.recipes import RECIPES
+from dougong.runtime.device import RuntimeConfig
+from dougong.train import TrainConfig
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+@config
+class EvaluateConfig:
+    """How the held-out text is scored: in training on a part of the validation split, at the end on all of a split."""
+
+    split: str = "test"
+    """the split scored at the end: validation or test (validation where the data has no test split)"""
+    tokens: Positive = 65_536
+    """tokens of the validation split scored at each evaluation during training; the whole split when it holds fewer"""
+    stride: Positive | None = None
+    """derived: the context (windows do not overlap)"""
+    baselines: bool = True
+    """compare with an interpolated byte 5-gram trained on the same split and with xz"""
+
+
+@config
+class SampleConfig:
+    """What the model writes while it is trained and, by default, afterwards."""
+
+    prompts: tuple[str, ...] = ()
+    tokens: Positive = 96
+    temperature: Annotated[float, Field(ge=0)] = 0.8
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+
+
+@config
+class Recipe:
+    """Everything a run is made from. `None` in a field means that it is derived, printed with its reason, and saved."""
+
+    name: Annotated[str, Field(min_length=1, pattern=r"^[\w.\-]+$")]
+    about: str = ""
+    seed: Annotated[int, Field(ge=0)] = 0
+    size: str | None = None
+    """the dial: parameters wanted, such as 2M or 124M; sets width, depth, batch, rate and horizon"""
+    data: Annotated[Any, chosen_from(DATA)]
+    tokenizer: Annotated[Any, chosen_from(TOKENIZERS, optional=True)] = None
+    model: Annotated[Any, chosen_from(FAMILIES)]
+    objective: Annotated[Any, chosen_from(OBJECTIVES)]
+    optim: Annotated[Any, chosen_from(OPTIMIZERS)]
+    schedule: Annotated[Any, chosen_from(SCHEDULES)]
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    sample: SampleConfig = SampleConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    @property
+    def is_language_model(self) -> bool:
+        return self.tokenizer is not None
+
+
+def load_recipe(source: str, overrides: list[str] | None = None) -> tuple[Recipe, Recipe]:
+    """Reads a shipped recipe by name or a YAML file by path, then lays `key=value` overrides over it.
+
+    Returns the recipe and the base it differs from. A YAML file names its base with `base:` and gives only what it
+    changes. Raises ConfigError for unknown recipes, keys and values.
+    """
+    base = _base_of(source)
+    values = merge(to_dict(base), _read_file(source)) if _is_file(source) else to_dict(base)
+    return from_dict(Recipe, merge(values, parse_overrides(overrides or []))), base
+
+
+def recipe_from_run(path: Path) -> tuple[Recipe, dict[str, Any]]:
+    """The resolved recipe of a run and what was recorded beside it (versions, fingerprints)."""
+    values = _parse(path)
+    resolved = values.pop("resolved", {})
+    return from_dict(Recipe, values), resolved
+
+
+def _is_file(source: str) -> bool:
+    return source.endswith((".yaml", ".yml"))
+
+
+def _base_of(source: str) -> Recipe:
+    if not _is_file(source):
+        if source not in RECIPES:
+            raise ConfigError(f"unknown recipe {source!r}.{did_you_mean(source, RECIPES)}\n"
+                              "`dougong recipes` lists what ships; a recipe of your own is a .yaml file.")
+        return RECIPES[source]()
+    name = _parse(Path(source)).get("base")
+    if not isinstance(name, str):
+        raise ConfigError(f"{source} names no base recipe. Begin it with `base: first` "
+                          f"(or {', '.join(n for n in RECIPES if n != 'first')}).")
+    if _is_file(name):
+        nested = str(Path(source).parent / name)
+        return load_recipe(nested)[0]
+    return _base_of(name)
+
+
+def _read_file(source: str) -> dict[str, Any]:
+    values = _parse(Path(source))
+    values.pop("base", None)
+    values.pop("resolved", None)
+    return {"name": Path(source).stem, **values}
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no recipe file at {path}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {str(error).splitlines()[0]}.") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} should hold keys and values; it holds {type(values).__name__}.")
+    return values
+
+
+def with_values(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
+    """`recipe` with dotted keys replaced, such as `{"model.dim": 256}`."""
+    values = to_dict(recipe)
+    for key, value in changes.items():
+        *parents, leaf = key.split(".")
+        section = values
+        for parent in parents:
+            section = section[parent]
+        section[leaf] = value
+    return from_dict(Recipe, values)
+
+
+def field_names(section: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(section)}

@@ -1,0 +1,1 @@
+"""The recipes that ship: functions that return one. A variant is `replace(base(), …)`."""
