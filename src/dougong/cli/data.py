@@ -1,0 +1,44 @@
+"""`dougong data`: look at the data of a recipe, or do its preparation ahead."""
+
+from typing import Annotated
+
+import typer
+
+from dougong.cli.output import Json, Overrides, console, emit, progress_bar
+
+app = typer.Typer(no_args_is_help=True, help="Look at a recipe's data, or prepare it ahead of training.")
+_Recipe = Annotated[str, typer.Argument(help="A shipped recipe's name, a .yaml file, or a run.")]
+
+
+def _corpus(recipe: str, overrides: list[str] | None, as_json: bool):
+    from dougong.recipes.assemble import prepare_data
+    from dougong.recipes.derive import resolve
+    from dougong.recipes.recipe import load_recipe
+
+    resolved, _ = resolve(load_recipe(recipe, overrides)[0])
+    return prepare_data(resolved, progress=progress_bar(as_json))
+
+
+@app.command("prepare")
+def prepare(recipe: _Recipe = "first", overrides: Overrides = None, as_json: Json = False) -> None:
+    """Read, clean, split, tokenise and pack; training then starts at once."""
+    from dougong.recipes.assemble import print_data_facts
+
+    corpus = _corpus(recipe, overrides, as_json)
+    print_data_facts(corpus.facts, console(as_json))
+    emit(corpus.facts, as_json)
+
+
+@app.command("inspect")
+def inspect(
+    recipe: _Recipe = "first",
+    overrides: Overrides = None,
+    documents: Annotated[int, typer.Option("--documents", "-n", min=1, help="How many documents to show.")] = 3,
+    split: Annotated[str, typer.Option("--split", help="train, validation or test.")] = "train",
+    as_json: Json = False,
+) -> None:
+    """Show documents with their tokens in colour, what was skipped and what was removed."""
+    from dougong.data.inspect import inspect_corpus
+
+    emit(inspect_corpus(_corpus(recipe, overrides, as_json), split=split, documents=documents,
+                        console=console(as_json)), as_json)

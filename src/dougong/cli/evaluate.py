@@ -1,0 +1,26 @@
+"""`dougong eval`: exact bits per byte over a whole split, beside honest baselines."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dougong.cli.output import Json, console, emit, progress_bar
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run or one of its checkpoints.")],
+    split: Annotated[str | None, typer.Option("--split", help="validation or test; default: the recipe's.")] = None,
+    stride: Annotated[int | None, typer.Option("--stride", min=1, help="Tokens between windows; default: the context.")] = None,
+    checkpoint: Annotated[str, typer.Option("--checkpoint", help="best, last, or a step.")] = "best",
+    no_baselines: Annotated[bool, typer.Option("--no-baselines", help="Leave out the 5-gram and xz.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Score a run's model on held-out data."""
+    from dougong.recipes.open_run import open_run
+    from dougong.recipes.scoring import print_result, score
+
+    opened = open_run(run, checkpoint=checkpoint)
+    result = score(opened, split=split, stride=stride, baselines=not no_baselines, progress=progress_bar(as_json))
+    print_result(result, console(as_json))
+    emit(result, as_json)

@@ -1,0 +1,52 @@
+"""`dougong generate`: let a run's model continue a text."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dougong.cli.output import Json, emit
+
+
+def generate(
+    run: Annotated[Path, typer.Argument(help="A run or one of its checkpoints.")],
+    prompts: Annotated[list[str] | None, typer.Argument(help="Texts to continue; `-` reads standard input.")] = None,
+    tokens: Annotated[int, typer.Option("--tokens", "-t", min=1, help="New tokens at most.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Only the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Only the likeliest tokens of this total mass.")] = 0.95,
+    min_p: Annotated[float | None, typer.Option(min=0, max=1, help="Only tokens this likely beside the likeliest.")] = None,
+    repetition_penalty: Annotated[float, typer.Option(min=0.01, help="Above 1 discourages repetition.")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="End at this text; may be repeated.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed writes the same text.")] = 0,
+    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Continuations of each prompt.")] = 1,
+    logprobs: Annotated[int | None, typer.Option(min=0, help="Also give the n likeliest tokens of each step.")] = None,
+    checkpoint: Annotated[str, typer.Option("--checkpoint", help="best, last, or a step.")] = "best",
+    as_json: Json = False,
+) -> None:
+    """Continue one or more texts; one prompt streams as it is written."""
+    from dougong.generate import SamplingConfig
+    from dougong.recipes.open_run import open_run
+
+    opened = open_run(run, checkpoint=checkpoint)
+    texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts or list(opened.recipe.sample.prompts) or [""]]
+    sampling = SamplingConfig(max_tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+                              repetition_penalty=repetition_penalty, stop=tuple(stop or ()), seed=seed, n=samples,
+                              logprobs=logprobs)
+    out = sys.stderr if as_json else sys.stdout
+    streaming = len(texts) == 1 and samples == 1
+
+    def show(_row: int, piece: str) -> None:
+        out.write(piece)
+        out.flush()
+
+    if streaming:
+        out.write(texts[0])
+    results = opened.generate(texts, sampling, stream=show if streaming else None)
+    for result in results:
+        if not streaming:
+            out.write(f"\n{'─' * 72}\n{result.prompt}{result.text}\n")
+    if streaming:
+        out.write("\n")
+    emit([result.to_dict() for result in results], as_json)

@@ -1,0 +1,46 @@
+"""`dougong show`: the resolved recipe, every derived number with its reason, and the difference from its base."""
+
+from typing import Annotated
+
+import typer
+
+from dougong.cli.output import Json, Overrides, console, emit
+
+
+def show(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name or a .yaml file.")] = "first",
+    overrides: Overrides = None,
+    json_schema: Annotated[bool, typer.Option("--json-schema", help="Print the JSON schema for editors.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Print a recipe as it would run, and where it differs from its base."""
+    import json
+
+    from rich.syntax import Syntax
+    from rich.table import Table as Grid
+
+    from dougong.core.config import difference, dump_yaml, to_dict
+    from dougong.core.config import json_schema as schema_of
+    from dougong.recipes.derive import resolve
+    from dougong.recipes.recipe import Recipe, load_recipe
+
+    if json_schema:
+        print(json.dumps(schema_of(Recipe), ensure_ascii=False))
+        return
+    asked, base = load_recipe(recipe, overrides)
+    resolved, derived = resolve(asked)
+    out = console(as_json)
+    out.print(Syntax(dump_yaml(resolved), "yaml", background_color="default"))
+    if derived:
+        grid = Grid("derived", "value", "why", box=None, header_style="bold", pad_edge=False)
+        for item in derived:
+            grid.add_row(item.key, str(item.value), item.reason)
+        out.print(grid)
+    changes = difference(base, asked)
+    if changes:
+        grid = Grid(f"changed from {base.name}", "was", "is", box=None, header_style="bold", pad_edge=False)
+        for key, (old, new) in changes.items():
+            grid.add_row(key, str(old), str(new))
+        out.print("", grid)
+    emit({"recipe": to_dict(resolved), "derived": [item.to_dict() for item in derived],
+          "changed": {key: list(pair) for key, pair in changes.items()}}, as_json)

@@ -1,0 +1,64 @@
+"""`dougong train`: recipe in, run out."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dougong.cli.output import Json, Overrides, console, emit, progress_bar
+
+
+def train(
+    recipe: Annotated[str | None, typer.Argument(help="A shipped recipe's name or a .yaml file.")] = None,
+    overrides: Overrides = None,
+    run: Annotated[Path | None, typer.Option("--run", help="The run's directory; default runs/<recipe's name>.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run named by --run.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, count and predict; train nothing.")] = False,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Train this many seeds and show the spread.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Train a model. Ctrl-C saves and says how to continue."""
+    from dougong.core.errors import ConfigError
+
+    out, progress = console(as_json), progress_bar(as_json)
+    if resume:
+        from dougong.recipes.train import resume_run
+
+        if run is None and recipe is not None and "=" not in recipe:
+            run = Path("runs") / recipe
+        if run is None:
+            raise ConfigError("--resume continues a run: name it, as in `dougong train --resume --run runs/first`.")
+        if overrides:
+            raise ConfigError(f"--resume continues the run's own recipe; {overrides[0]!r} would change it.\n"
+                              "Start a new run to change something, or leave the override out.")
+        emit(_summary(resume_run(run, progress=progress), out), as_json)
+        return
+    from dougong.recipes.recipe import load_recipe
+
+    if recipe is None:
+        raise ConfigError("name a recipe, as in `dougong train first`; `dougong recipes` lists them.")
+    asked, base = load_recipe(recipe, overrides)
+    if dry_run:
+        from dougong.recipes.dry_run import dry_run as predict
+
+        emit(predict(asked, out=out, progress=progress), as_json)
+    elif seeds > 1:
+        from dougong.recipes.seeds import train_seeds
+
+        emit(train_seeds(asked, base, count=seeds, path=run, out=out, progress=progress), as_json)
+    else:
+        from dougong.recipes.train import train_run
+
+        emit(_summary(train_run(asked, base, path=run, progress=progress), out), as_json)
+
+
+def _summary(finished, out) -> dict:
+    """Prints where the run is and what to do with it; returns the JSON payload."""
+    path = finished.directory.path
+    if finished.reason == "interrupted":
+        out.print(f"\nStopped at step {finished.step:,}; everything is saved.\n"
+                  f"Continue with: [bold]dougong train --resume --run {path}[/]")
+    else:
+        verbs = ["generate", "eval", "report"] if finished.is_language_model else ["eval", "report"]
+        out.print(f"\n{path} is done. Next: " + ", ".join(f"[bold]dougong {verb} {path}[/]" for verb in verbs))
+    return finished.to_dict()
