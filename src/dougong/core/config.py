@@ -133,6 +133,8 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
         old = merged.get(key)
         if isinstance(old, Mapping) and isinstance(value, str) and "kind" in old:
             value = {"kind": value}
+        if isinstance(old, str) and isinstance(value, Mapping):
+            old = {"kind": old}   # `optim=muon optim.lr=0.02`
         if isinstance(old, Mapping) and isinstance(value, Mapping):
             same_kind = value.get("kind", old.get("kind")) == old.get("kind")
             merged[key] = merge(old if same_kind else {}, value)

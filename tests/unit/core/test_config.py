@@ -1,0 +1,102 @@
+"""Configs: typos are caught with the nearest name, kinds are chosen from tables, values survive a round trip."""
+
+import sys
+from typing import Annotated, Literal
+
+import pytest
+from pydantic import Field
+
+from dougong.core.config import (
+    chosen_from,
+    config,
+    difference,
+    dump_yaml,
+    from_dict,
+    json_schema,
+    merge,
+    parse_overrides,
+    to_dict,
+)
+from dougong.core.errors import ConfigError
+from dougong.core.table import Table
+
+
+@config
+class Slow:
+    """Gradient descent."""
+
+    kind: Literal["slow"] = "slow"
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    """the rate"""
+
+
+@config
+class Fast:
+    kind: Literal["fast"] = "fast"
+    betas: tuple[float, float] = (0.9, 0.95)
+
+
+TABLE = Table("optimizer", {"slow": f"{__name__}:Slow", "fast": f"{__name__}:Fast"})
+sys.modules.setdefault(__name__, sys.modules[Slow.__module__])
+
+
+@config
+class Inner:
+    number: int | None = None
+
+
+@config
+class Outer:
+    optim: Annotated[Slow | Fast, chosen_from(TABLE)] = Slow()
+    other: Annotated[Slow | Fast | None, chosen_from(TABLE, optional=True)] = None
+    inner: Inner = Inner()
+
+
+def override(*arguments: str) -> Outer:
+    return from_dict(Outer, merge(to_dict(Outer()), parse_overrides(list(arguments))))
+
+
+@pytest.mark.parametrize(("argument", "message"), [
+    ("optim.lrr=3", r"unknown key 'optim\.lrr'\. Did you mean 'lr'"),
+    ("optm=3", r"unknown key 'optm'\. Did you mean 'optim'"),
+    ("inner.numbr=3", r"unknown key 'inner\.numbr'\. Did you mean 'number'"),
+    ("optim.kind=fas", r"unknown optimizer 'fas'\. Did you mean 'fast'"),
+    ("optim=3", "is no optimizer"),
+    ("optim.lr=-1", r"optim\.lr=-1: .*greater than 0"),
+    ("optim.lr=.nan", r"optim\.lr"),
+    ("inner.number=1.5", r"inner\.number=1\.5"),
+    ("inner.number", "key=value"),
+])
+def test_a_wrong_override_says_what_came_and_what_fits(argument, message):
+    with pytest.raises(ConfigError, match=message):
+        override(argument)
+
+
+def test_overrides_reach_nested_values_and_change_kinds():
+    assert override("optim.lr=3e-4").optim.lr == 3e-4
+    assert override("optim=fast", "optim.betas=[0.5, 0.6]").optim == Fast(betas=(0.5, 0.6))
+    assert override("other=slow").other == Slow()
+    assert override("inner.number=null").inner.number is None
+
+
+def test_a_change_of_kind_drops_the_old_kinds_keys():
+    assert merge({"optim": {"kind": "slow", "lr": 1}}, {"optim": {"kind": "fast"}}) == {"optim": {"kind": "fast"}}
+
+
+def test_round_trip_and_difference():
+    changed = override("optim.lr=0.5", "inner.number=7")
+    assert from_dict(Outer, to_dict(changed)) == changed
+    assert difference(Outer(), changed) == {"optim.lr": (1e-3, 0.5), "inner.number": (None, 7)}
+    assert "lr: 0.5" in dump_yaml(changed)
+
+
+def test_configs_are_frozen():
+    with pytest.raises(AttributeError):
+        Inner().number = 3  # type: ignore[misc]
+
+
+def test_the_schema_spells_out_every_choice():
+    schema = json_schema(Outer)
+    assert schema["$defs"]["Slow"]["properties"]["lr"]["description"] == "the rate"
+    assert {"$ref": "#/$defs/Fast"} in schema["properties"]["optim"]["anyOf"]
+    assert schema["additionalProperties"] is False
