@@ -1,0 +1,1 @@
+"""Models of other formats in and out."""

@@ -1,0 +1,70 @@
+"""Llama (Touvron et al. 2023, arXiv:2302.13971): RoPE, RMSNorm, SwiGLU, grouped-query attention."""
+
+from typing import TYPE_CHECKING, Literal
+
+from dougong.core.config import config
+from dougong.nn.ranges import Count, NotNegative, Positive, Probability
+
+if TYPE_CHECKING:
+    from dougong.models.compose import Decoder, DecoderConfig
+
+
+@config
+class LlamaConfig:
+    """Llama 2 and 3 in Hugging Face's sense."""
+
+    kind: Literal["llama"] = "llama"
+    vocab_size: Count | None = None
+    """tokens in the vocabulary (`vocab_size`); derived: from the tokenizer"""
+    context: Count | None = None
+    """`max_position_embeddings`; derived: from the size dial"""
+    dim: Count | None = None
+    """width (`hidden_size`); derived: from the size dial"""
+    num_layers: Count | None = None
+    """layers (`num_hidden_layers`); derived: from the size dial"""
+    num_heads: Count | None = None
+    """query heads (`num_attention_heads`); derived: from the size dial"""
+    num_kv_heads: Count | None = None
+    """key/value heads (`num_key_value_heads`), dividing `num_heads`; derived: num_heads"""
+    head_dim: Count | None = None
+    """width of a head; derived: dim / num_heads"""
+    ffn_dim: Count | None = None
+    """feed-forward width (`intermediate_size`); derived: 8/3 of dim, rounded up to 64"""
+    rope_theta: Positive = 10_000.0
+    """base of the rotary wavelengths"""
+    norm_eps: Positive = 1e-6
+    """`rms_norm_eps`"""
+    tied: bool = False
+    """`tie_word_embeddings`"""
+    attention_bias: bool = False
+    """biases on queries, keys, values and output"""
+    mlp_bias: bool = False
+    """biases in the feed-forward"""
+    attention_dropout: Probability = 0.0
+    embedding_dropout: Probability = 0.0
+    """not in Hugging Face's model; used in training only"""
+    dropout: Probability = 0.0
+    """of what each half of a layer adds; not in Hugging Face's model; used in training only"""
+    init_std: NotNegative = 0.02
+    """`initializer_range`"""
+
+    def decoder(self) -> "DecoderConfig":
+        from dougong.models.compose import DecoderConfig
+        from dougong.nn.attention import AttentionConfig
+        from dougong.nn.feed_forward import SwiGLUConfig
+        from dougong.nn.norm import RMSNormConfig
+        from dougong.nn.position import RoPEConfig
+
+        return DecoderConfig(
+            vocab_size=self.vocab_size, context=self.context, dim=self.dim, num_layers=self.num_layers,
+            attention=AttentionConfig(num_heads=self.num_heads, num_kv_heads=self.num_kv_heads,
+                                      head_dim=self.head_dim, bias=self.attention_bias,
+                                      output_bias=self.attention_bias, dropout=self.attention_dropout),
+            position=RoPEConfig(theta=self.rope_theta),
+            feed_forward=SwiGLUConfig(ffn_dim=self.ffn_dim, bias=self.mlp_bias),
+            norm=RMSNormConfig(eps=self.norm_eps), tied=self.tied,
+            embedding_dropout=self.embedding_dropout, dropout=self.dropout,
+            init_std=self.init_std, embedding_std=self.init_std or 0.02)
+
+    def build(self) -> "Decoder":
+        return self.decoder().build(config=self)

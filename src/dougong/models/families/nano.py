@@ -1,0 +1,72 @@
+"""Our small fast family: what the nanoGPT speedruns found to learn most per second, without a format to fit."""
+
+from typing import TYPE_CHECKING, Literal
+
+from dougong.core.config import config
+from dougong.nn.ranges import Count, NotNegative, Positive, Probability
+
+if TYPE_CHECKING:
+    from dougong.models.compose import Decoder, DecoderConfig
+
+
+@config
+class NanoConfig:
+    """RoPE, QK-norm, ReLU², parameter-free RMSNorm, x0 scalars, zero-initialised outputs, no biases, multi-head.
+
+    Sources: modded-nanogpt and nanochat. It has no Hugging Face form; train `qwen3` to export.
+    """
+
+    kind: Literal["nano"] = "nano"
+    vocab_size: Count | None = None
+    """tokens in the vocabulary; derived: from the tokenizer"""
+    context: Count | None = None
+    """tokens the model is trained to read; derived: from the size dial"""
+    dim: Count | None = None
+    """width; derived: from the size dial"""
+    num_layers: Count | None = None
+    """layers; derived: from the size dial"""
+    num_heads: Count | None = None
+    """heads, dividing `dim`; derived: from the size dial"""
+    ffn_dim: Count | None = None
+    """feed-forward width; derived: 4 × dim"""
+    rope_theta: Positive = 10_000.0
+    """base of the rotary wavelengths"""
+    window: Count | None = None
+    """keys a short-sighted layer looks back on, its own included"""
+    window_pattern: str = "L"
+    """S (short) and L (long) for the layers in turn, repeated"""
+    value_embeddings: Literal["none", "alternate", "all"] = "none"
+    """a second embedding added to the attention's values"""
+    soft_cap: Positive | None = None
+    """bound on the logits: cap · tanh(logits / cap)"""
+    tied: bool = False
+    """the head is the token embedding; then its std starts at 1/sqrt(dim)"""
+    embedding_dropout: Probability = 0.0
+    attention_dropout: Probability = 0.0
+    dropout: Probability = 0.0
+    """of what each half of a layer adds to the stream"""
+    x0_init: float = 0.1
+    """first weight of the embedded tokens in every layer's input"""
+    head_std: NotNegative = 0.0
+    """std of an untied head at the start; 0: every token equally likely"""
+
+    def decoder(self) -> "DecoderConfig":
+        from dougong.models.compose import DecoderConfig
+        from dougong.nn.attention import AttentionConfig
+        from dougong.nn.feed_forward import ReLU2Config
+        from dougong.nn.norm import RMSNormConfig
+        from dougong.nn.position import RoPEConfig
+        from dougong.nn.residual import X0ResidualConfig
+
+        return DecoderConfig(
+            vocab_size=self.vocab_size, context=self.context, dim=self.dim, num_layers=self.num_layers,
+            attention=AttentionConfig(num_heads=self.num_heads, qk_norm="plain", dropout=self.attention_dropout),
+            position=RoPEConfig(theta=self.rope_theta), feed_forward=ReLU2Config(ffn_dim=self.ffn_dim),
+            norm=RMSNormConfig(learned=False), embedding_norm=True, residual=X0ResidualConfig(origin=self.x0_init),
+            window=self.window, window_pattern=self.window_pattern, value_embeddings=self.value_embeddings,
+            tied=self.tied, soft_cap=self.soft_cap,
+            embedding_dropout=self.embedding_dropout, dropout=self.dropout, init_std=None,
+            embedding_std=(self.dim or 1) ** -0.5 if self.tied else 1.0, output_init="zero", head_std=self.head_std)
+
+    def build(self) -> "Decoder":
+        return self.decoder().build(config=self)

@@ -1,0 +1,52 @@
+"""From the last hidden state to logits.
+
+Logits come in the precision of their input. A loss raises them to float32 itself, chunk by chunk, so that the float32
+logits of a whole batch and a large vocabulary never exist.
+"""
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dougong.nn.embedding import Embedding
+from dougong.nn.init import Init
+from dougong.nn.linear import Linear
+
+
+class Head(Linear):
+    """A matrix of its own."""
+
+    def __init__(self, dim: int, vocab_size: int, *, soft_cap: float | None, init: Init) -> None:
+        super().__init__(dim, vocab_size, init=init)
+        self.soft_cap = soft_cap
+
+    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:
+        return soften(super().forward(x), self.soft_cap)
+
+
+class TiedHead(nn.Module):
+    """The token embedding read backwards (Press & Wolf 2016, arXiv:1608.05859).
+
+    It refers to the embedding without registering it: a parameter under two names would part into two at `to_empty`,
+    and safetensors refuses to store it twice.
+    """
+
+    def __init__(self, embedding: Embedding, *, soft_cap: float | None) -> None:
+        super().__init__()
+        self._embedding = (embedding,)   # a tuple, because nn.Module registers modules it is given bare
+        self.soft_cap = soft_cap
+
+    @property
+    def weight(self) -> Tensor:
+        return self._embedding[0].weight
+
+    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:
+        return soften(F.linear(x, self.weight.to(x.dtype)), self.soft_cap)
+
+    def extra_repr(self) -> str:
+        return "the token embedding"
+
+
+def soften(logits: Tensor, cap: float | None) -> Tensor:
+    """`cap · tanh(logits / cap)`: no logit exceeds ±cap (Gemma 2, arXiv:2408.00118, section 2)."""
+    return logits if cap is None else cap * (logits / cap).tanh()
