@@ -1,0 +1,146 @@
+"""From logits to the next token: penalties, truncations, and draws that depend on the request alone."""
+
+import math
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from pydantic import Field
+from torch import Tensor
+
+from dougong.core.config import config
+from dougong.core.errors import CheckpointError, ConfigError
+
+
+@config
+class SamplingConfig:
+    """How a continuation is chosen. The defaults draw from the model's own distribution.
+
+    Order of application: repetition penalty, temperature, top-k, top-p, min-p (that of Hugging Face's
+    `generate`).
+    """
+
+    max_tokens: int = Field(default=256, ge=1)
+    """most tokens written per continuation"""
+    temperature: float = Field(default=1.0, ge=0)
+    """divides the logits; 0 takes the most likely token, the lowest id where several are equally likely"""
+    top_k: int | None = Field(default=None, ge=1)
+    """keep the k most likely tokens, and those as likely as the k-th"""
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    """keep the smallest set of most likely tokens that holds this probability (Holtzman et al. 2020)"""
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    """drop tokens less likely than this fraction of the most likely one (Nguyen et al. 2024)"""
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    """above 1: makes tokens of the prompt and the text so far less likely (Keskar et al. 2019)"""
+    stop: tuple[str, ...] = ()
+    """strings that end the text; the one that ends it is not part of it"""
+    seed: int = Field(default=0, ge=0)
+    """the same prompt and seed give the same text, whatever else is in the batch"""
+    n: int = Field(default=1, ge=1)
+    """continuations per prompt"""
+    logprobs: int | None = Field(default=None, ge=0)
+    """record the log-probability of each token and this many most likely alternatives, before any of the
+    above
+    """
+    long_prompt: Literal["error", "truncate"] = "error"
+    """a prompt longer than the model's context: refuse it (error), or keep its end (truncate)"""
+    at_context_end: Literal["stop", "slide"] = "stop"
+    """a full context: end with reason "context" (stop), or read the latest half again and go on (slide)"""
+
+    def __post_init__(self) -> None:
+        if any(not text for text in self.stop):
+            raise ConfigError("stop holds an empty string, which every text contains. Leave it out.")
+        if self.temperature == 0:
+            idle = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) is not None]
+            if idle:
+                raise ConfigError(f"{', '.join(idle)} has no effect at temperature=0, which always takes the "
+                                  "most likely token. Leave it out, or set a temperature above 0.")
+            if self.n > 1:
+                raise ConfigError(f"n={self.n} continuations at temperature=0 would all be the same. "
+                                  "Set n=1, or a temperature above 0.")
+
+
+class Draws:
+    """One request's uniform numbers in [0, 1): a stream that depends on its seed and on nothing else."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = np.random.Generator(np.random.PCG64(seed)).random
+
+    def next(self) -> float:
+        return self._random()
+
+
+def penalise_repetition(logits_BV: Float[Tensor, "B V"], seen_BV: Bool[Tensor, "B V"], penalty: float,
+                        ) -> Float[Tensor, "B V"]:
+    """Divides positive and multiplies negative logits of seen tokens by `penalty` (CTRL, arXiv:1909.05858,
+    §4.1).
+    """
+    penalised = torch.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
+    return torch.where(seen_BV, penalised, logits_BV)
+
+
+def truncate(logits_BV: Float[Tensor, "B V"], config: SamplingConfig) -> Float[Tensor, "B V"]:
+    """Logits with -inf wherever top-k, top-p or min-p (in this order) exclude a token.
+
+    Each rule finds the least logit it keeps, so tokens of equal logit are kept or dropped together and the
+    result does not depend on how a sort breaks ties.
+    """
+    V = logits_BV.shape[-1]
+    ranked = None
+    if config.top_k is not None and config.top_k < V:
+        ranked = logits_BV.topk(config.top_k).values
+        logits_BV = logits_BV.masked_fill(logits_BV < ranked[:, -1:], -torch.inf)
+    if config.top_p is not None and config.top_p < 1:
+        ranked = logits_BV.sort(descending=True).values if ranked is None else ranked
+        logits_BV = logits_BV.masked_fill(logits_BV < _nucleus_floor(ranked, config.top_p), -torch.inf)
+    if config.min_p:
+        floor = logits_BV.max(-1, keepdim=True).values + math.log(config.min_p)
+        logits_BV = logits_BV.masked_fill(logits_BV < floor, -torch.inf)
+    return logits_BV
+
+
+def _nucleus_floor(ranked_BC: Float[Tensor, "B C"], top_p: float) -> Float[Tensor, "B 1"]:
+    """The least logit of the nucleus: a token stays while those before it hold less than `top_p`."""
+    probabilities = ranked_BC.double().softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities
+    last = (before < top_p).sum(-1, keepdim=True).clamp(min=1) - 1
+    return ranked_BC.gather(-1, last)
+
+
+def choose(logits_BV: Float[Tensor, "B V"], config: SamplingConfig, uniforms: list[float] | None = None,
+           seen_BV: Bool[Tensor, "B V"] | None = None) -> Int[Tensor, "B"]:
+    """The next token of each row: the most likely one at temperature 0, else the inverse CDF at the row's
+    uniform.
+
+    One uniform per row and token makes a row's draw independent of its neighbours. The CDF is summed in
+    float64, as a float32 sum over a large vocabulary would lose its smallest probabilities.
+    """
+    logits_BV = logits_BV.float()
+    if seen_BV is not None and config.repetition_penalty != 1:
+        logits_BV = penalise_repetition(logits_BV, seen_BV, config.repetition_penalty)
+    top_B, best_B = logits_BV.max(-1)
+    if not bool(top_B.isfinite().all()):
+        raise CheckpointError("the model's logits are not finite (NaN or infinity), so there is no next "
+                              "token to choose. Its training probably diverged; try an earlier checkpoint.")
+    if config.temperature == 0:
+        return best_B
+    assert uniforms is not None and len(uniforms) == len(logits_BV)
+    # Shifted by the maximum first: a tiny temperature then sends the others to -inf, never the best to +inf.
+    scaled_BV = truncate((logits_BV - top_B[:, None]) / config.temperature, config)
+    device = "cpu" if scaled_BV.device.type == "mps" else scaled_BV.device   # MPS has no float64
+    cdf_BV = scaled_BV.to(device).double().exp_().cumsum(-1)
+    target_B1 = torch.tensor(uniforms, dtype=torch.float64, device=device)[:, None] * cdf_BV[:, -1:]
+    return torch.searchsorted(cdf_BV, target_B1, right=True)[:, 0].to(logits_BV.device)
+
+
+def log_probabilities(logits_BV: Float[Tensor, "B V"], chosen_B: Int[Tensor, "B"], count: int,
+                      ) -> tuple[list[float], list[list[tuple[int, float]]]]:
+    """Each row's log-probability (nats) of its chosen token, and its `count` most likely (id,
+    log-probability).
+    """
+    log_BV = logits_BV.float().log_softmax(-1)
+    of_chosen = log_BV.gather(-1, chosen_B[:, None].long())[:, 0].tolist()
+    top = log_BV.topk(min(count, log_BV.shape[-1]))
+    ranked = [list(zip(ids, values)) for ids, values in zip(top.indices.tolist(), top.values.tolist())]
+    return of_chosen, ranked
