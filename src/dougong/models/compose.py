@@ -51,9 +51,11 @@ class DecoderConfig:
     window: Count | None = None
     """keys a short-sighted layer looks back on, its own included"""
     window_pattern: str = "L"
-    """S (short: `window`) and L (long: everything) for the layers in turn, repeated; "SSSL" has three short ones in four"""
+    """S (short: `window`) and L (long: everything) for the layers in turn, repeated; "SSSL" has three short
+    ones in four"""
     value_embeddings: Literal["none", "alternate", "all"] = "none"
-    """a second embedding added to the attention's values, in every other layer (the last included) or in all"""
+    """a second embedding added to the attention's values, in every other layer (the last included) or in
+    all"""
     tied: bool = True
     """the head is the token embedding"""
     soft_cap: Positive | None = None
@@ -67,7 +69,8 @@ class DecoderConfig:
     embedding_std: Positive = 0.02
     """std of embeddings at the start"""
     output_init: Literal["normal", "scaled", "zero"] = "normal"
-    """matrices that write to the stream: like the others, divided by sqrt(2 · num_layers) as in GPT-2, or zero"""
+    """matrices that write to the stream: like the others, divided by sqrt(2 · num_layers) as in GPT-2, or
+    zero"""
     head_std: NotNegative | None = None
     """std of an untied head at the start; null: as the other matrices; 0: every token equally likely"""
 
@@ -86,7 +89,8 @@ class DecoderConfig:
         return Decoder(self, config=config or self)
 
     def windows(self) -> tuple[int | None, ...]:
-        """Keys each layer looks back on, None for all. Raises ConfigError where pattern and window disagree."""
+        """Keys each layer looks back on, None for all. Raises ConfigError where pattern and window
+        disagree."""
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
             raise ConfigError(f"window_pattern={self.window_pattern!r}: write S (short) and L (long) for the layers in "
                               "turn, such as SSSL.")
@@ -132,8 +136,8 @@ class Decoder(Initialised):
                cache: Cache | None = None) -> Float[Tensor, "B T D"]:
         """The stream after the final norm, in `compute_dtype`.
 
-        `segment_BT` numbers the documents packed into a row; tokens see only their own. With a `cache` the tokens
-        continue what it holds, and it holds them afterwards.
+        `segment_BT` numbers the documents packed into a row; tokens see only their own. With a `cache` the
+        tokens continue what it holds, and it holds them afterwards.
         """
         span = Span(T=tokens_BT.shape[1], device=tokens_BT.device, segment_BT=segment_BT,
                     length=cache.length if cache else 0, start_B=cache.start_B if cache else None)

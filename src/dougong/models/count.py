@@ -1,8 +1,8 @@
 """How large and how costly a model is, from its config alone: built on the meta device, so no weight exists.
 
-Conventions. `matrices` are the parameters that multiply every token, the head included (also when it is the embedding
-over again), the embedding look-up not. Training costs three forwards: the backward pass forms two products for each one
-of the forward. A causal query reads half of the context on average.
+Conventions. `matrices` are the parameters that multiply every token, the head included (also when it is the
+embedding over again), the embedding look-up not. Training costs three forwards: the backward pass forms two
+products for each one of the forward. A causal query reads half of the context on average.
 """
 
 import re
@@ -22,8 +22,8 @@ from dougong.nn.position import Position
 def parameters(config: Any) -> dict[str, Any]:
     """Exact parameter counts of a family config: `total`, `embedding`, `matrices`, `by_part`.
 
-    `embedding` holds token, position and value tables. A tied head counts in `embedding` and in `matrices`, once in
-    `total`. `by_part` sums over layers ("stack.attention") and adds up to `total`.
+    `embedding` holds token, position and value tables. A tied head counts in `embedding` and in `matrices`,
+    once in `total`. `by_part` sums over layers ("stack.attention") and adds up to `total`.
     """
     model = _on_meta(config)
     tables = [module for module in model.modules() if isinstance(module, Embedding | Position)]
@@ -45,11 +45,12 @@ def _part(name: str) -> str:
 
 
 def flops_per_token(config: Any, context: int) -> int | None:
-    """Floating-point operations of training on one token, in rows of `context`; None for models without tokens.
+    """Floating-point operations of training on one token, in rows of `context`; None for models without
+    tokens.
 
-    6 · matrices, plus 12 · N · H per layer and key read: with full causal attention T/2 keys, so 6 · L · T · N · H;
-    with a window W < T, W - W²/(2T). Norms, activations and the optimiser are not counted, as in Kaplan et al. 2020
-    (arXiv:2001.08361, section 2.1). nanoGPT and PaLM count T keys instead of T/2.
+    6 · matrices, plus 12 · N · H per layer and key read: with full causal attention T/2 keys, so 6 · L · T ·
+    N · H; with a window W < T, W - W²/(2T). Norms, activations and the optimiser are not counted, as in
+    Kaplan et al. 2020 (arXiv:2001.08361, section 2.1). nanoGPT and PaLM count T keys instead of T/2.
     """
     if not hasattr(config, "decoder"):
         return None
@@ -61,8 +62,8 @@ def flops_per_token(config: Any, context: int) -> int | None:
 
 
 def forward_flops(config: Any, context: int) -> int:
-    """Operations of the matrix products of one forward over one row, hidden keys included as the kernels without
-    block skipping compute them: 2 · T · matrices + 4 · L · T² · N · H."""
+    """Operations of the matrix products of one forward over one row, hidden keys included as the kernels
+    without block skipping compute them: 2 · T · matrices + 4 · L · T² · N · H."""
     section: DecoderConfig = config.decoder()
     attention = 4 * (section.num_layers or 0) * context**2 * _attention_width(section)
     return 2 * context * parameters(config)["matrices"] + attention
@@ -70,11 +71,12 @@ def forward_flops(config: Any, context: int) -> int:
 
 def activation_bytes(config: Any, *, rows: int, context: int, dtype: torch.dtype = torch.float32,
                      fused_attention: bool = True, checkpoint_activations: bool = False) -> int:
-    """Bytes that the forward up to the last hidden state keeps for the backward pass; casts of weights included.
+    """Bytes that the forward up to the last hidden state keeps for the backward pass; casts of weights
+    included.
 
-    Not a formula: the real forward runs on the meta device and every storage autograd keeps is counted once. The head
-    and the loss come on top. `fused_attention` keeps queries, keys, values, output and a sum per query instead of the
-    T × S scores. With checkpointing, the inputs of all layers plus what one layer keeps.
+    Not a formula: the real forward runs on the meta device and every storage autograd keeps is counted once.
+    The head and the loss come on top. `fused_attention` keeps queries, keys, values, output and a sum per
+    query instead of the T × S scores. With checkpointing, the inputs of all layers plus what one layer keeps.
     """
     model = _on_meta(config)
     model.compute_dtype = dtype

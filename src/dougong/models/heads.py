@@ -1,7 +1,7 @@
 """From the last hidden state to logits.
 
-Logits come in the precision of their input. A loss raises them to float32 itself, chunk by chunk, so that the float32
-logits of a whole batch and a large vocabulary never exist.
+Logits come in the precision of their input. A loss raises them to float32 itself, chunk by chunk, so that the
+float32 logits of a whole batch and a large vocabulary never exist.
 """
 
 import torch.nn.functional as F
@@ -27,8 +27,8 @@ class Head(Linear):
 class TiedHead(nn.Module):
     """The token embedding read backwards (Press & Wolf 2016, arXiv:1608.05859).
 
-    It refers to the embedding without registering it: a parameter under two names would part into two at `to_empty`,
-    and safetensors refuses to store it twice.
+    It refers to the embedding without registering it: a parameter under two names would part into two at
+    `to_empty`, and safetensors refuses to store it twice.
     """
 
     def __init__(self, embedding: Embedding, *, soft_cap: float | None) -> None:

@@ -12,9 +12,10 @@ from dougong.nn.attention import Cache
 class Model(Protocol):
     """Any model: its call is what its objective asks for.
 
-    `regression` calls `model(features) -> prediction`, `classify` calls `model(pixels) -> logits`, `gan` calls
-    `model.generator(noise)` and `model.discriminator(pixels)`, token objectives use `LanguageModel`. A model whose loss
-    does not add over micro-batches says why in `not_additive`; where the attribute is None or absent, it adds.
+    `regression` calls `model(features) -> prediction`, `classify` calls `model(pixels) -> logits`, `gan`
+    calls `model.generator(noise)` and `model.discriminator(pixels)`, token objectives use `LanguageModel`. A
+    model whose loss does not add over micro-batches says why in `not_additive`; where the attribute is None
+    or absent, it adds.
     """
 
     config: Any

@@ -51,8 +51,9 @@ BLOCKS = {"pre": Block, "post": PostNormBlock}
 class Stack(nn.ModuleDict):
     """Layers named "0", "1", …; `windows[i]` is how many keys layer i looks back on, None for all.
 
-    `checkpoint_activations` (set by whoever assembles the run) keeps only each layer's input for the backward pass and
-    computes the rest again (Chen et al. 2016, arXiv:1604.06174), with the same random numbers: gradients are bit-equal.
+    `checkpoint_activations` (set by whoever assembles the run) keeps only each layer's input for the backward
+    pass and computes the rest again (Chen et al. 2016, arXiv:1604.06174), with the same random numbers:
+    gradients are bit-equal.
     """
 
     def __init__(self, layers: Sequence[Block], *, windows: Sequence[int | None]) -> None:
@@ -66,7 +67,7 @@ class Stack(nn.ModuleDict):
         masks = {window: build_mask(span, window=window, position_bias=bias, dtype=x_BTD.dtype)
                  for window in set(self.windows)}
         again = self.checkpoint_activations and self.training and torch.is_grad_enabled()
-        x0_BTD = x_BTD
+        x0_BTD = x_BTD.view_as(x_BTD)   # an object of its own, or a compiled first layer differs from the others
         for (name, block), window in zip(self.items(), self.windows, strict=True):
             inputs = (x_BTD, x0_BTD, masks[window], rotation, (values or {}).get(name), cache)
             x_BTD = checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)

@@ -14,8 +14,8 @@ from dougong.nn.init import Init
 class TokenStem(nn.Module):
     """Embeds tokens, adds positions where the scheme adds them, normalises and drops; decides the precision.
 
-    `values` (layer name to width) asks for value embeddings: a second table per such layer whose rows join the
-    attention's values (modded-nanogpt; nanochat).
+    `values` (layer name to width) asks for value embeddings: a second table per such layer whose rows join
+    the attention's values (modded-nanogpt; nanochat).
     """
 
     def __init__(self, vocab_size: int, dim: int, *, norm: nn.Module, dropout: float, init: Init,

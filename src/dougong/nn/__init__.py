@@ -1,7 +1,7 @@
 """The parts models are made of. Each takes `x_BTD` and returns `x_BTD`, in the precision of `x`.
 
-Shape legend of the package: B batch, T tokens, S keys read, D width, N query heads, K key/value heads, H head width,
-F feed-forward width, V vocabulary.
+Shape legend of the package: B batch, T tokens, S keys read, D width, N query heads, K key/value heads, H head
+width, F feed-forward width, V vocabulary.
 """
 
 from dougong.core.table import Table

@@ -36,7 +36,8 @@ class Cache(Protocol):
 
 @config
 class AttentionConfig:
-    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245); with as many kv heads as heads, multi-head."""
+    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245); with as many kv heads as heads,
+    multi-head."""
 
     kind: Literal["attention"] = "attention"
     num_heads: Count | None = None
@@ -46,7 +47,8 @@ class AttentionConfig:
     head_dim: Count | None = None
     """width of a head; derived: dim / num_heads"""
     qk_norm: Literal["none", "learned", "plain"] = "none"
-    """RMSNorm of queries and keys per head (Dehghani et al. 2023, arXiv:2302.05442): with a learned scale, or without"""
+    """RMSNorm of queries and keys per head (Dehghani et al. 2023, arXiv:2302.05442): with a learned scale, or
+    without"""
     qk_norm_eps: float = 1e-6
     bias: bool = False
     """biases on queries, keys and values"""
@@ -80,8 +82,9 @@ def _largest_divisor(of: int, at_most: int) -> int:
 
 
 class Attention(nn.Module):
-    """Queries, keys and values are three matrices, not one: a fused product measured equally fast on a CPU (8,192 × 256
-    in bf16: 26.1 ms against 25.4, forward and backward), and apart they need no splitting for Muon, LoRA or export.
+    """Queries, keys and values are three matrices, not one: a fused product measured equally fast on a CPU
+    (8,192 × 256 in bf16: 26.1 ms against 25.4, forward and backward), and apart they need no splitting for
+    Muon, LoRA or export.
     """
 
     def __init__(self, section: AttentionConfig, *, dim: int, layer: int, value_embedding: bool, init: Init | None,

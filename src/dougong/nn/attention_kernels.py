@@ -1,7 +1,7 @@
 """Softmax attention, several ways behind one signature; `choose_kernel` says which is used where.
 
-A kernel takes `q_BNTH, k_BKSH, v_BKSH, mask, dropout=p` and returns `y_BNTH`; N is a multiple of K, and query head n
-reads key/value head n // (N // K). `dropout` is the probability that applies now (0 outside training).
+A kernel takes `q_BNTH, k_BKSH, v_BKSH, mask, dropout=p` and returns `y_BNTH`; N is a multiple of K, and query
+head n reads key/value head n // (N // K). `dropout` is the probability that applies now (0 outside training).
 """
 
 from collections.abc import Callable
@@ -17,9 +17,9 @@ from dougong.nn.mask import Mask
 Kernel = Callable[..., Tensor]
 
 EXPLICIT_UP_TO = 512
-"""Longest bf16 sequence on a CPU for which explicit products beat the fused kernel (measured: 31 ms against 74 ms
-forward and backward at batch 32, 4 heads of 64, T = 256, two Zen 5 cores; in fp32 the fused kernel wins, 65 against
-123). Beyond it the T × S scores cost more memory than they save time."""
+"""Longest bf16 sequence on a CPU for which explicit products beat the fused kernel (measured: 31 ms against
+74 ms forward and backward at batch 32, 4 heads of 64, T = 256, two Zen 5 cores; in fp32 the fused kernel
+wins, 65 against 123). Beyond it the T × S scores cost more memory than they save time."""
 
 
 def choose_kernel(q_BNTH: Tensor, k_BKSH: Tensor) -> Kernel:
@@ -30,7 +30,8 @@ def choose_kernel(q_BNTH: Tensor, k_BKSH: Tensor) -> Kernel:
 
 def fused(q_BNTH: Float[Tensor, "B N T H"], k_BKSH: Float[Tensor, "B K S H"], v_BKSH: Float[Tensor, "B K S H"],
           mask: Mask, *, dropout: float = 0.0) -> Float[Tensor, "B N T H"]:
-    """PyTorch's `scaled_dot_product_attention`, which never keeps the T × S scores where a fused form exists."""
+    """PyTorch's `scaled_dot_product_attention`, which never keeps the T × S scores where a fused form
+    exists."""
     return F.scaled_dot_product_attention(
         q_BNTH, k_BKSH, v_BKSH, attn_mask=mask.bias, is_causal=mask.causal, dropout_p=dropout,
         enable_gqa=q_BNTH.shape[1] != k_BKSH.shape[1])

@@ -1,4 +1,5 @@
-"""Dropout (Srivastava et al. 2014): in training each element is 0 with probability p, else scaled by 1/(1-p)."""
+"""Dropout (Srivastava et al. 2014): in training each element is 0 with probability p, else scaled by
+1/(1-p)."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn

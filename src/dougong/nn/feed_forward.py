@@ -20,7 +20,8 @@ class SwiGLUConfig:
 
     kind: Literal["swiglu"] = "swiglu"
     ffn_dim: Count | None = None
-    """inner width; derived: 8/3 of the model's width, rounded up to 64, so the three matrices cost as much as two of 4×"""
+    """inner width; derived: 8/3 of the model's width, rounded up to 64, so the three matrices cost as much as
+    two of 4×"""
     bias: bool = False
 
     def width(self, dim: int) -> int:

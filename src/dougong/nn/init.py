@@ -1,7 +1,8 @@
 """How parameters get their first values: one generator per parameter, seeded by its name.
 
-So a weight depends on the seed and on its own path alone: not on the order of layers, on the device, or on what else
-the model contains. A module states its rules in `self.init`, a mapping from parameter name to one of the values below.
+So a weight depends on the seed and on its own path alone: not on the order of layers, on the device, or on
+what else the model contains. A module states its rules in `self.init`, a mapping from parameter name to one
+of the values below.
 """
 
 import math
@@ -28,7 +29,8 @@ class Normal:
 
 @dataclass(frozen=True)
 class FanIn:
-    """Normal with std = scale / sqrt(inputs) for a weight of shape (outputs, inputs): unit inputs keep their variance."""
+    """Normal with std = scale / sqrt(inputs) for a weight of shape (outputs, inputs): unit inputs keep their
+    variance."""
 
     scale: float = 1.0
 
@@ -50,7 +52,8 @@ ZEROS, ONES = Constant(0.0), Constant(1.0)
 
 
 def matrix(std: float | None, *, scale: float = 1.0) -> Init:
-    """The rule of a weight matrix: `Normal(scale · std)`; `FanIn(scale)` where std is None; zeros where it is 0."""
+    """The rule of a weight matrix: `Normal(scale · std)`; `FanIn(scale)` where std is None; zeros where it is
+    0."""
     if std is None:
         return FanIn(scale)
     return Normal(scale * std) if std > 0 else ZEROS
@@ -73,7 +76,8 @@ def initialise(model: nn.Module, seed: int) -> None:
 
 
 class Initialised(nn.Module):
-    """A model that fills itself: `initialise(seed)` after a build, or after `to_empty` of a meta-device build."""
+    """A model that fills itself: `initialise(seed)` after a build, or after `to_empty` of a meta-device
+    build."""
 
     def initialise(self, seed: int) -> None:
         initialise(self, seed)

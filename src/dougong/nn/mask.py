@@ -13,9 +13,9 @@ from dougong.nn.position import Span
 class Mask:
     """What the kernels need to know about visibility.
 
-    `causal`: query t reads keys 0…t of equally many, and nothing else restricts it, so kernels may use their own
-    causal path. `bias`: added to the scores, -inf where a key is hidden, (B or 1) × (N or 1) × T × S. Never both;
-    neither means every key is visible, as for one new token that continues a cache.
+    `causal`: query t reads keys 0…t of equally many, and nothing else restricts it, so kernels may use their
+    own causal path. `bias`: added to the scores, -inf where a key is hidden, (B or 1) × (N or 1) × T × S.
+    Never both; neither means every key is visible, as for one new token that continues a cache.
     """
 
     causal: bool = False
@@ -26,8 +26,9 @@ def build_mask(span: Span, *, window: int | None = None, position_bias: Float[Te
                dtype: torch.dtype) -> Mask:
     """The mask of a span's T queries against all S = span.end keys.
 
-    Key s is visible to the query at index q where s <= q, s >= start_B, q - s < window, and both are of one segment.
-    A query always reads its own key, so padding before `start_B` yields finite rubbish instead of NaN.
+    Key s is visible to the query at index q where s <= q, s >= start_B, q - s < window, and both are of one
+    segment. A query always reads its own key, so padding before `start_B` yields finite rubbish instead of
+    NaN.
     """
     start_B, segment_BT = span.start_B, span.segment_BT
     windowed = window is not None and window < span.end

@@ -1,8 +1,9 @@
 """Where a token stands: five schemes with one face, each acting at its own place.
 
-`embed` is added to the embedded tokens (learned, sinusoidal), `rotation` turns queries and keys (RoPE), `bias` is added
-to the attention scores (ALiBi). A scheme overrides the one it uses. Tables are computed on demand and kept outside the
-module's state, so nothing is stored in checkpoints and nothing is stale after `to_empty`.
+`embed` is added to the embedded tokens (learned, sinusoidal), `rotation` turns queries and keys (RoPE),
+`bias` is added to the attention scores (ALiBi). A scheme overrides the one it uses. Tables are computed on
+demand and kept outside the module's state, so nothing is stored in checkpoints and nothing is stale after
+`to_empty`.
 """
 
 import math
@@ -54,7 +55,8 @@ class Span:
 
 
 class Position(nn.Module):
-    """No position at all: attention under a causal mask can still count (Haviv et al. 2022, arXiv:2203.16634)."""
+    """No position at all: attention under a causal mask can still count (Haviv et al. 2022,
+    arXiv:2203.16634)."""
 
     def embed(self, span: Span) -> Float[Tensor, "*b T D"] | None:
         """What is added to the embedded tokens; counted within each packed document."""
@@ -81,7 +83,8 @@ class NoPositionConfig:
 
 @config
 class RoPEConfig:
-    """Rotary positions (Su et al. 2021, arXiv:2104.09864, eq. 34), halves paired as in Hugging Face's models."""
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864, eq. 34), halves paired as in Hugging Face's
+    models."""
 
     kind: Literal["rope"] = "rope"
     theta: float = 10_000.0
@@ -108,7 +111,8 @@ class LearnedConfig:
 
 @config
 class SinusoidalConfig:
-    """Sines and cosines of geometrically spaced wavelengths (Vaswani et al. 2017, arXiv:1706.03762, section 3.5)."""
+    """Sines and cosines of geometrically spaced wavelengths (Vaswani et al. 2017, arXiv:1706.03762, section
+    3.5)."""
 
     kind: Literal["sinusoidal"] = "sinusoidal"
     theta: float = 10_000.0
@@ -122,7 +126,8 @@ class SinusoidalConfig:
 
 @config
 class ALiBiConfig:
-    """Scores fall linearly with distance, each head at its own slope (Press et al. 2021, arXiv:2108.12409)."""
+    """Scores fall linearly with distance, each head at its own slope (Press et al. 2021,
+    arXiv:2108.12409)."""
 
     kind: Literal["alibi"] = "alibi"
 
@@ -167,7 +172,8 @@ class RoPE(Position):
     def _table(self, needed: int, device: torch.device, dtype: torch.dtype) -> Rotation:
         table = self._tables.get((device, dtype))
         if table is None or len(table[0]) < needed:
-            # An inference tensor could not be used in training later, so leave that mode while making the table.
+            # An inference tensor could not be used in training later, so leave that mode while making the
+            # table.
             with torch.inference_mode(False), torch.no_grad():
                 table = rope_table(1 << (needed - 1).bit_length(), self.head_dim, self.theta, device, dtype)
             self._tables[device, dtype] = table
@@ -219,7 +225,8 @@ class ALiBi(Position):
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
-    """2^(-8/n), 2^(-16/n), … for n heads; between powers of two, every other slope of the next power fills up."""
+    """2^(-8/n), 2^(-16/n), … for n heads; between powers of two, every other slope of the next power fills
+    up."""
     power = 2 ** math.floor(math.log2(num_heads))
     slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
     return slopes + [2 ** (-8 * (2 * i + 1) / (2 * power)) for i in range(num_heads - power)]

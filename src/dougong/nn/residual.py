@@ -22,7 +22,8 @@ class PlainResidualConfig:
 
 @config
 class X0ResidualConfig:
-    """The layer receives `carry · x + origin · x0`, x0 being the embedded tokens, both factors learned per layer.
+    """The layer receives `carry · x + origin · x0`, x0 being the embedded tokens, both factors learned per
+    layer.
 
     From the modded-nanogpt speedrun and nanochat's `resid_lambdas` and `x0_lambdas`.
     """

@@ -1,4 +1,5 @@
-"""Logits and every gradient against transformers with random weights, and configs and tensors there and back."""
+"""Logits and every gradient against transformers with random weights, and configs and tensors there and
+back."""
 
 import pytest
 import torch
@@ -75,9 +76,10 @@ def error(a, b):
     return ((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-30)).item()
 
 
-# transformers computes norms and softmax in float32 whatever the model's type, so both sides run in float32 and are
-# judged by our own model in float64. Float32 rounds at 6e-8; two or three layers and sums of up to a few hundred terms
-# let that grow to about 1e-6 of the largest value. A wrong constant (say eps 1e-6 for 1e-5) shows at 1e-5 and more.
+# transformers computes norms and softmax in float32 whatever the model's type, so both sides run in float32
+# and are judged by our own model in float64. Float32 rounds at 6e-8; two or three layers and sums of up to a
+# few hundred terms let that grow to about 1e-6 of the largest value. A wrong constant (say eps 1e-6 for 1e-5)
+# shows at 1e-5 and more.
 TOLERANCE = 5e-6
 
 
@@ -101,7 +103,8 @@ def test_logits_and_all_gradients_equal_transformers(case):
     assert set(our_gradients) == set(their_gradients)
     largest = max(gradient.abs().max() for gradient in exact_gradients.values())
     for name, gradient in their_gradients.items():
-        # A gradient that is 0 in theory (the bias of keys) is rounding alone: it is judged by the largest of all.
+        # A gradient that is 0 in theory (the bias of keys) is rounding alone: it is judged by the largest of
+        # all.
         scale = max(exact_gradients[name].abs().max(), 1e-3 * largest)
         for mine in (gradient, our_gradients[name]):
             assert torch.isfinite(mine).all()

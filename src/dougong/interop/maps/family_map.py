@@ -37,7 +37,8 @@ class FamilyMap:
     """ends of names that old checkpoints carry and no model needs"""
 
     def tensors_from_hf(self, config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Stored tensors as our state dict. Raises CheckpointError naming what is missing, left over or misshapen."""
+        """Stored tensors as our state dict. Raises CheckpointError naming what is missing, left over or
+        misshapen."""
         expected, found = self.names(config), self._normalised(config, tensors)
         missing, extra = [n for n in expected if n not in found], [n for n in found if n not in expected]
         if missing or extra:
@@ -89,7 +90,8 @@ def refuse(given: Mapping[str, Any], key: str, fits: tuple[Any, ...], default: A
 
 
 def rope_theta(given: Mapping[str, Any]) -> float:
-    """The rotary base, from today's `rope_parameters` or from transformers 4's `rope_theta` and `rope_scaling`.
+    """The rotary base, from today's `rope_parameters` or from transformers 4's `rope_theta` and
+    `rope_scaling`.
 
     Raises ConfigError for stretched forms (linear, dynamic, yarn, llama3).
     """

@@ -29,7 +29,8 @@ def config_from_hf(given: Mapping[str, Any]) -> Qwen3Config:
 
 
 def _window(given: Mapping[str, Any], num_layers: int) -> tuple[int | None, int | None]:
-    """Window and number of layers before the first short-sighted one, or two Nones where every layer sees all."""
+    """Window and number of layers before the first short-sighted one, or two Nones where every layer sees
+    all."""
     if not given.get("use_sliding_window", False):
         return None, None
     first = min(given.get("max_window_layers", 28), num_layers)

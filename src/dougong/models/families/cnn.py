@@ -18,7 +18,8 @@ from dougong.nn.ranges import Count, Probability
 
 @config
 class CNNConfig:
-    """Stages of two 3×3 convolutions, each stage halving the image; then the mean over places and a linear head."""
+    """Stages of two 3×3 convolutions, each stage halving the image; then the mean over places and a linear
+    head."""
 
     kind: Literal["cnn"] = "cnn"
     num_classes: Count | None = None

@@ -44,7 +44,8 @@ class GANConfig:
 class GAN(Initialised):
     """Two models with a loss each: `generator` and `discriminator` are parameter groups of their own.
 
-    No batch statistics: layer norm in the generator, none in the discriminator, so losses add over micro-batches.
+    No batch statistics: layer norm in the generator, none in the discriminator, so losses add over
+    micro-batches.
     """
 
     not_additive: str | None = None
@@ -60,7 +61,8 @@ class GAN(Initialised):
 
 
 class Generator(nn.Module):
-    """`noise -> pixels` in 0…1: a linear map to a quarter-size image, then two doublings with convolutions."""
+    """`noise -> pixels` in 0…1: a linear map to a quarter-size image, then two doublings with
+    convolutions."""
 
     def __init__(self, section: GANConfig) -> None:
         super().__init__()
@@ -77,7 +79,8 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """`pixels -> score`, one number per image, above 0 for "real". Pixels are B C Y X, or B Y X for one channel."""
+    """`pixels -> score`, one number per image, above 0 for "real". Pixels are B C Y X, or B Y X for one
+    channel."""
 
     def __init__(self, section: GANConfig) -> None:
         super().__init__()

@@ -1,4 +1,5 @@
-"""Our small fast family: what the nanoGPT speedruns found to learn most per second, without a format to fit."""
+"""Our small fast family: what the nanoGPT speedruns found to learn most per second, without a format to
+fit."""
 
 from typing import TYPE_CHECKING, Literal
 
@@ -11,7 +12,8 @@ if TYPE_CHECKING:
 
 @config
 class NanoConfig:
-    """RoPE, QK-norm, ReLU², parameter-free RMSNorm, x0 scalars, zero-initialised outputs, no biases, multi-head.
+    """RoPE, QK-norm, ReLU², parameter-free RMSNorm, x0 scalars, zero-initialised outputs, no biases,
+    multi-head.
 
     Sources: modded-nanogpt and nanochat. It has no Hugging Face form; train `qwen3` to export.
     """

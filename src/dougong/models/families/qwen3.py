@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
 @config
 class Qwen3Config:
-    """Qwen3 in Hugging Face's sense: what is trained here loads in transformers, vLLM and llama.cpp as it is."""
+    """Qwen3 in Hugging Face's sense: what is trained here loads in transformers, vLLM and llama.cpp as it
+    is."""
 
     kind: Literal["qwen3"] = "qwen3"
     vocab_size: Count | None = None
@@ -41,7 +42,8 @@ class Qwen3Config:
     window: Count | None = None
     """`sliding_window`: keys a short-sighted layer looks back on"""
     full_layers: int | None = None
-    """`max_window_layers`: this many first layers look back on everything, the others on `window`; only with `window`"""
+    """`max_window_layers`: this many first layers look back on everything, the others on `window`; only with
+    `window`"""
     attention_dropout: Probability = 0.0
     embedding_dropout: Probability = 0.0
     """not in Hugging Face's model; used in training only"""

@@ -1,0 +1,152 @@
+"""Attention's kernels against float64, and what its config accepts."""
+
+import math
+
+import pytest
+import torch
+
+from dougong.core.errors import ConfigError
+from dougong.nn.attention import AttentionConfig
+from dougong.nn.attention_kernels import EXPLICIT_UP_TO, choose_kernel, explicit, fused
+from dougong.nn.mask import Mask, build_mask
+from dougong.nn.position import ALiBi, Span
+
+B, T, H = 2, 13, 16
+CPU = torch.device("cpu")
+SEGMENT = torch.tensor([[0] * 4 + [1] * 9, [3] * 11 + [4] * 2])
+MASKS = {
+    "causal": lambda N: ({}, None),
+    "window": lambda N: ({"window": 5}, None),
+    "segments": lambda N: ({"segment_BT": SEGMENT}, None),
+    "padded, windowed": lambda N: ({"start_B": torch.tensor([4, 0]), "window": 7}, None),
+    "alibi": lambda N: ({}, ALiBi(N)),
+    "alibi, segments": lambda N: ({"segment_BT": SEGMENT}, ALiBi(N)),
+}
+
+
+def mask_of(name, N, dtype):
+    values, alibi = MASKS[name](N)
+    window = values.pop("window", None)
+    span = Span(T=T, device=CPU, **values)
+    return build_mask(span, window=window, position_bias=alibi.bias(span) if alibi else None, dtype=dtype)
+
+
+def naive(q, k, v, name, *, N):
+    """Attention from its definition: one query at a time, over the keys that the rules name."""
+    values, alibi = MASKS[name](N)
+    rows = []
+    for b in range(B):
+        heads = []
+        for n in range(N):
+            kv = n // (N // k.shape[1])
+            outputs = []
+            for t in range(T):
+                keys = [s for s in range(t + 1)
+                        if s == t or (
+                            t - s < values.get("window", T)
+                            and s >= (values["start_B"][b] if "start_B" in values else 0)
+                            and ("segment_BT" not in values or SEGMENT[b, s] == SEGMENT[b, t]))]
+                scores = torch.stack([q[b, n, t] @ k[b, kv, s] / math.sqrt(H)
+                                      - (alibi.slopes[n] * (t - s) if alibi else 0) for s in keys])
+                outputs.append(scores.softmax(0) @ v[b, kv, keys])
+            heads.append(torch.stack(outputs))
+        rows.append(torch.stack(heads))
+    return torch.stack(rows)
+
+
+def run(kernel, inputs, mask, weight):
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    y = kernel(*leaves, mask)
+    (y * weight.to(y.dtype)).sum().backward()
+    return [y.detach(), *(x.grad for x in leaves)]
+
+
+def sample(N, K):
+    return [torch.randn(B, heads, T, H, dtype=torch.float64) for heads in (N, K, K)] + [
+        torch.randn(B, N, T, H, dtype=torch.float64)]
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("kernel", [fused, explicit])
+@pytest.mark.parametrize(("N", "K"), [(4, 4), (6, 2), (3, 1)])
+def test_each_kernel_is_attention_by_its_definition(name, kernel, N, K):
+    *inputs, weight = sample(N, K)
+    found = run(kernel, inputs, mask_of(name, N, torch.float64), weight)
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    y = naive(*leaves, name, N=N)
+    (y * weight).sum().backward()
+    for mine, exact in zip(found, [y.detach(), *(x.grad for x in leaves)]):
+        assert torch.isfinite(mine).all()
+        # float64 in another order of summation; ALiBi's slope times distance is made in float32.
+        assert (mine - exact).abs().max() < (1e-5 if "alibi" in name else 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["causal", "window", "segments"])
+def test_kernels_round_no_worse_than_the_plainest_one(dtype, name):
+    *inputs, weight = sample(6, 2)
+    # The inputs are rounded first, so that only the kernel's own rounding is judged.
+    inputs = [x.to(dtype).double() for x in inputs]
+    weight = weight.to(dtype).double()
+    exact = run(explicit, inputs, mask_of(name, 6, torch.float64), weight)
+    low = [x.to(dtype) for x in inputs]
+    plainest = run(_plainest, low, mask_of(name, 6, dtype), weight)
+    for kernel in (fused, explicit):
+        for mine, plain, truth in zip(run(kernel, low, mask_of(name, 6, dtype), weight), plainest, exact):
+            assert mine.dtype == dtype and torch.isfinite(mine).all()
+            error, allowed = (mine - truth).norm(), 2 * (plain - truth).norm()
+            assert error <= allowed, (kernel.__name__, error / truth.norm(), allowed / truth.norm())
+
+
+def _plainest(q, k, v, mask, dropout=0.0):
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    if mask.causal:
+        scores = scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), float("-inf"))
+    else:
+        scores = scores + mask.bias
+    return scores.softmax(-1) @ v
+
+
+def test_the_rule_chooses_by_device_precision_and_length():
+    def chosen(dtype, S, device="cpu"):
+        q = torch.empty(1, 2, 4, 8, dtype=dtype, device=device)
+        return choose_kernel(q, torch.empty(1, 2, S, 8, dtype=dtype, device=device))
+
+    assert chosen(torch.bfloat16, EXPLICIT_UP_TO) is explicit
+    assert chosen(torch.bfloat16, EXPLICIT_UP_TO + 1) is fused
+    assert chosen(torch.float32, 64) is fused
+    assert chosen(torch.bfloat16, 64, "meta") is fused
+
+
+@pytest.mark.parametrize("kernel", [fused, explicit])
+def test_attention_dropout_keeps_the_mean(kernel):
+    q = torch.zeros(1, 1, 64, 8)
+    v = torch.ones(1, 1, 64, 8)
+    y = torch.stack([kernel(q, q, v, Mask(), dropout=0.25) for _ in range(50)])
+    # 64 keys of weight 1/64, each kept with probability 0.75 and scaled by 4/3: mean 1, variance 1/(3·64).
+    assert abs(y.mean().item() - 1) < 5 * math.sqrt(1 / (3 * 64) / (50 * 64))
+    assert abs(y[..., 0].var().item() * 3 * 64 - 1) < 0.2
+
+
+def test_no_mask_is_built_where_causality_is_enough():
+    assert build_mask(Span(T=8, device=CPU), dtype=torch.float32) == Mask(causal=True)
+    assert build_mask(Span(T=8, device=CPU), window=8, dtype=torch.float32) == Mask(causal=True)
+    assert build_mask(Span(T=1, length=7, device=CPU), dtype=torch.float32) == Mask()
+    assert build_mask(Span(T=1, length=7, device=CPU), window=7, dtype=torch.float32).bias is not None
+    assert build_mask(Span(T=2, length=6, device=CPU), dtype=torch.float32).bias is not None
+
+
+@pytest.mark.parametrize(("values", "dim", "words"), [
+    ({"num_heads": 6}, 32, r"dim=32 .*num_heads=6.*Try num_heads=4"),
+    ({"num_heads": 6, "num_kv_heads": 4}, 48, r"num_kv_heads=4 .*num_heads=6.*Try num_kv_heads=3"),
+    ({}, 32, "num_heads=None"),
+])
+def test_heads_that_do_not_fit_are_explained(values, dim, words):
+    with pytest.raises(ConfigError, match=f"(?s){words}"):
+        AttentionConfig(**values).build(dim=dim)
+
+
+def test_a_head_width_of_its_own_frees_the_width_of_the_model():
+    attention = AttentionConfig(num_heads=6, head_dim=10).build(dim=32)
+    assert attention.query.weight.shape == (60, 32) and attention.output.weight.shape == (32, 60)
