@@ -2,6 +2,7 @@
 
 from dougong.core.table import Table
 from dougong.objectives.losses import Losses
+from dougong.objectives.objective import Objective
 
 OBJECTIVES = Table("objective", {
     "causal_lm": "dougong.objectives.causal_lm:CausalLMConfig",
@@ -10,4 +11,4 @@ OBJECTIVES = Table("objective", {
     "gan": "dougong.objectives.gan:GANObjectiveConfig",
 })
 
-__all__ = ["OBJECTIVES", "Losses"]
+__all__ = ["OBJECTIVES", "Losses", "Objective"]

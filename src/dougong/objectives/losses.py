@@ -7,10 +7,11 @@ from torch import Tensor
 
 @dataclass
 class Losses:
-    """Summed losses and statistics of one micro-batch; the loop divides both once, by the step's whole weight.
+    """Summed losses and statistics of one micro-batch; the loop divides both once, by the step's whole
+    weight.
 
-    `sums` maps a parameter group ("model", or a top-level child of the model such as "generator") to its summed,
-    differentiable loss. `metrics` are summed, detached statistics.
+    `sums` maps a parameter group ("model", or a top-level child of the model such as "generator") to its
+    summed, differentiable loss. `metrics` are summed, detached statistics.
     """
 
     sums: dict[str, Tensor]

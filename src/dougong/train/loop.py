@@ -1,0 +1,62 @@
+"""The training loop."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from dougong.core.errors import DougongError
+from dougong.objectives.objective import Objective
+from dougong.runtime.collectives import all_sum
+from dougong.runtime.device import Runtime
+from dougong.train.config import TrainConfig
+from dougong.train.safetensors_file import write_tensors
+from dougong.train.state import TrainState
+from dougong.train.step import GradientFunction, StepResult, check_additive, plain_gradients, take_step
+
+
+def fit(state: TrainState, objective: Objective, runtime: Runtime, config: TrainConfig, *,
+        gradients: GradientFunction = plain_gradients, directory: Path | None = None) -> Iterator[StepResult]:
+    """Trains from `state.step` to `config.steps`, yielding after every step; the reader's loop watches and
+    saves.
+
+    Stops early when a reader sets `state.stop`. After more than `config.max_skips` skipped steps in a row the
+    offending batch is written to `directory` and DougongError is raised. The time readers take is not counted
+    as training.
+    """
+    assert config.steps is not None, "the recipe derives the number of steps before training"
+    batches = iter(state.loader)
+    while state.step < config.steps and not state.stop:
+        begin = time.perf_counter()
+        state.model.train()
+        batch = next(batches)
+        check_additive(state.model, objective, batch.rows, config.micro_rows)
+        weight = torch.tensor(objective.weight(batch), dtype=torch.float64)
+        weight = float(all_sum(weight, runtime))
+
+        result = take_step(state, objective, batch, runtime, micro_rows=config.micro_rows,
+                           clip_norm=config.clip_norm, weight=weight, gradients=gradients)
+
+        state.step += 1
+        state.tokens += result.tokens
+        state.skips = state.skips + 1 if result.skipped else 0
+        if state.shadow and not result.skipped:
+            state.shadow.update(state.model, state.step)
+        result.seconds = time.perf_counter() - begin
+        state.elapsed_s += result.seconds
+        yield result
+        if state.skips > config.max_skips:
+            raise _diverged(result, directory)
+
+
+def _diverged(result: StepResult, directory: Path | None) -> DougongError:
+    saved = ""
+    if directory is not None:
+        path = directory / f"offending-batch-{result.step:06d}.safetensors"
+        write_tensors(path, {name: tensor.cpu() for name, tensor in result.batch.items()})
+        saved = f"\nThe batch of this step is in {path}."
+    return DougongError(f"training stopped at step {result.step}: {result.state.skips} steps in a row were skipped, at "
+                        f"last because {result.skipped}.{saved}\nTry a lower learning rate (optim.lr), a longer "
+                        "warm-up (schedule.warmup), a smaller train.clip_norm or runtime.precision=fp32, and look at "
+                        "the data.")

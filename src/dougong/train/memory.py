@@ -1,0 +1,124 @@
+"""How many rows fit in memory at once, found before training begins."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dougong.core.errors import ConfigError
+from dougong.data.batch import Batch
+from dougong.objectives.objective import Objective
+from dougong.runtime import seeds
+from dougong.runtime.device import Runtime
+from dougong.train.shadow import tracked
+from dougong.train.state import TrainState
+from dougong.train.step import why_not_additive
+
+_TRANSIENT = 1.5        # gradients of activations and temporaries beside what autograd keeps; see the test
+_STATE_COPIES = 4       # weights, gradients and at most two moments, each in the weights' own type
+_HEADROOM = 0.9
+
+
+def choose_micro_rows(state: TrainState, objective: Objective, runtime: Runtime, batch: Batch,
+                      micro_rows: int | None = None) -> tuple[int, str]:
+    """Rows that go through the model at once, and the reason.
+
+    None asks for the most that fit: the whole batch, or an equal part of it. The need is what autograd keeps
+    for two rows, counted, times the rows; on a GPU the choice is then tried once, forward and backward.
+    Nothing of the state changes. Raises ConfigError with the next sizes to try when the given (or any) number
+    does not fit.
+    """
+    available = available_bytes(runtime.device)
+    sample = batch.split(min(2, batch.rows))[0]
+    per_row = _TRANSIENT * kept_bytes(state.model, objective, sample, runtime) / sample.rows
+    fixed = sum(t.numel() * t.element_size() for t in tracked(state.model).values()) * (_STATE_COPIES + bool(state.shadow))
+    whole = why_not_additive(state.model, objective) is not None
+    sizes = [micro_rows] if micro_rows else [batch.rows] if whole else _parts(batch.rows)
+    for rows in sizes:
+        if fixed + rows * per_row <= _HEADROOM * available and _runs(state.model, objective, batch, rows, runtime):
+            return rows, (f"{rows} rows need about {_gb(fixed + rows * per_row)} of the {_gb(available)} that are free")
+    fitting = [rows for rows in _parts(batch.rows) if fixed + rows * per_row <= _HEADROOM * available]
+    advice = (f"Try train.rows={fitting[0]}" if whole else f"Try train.micro_rows={fitting[0]}") if fitting else \
+        "Not even one row fits: try a smaller model, a shorter context or train.gradient_checkpointing=true"
+    raise ConfigError(f"{sizes[0]} rows at once need about {_gb(fixed + sizes[0] * per_row)}, and {_gb(available)} are "
+                      f"free: {_gb(fixed)} for weights, gradients and optimiser, {_gb(per_row)} for each row.\n{advice}"
+                      + (f" (or {', '.join(map(str, fitting[1:4]))})." if fitting[1:] else "."))
+
+
+def kept_bytes(model: nn.Module, objective: Objective, batch: Batch, runtime: Runtime) -> int:
+    """Bytes that autograd keeps between forward and backward of `batch`, weights not counted; one forward."""
+    own = {t.untyped_storage().data_ptr() for t in tracked(model).values()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with _nothing_happened(model), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        losses = objective.losses(model, batch.to(runtime.device))
+        total = sum(kept.values())      # read while the graph is alive: freed addresses would be counted as one
+        del losses
+    return total
+
+
+def available_bytes(device: torch.device) -> float:
+    """Memory this process may still take: the device's free memory, or the system's within its control
+    group."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return float("inf")
+    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    limits = [int(fields["MemAvailable"].split()[0]) * 1024]
+    group = Path("/sys/fs/cgroup")
+    if (group / "memory.max").exists() and (limit := (group / "memory.max").read_text().strip()) != "max":
+        limits.append(int(limit) - int((group / "memory.current").read_text()))
+    return max(0, min(limits))
+
+
+class _nothing_happened:
+    """Puts random numbers, buffers and gradients back as they were."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __enter__(self) -> None:
+        self.rng = seeds.rng_state()
+        self.buffers = [(b, b.clone()) for b in self.model.buffers()]
+
+    def __exit__(self, *_: object) -> None:
+        seeds.set_rng_state(self.rng)
+        with torch.no_grad():
+            for buffer, before in self.buffers:
+                buffer.copy_(before)
+        self.model.zero_grad(set_to_none=True)
+
+
+def _runs(model: nn.Module, objective: Objective, batch: Batch, rows: int, runtime: Runtime) -> bool:
+    """Whether one forward and backward of `rows` rows survives; only a GPU refuses without killing the
+    process."""
+    if runtime.device.type != "cuda":
+        return True
+    with _nothing_happened(model):
+        try:
+            for loss in objective.losses(model, batch.split(rows)[0].to(runtime.device)).sums.values():
+                loss.backward(retain_graph=True)
+            return True
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            torch.cuda.empty_cache()
+
+
+def _parts(rows: int) -> list[int]:
+    """Sizes of equal parts of `rows`, largest first."""
+    return [size for size in range(rows, 0, -1) if rows % size == 0]
+
+
+def _gb(count: float) -> str:
+    unit, name = (1e9, "GB") if count >= 1e8 else (1e6, "MB") if count >= 1e5 else (1e3, "kB")
+    return f"{count / unit:.1f} {name}"
