@@ -82,28 +82,30 @@ class DecoderConfig:
 
         `config` is the family config that arranged these parts, for `model.config`.
         """
-        missing = [name for name in ("vocab_size", "context", "dim", "num_layers") if getattr(self, name) is None]
+        sizes = ("vocab_size", "context", "dim", "num_layers")
+        missing = [name for name in sizes if getattr(self, name) is None]
         if missing:
-            raise ConfigError(f"{', '.join(missing)} not given: a recipe derives them from its tokenizer and size. "
-                              f"Outside a recipe, give them, such as {missing[0]}=256.")
+            raise ConfigError(f"{', '.join(missing)} not given: a recipe derives them from its tokenizer and "
+                              f"size. Outside a recipe, give them, such as {missing[0]}=256.")
         return Decoder(self, config=config or self)
 
     def windows(self) -> tuple[int | None, ...]:
         """Keys each layer looks back on, None for all. Raises ConfigError where pattern and window
         disagree."""
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
-            raise ConfigError(f"window_pattern={self.window_pattern!r}: write S (short) and L (long) for the layers in "
-                              "turn, such as SSSL.")
+            raise ConfigError(f"window_pattern={self.window_pattern!r}: write S (short) and L (long) for the "
+                              "layers in turn, such as SSSL.")
         if ("S" in self.window_pattern) != (self.window is not None):
-            raise ConfigError(f"window_pattern={self.window_pattern!r} with window={self.window}: short layers (S) need "
-                              "a window, and a window needs short layers. Try window=256 window_pattern=SSSL.")
+            raise ConfigError(f"window_pattern={self.window_pattern!r} with window={self.window}: short "
+                              "layers (S) need a window, and a window needs short layers. Try window=256 "
+                              "window_pattern=SSSL.")
         return tuple(self.window if self.window_pattern[i % len(self.window_pattern)] == "S" else None
                      for i in range(self.num_layers or 0))
 
     def value_layers(self) -> tuple[int, ...]:
         """Layers that have a value embedding."""
-        step = {"none": None, "alternate": 2, "all": 1}[self.value_embeddings]
-        return () if step is None else tuple(range((self.num_layers - 1) % step, self.num_layers, step))
+        step, layers = {"none": None, "alternate": 2, "all": 1}[self.value_embeddings], self.num_layers or 0
+        return () if step is None else tuple(range((layers - 1) % step, layers, step))
 
 
 class Decoder(Initialised):
@@ -114,6 +116,7 @@ class Decoder(Initialised):
 
     def __init__(self, section: DecoderConfig, *, config: Any) -> None:
         super().__init__()
+        assert section.vocab_size and section.dim and section.num_layers, "DecoderConfig.build checks them"
         self.config = config
         self.compute_dtype = torch.float32
         num_heads, num_kv_heads, head_dim = section.attention.heads(section.dim)
@@ -155,6 +158,7 @@ class Decoder(Initialised):
 
 
 def _build_stack(section: DecoderConfig) -> Stack:
+    assert section.dim and section.num_layers
     init, dim = matrix(section.init_std), section.dim
     output_init = _output_init(section)
     value_layers = section.value_layers()
@@ -172,4 +176,5 @@ def _build_stack(section: DecoderConfig) -> Stack:
 def _output_init(section: DecoderConfig) -> Init:
     if section.output_init == "zero":
         return ZEROS
-    return matrix(section.init_std, scale=(2 * section.num_layers) ** -0.5 if section.output_init == "scaled" else 1.0)
+    scale = (2 * (section.num_layers or 1)) ** -0.5 if section.output_init == "scaled" else 1.0
+    return matrix(section.init_std, scale=scale)

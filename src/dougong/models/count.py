@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dougong.models.compose import Decoder, DecoderConfig
+from dougong.nn.attention import Attention
 from dougong.nn.attention_kernels import explicit
 from dougong.nn.embedding import Embedding
 from dougong.nn.mask import Mask
@@ -35,7 +36,8 @@ def parameters(config: Any) -> dict[str, Any]:
     by_part: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         by_part[_part(name)] += parameter.numel()
-    return {"total": sum(by_part.values()), "embedding": embedding, "matrices": matrices, "by_part": dict(by_part)}
+    return {"total": sum(by_part.values()), "embedding": embedding, "matrices": matrices,
+            "by_part": dict(by_part)}
 
 
 def _part(name: str) -> str:
@@ -79,9 +81,10 @@ def activation_bytes(config: Any, *, rows: int, context: int, dtype: torch.dtype
     query instead of the T × S scores. With checkpointing, the inputs of all layers plus what one layer keeps.
     """
     model = _on_meta(config)
+    assert isinstance(model, Decoder), "only decoders have layers to count"
     model.compute_dtype = dtype
     for module in model.modules():
-        if hasattr(module, "kernel"):
+        if isinstance(module, Attention):
             module.kernel = _fused_stand_in if fused_attention else explicit
     tokens = torch.zeros(rows, context, dtype=torch.long, device="meta")
     everything = _kept_bytes(model, tokens)

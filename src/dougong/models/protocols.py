@@ -35,10 +35,12 @@ class LanguageModel(Model, Protocol):
     head: nn.Module
     """x_…D -> logits_…V in the precision of x, scale and soft-cap included"""
 
-    def hidden(self, tokens_BT: Tensor, *, segment_BT: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def hidden(self, tokens_BT: Tensor, *, segment_BT: Tensor | None = None,
+               cache: Cache | None = None) -> Tensor:
         """The stream after the final norm, B T D."""
         ...
 
-    def __call__(self, tokens_BT: Tensor, *, segment_BT: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def __call__(self, tokens_BT: Tensor, *, segment_BT: Tensor | None = None,
+                 cache: Cache | None = None) -> Tensor:
         """Logits, B T V: `head(hidden(…))`."""
         ...

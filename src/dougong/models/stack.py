@@ -62,12 +62,13 @@ class Stack(nn.ModuleDict):
         self.checkpoint_activations = False
 
     def forward(self, x_BTD: Float[Tensor, "B T D"], span: Span, position: Position, *,
-                values: Mapping[str, Tensor] | None = None, cache: Cache | None = None) -> Float[Tensor, "B T D"]:
+                values: Mapping[str, Tensor] | None = None,
+                cache: Cache | None = None) -> Float[Tensor, "B T D"]:
         rotation, bias = position.rotation(span, x_BTD.dtype), position.bias(span)
         masks = {window: build_mask(span, window=window, position_bias=bias, dtype=x_BTD.dtype)
                  for window in set(self.windows)}
         again = self.checkpoint_activations and self.training and torch.is_grad_enabled()
-        x0_BTD = x_BTD.view_as(x_BTD)   # an object of its own, or a compiled first layer differs from the others
+        x0_BTD = x_BTD.view_as(x_BTD)   # another object, or compile takes the first layer for another kind
         for (name, block), window in zip(self.items(), self.windows, strict=True):
             inputs = (x_BTD, x0_BTD, masks[window], rotation, (values or {}).get(name), cache)
             x_BTD = checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)

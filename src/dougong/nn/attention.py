@@ -57,17 +57,19 @@ class AttentionConfig:
     dropout: Probability = 0.0
     """probability that a query ignores a key while training"""
 
-    def heads(self, dim: int) -> tuple[int, int, int]:
+    def heads(self, dim: int | None) -> tuple[int, int, int]:
         """`(num_heads, num_kv_heads, head_dim)`, checked. Raises ConfigError with what would fit."""
-        if self.num_heads is None:
-            raise ConfigError("num_heads=None: it is derived by the recipe. Outside one, give it, such as num_heads=4.")
+        if self.num_heads is None or dim is None:
+            raise ConfigError(f"num_heads={self.num_heads}, dim={dim}: a recipe derives what is None. "
+                              "Outside one, give both, such as num_heads=4 dim=128.")
         num_kv_heads = self.num_kv_heads or self.num_heads
         if self.head_dim is None and dim % self.num_heads:
-            raise ConfigError(f"dim={dim} is not a multiple of num_heads={self.num_heads}: each head needs an equal "
-                              f"width. Try num_heads={_largest_divisor(dim, self.num_heads)}, or set head_dim.")
+            raise ConfigError(f"dim={dim} is not a multiple of num_heads={self.num_heads}: each head needs "
+                              "an equal width. Try "
+                              f"num_heads={_largest_divisor(dim, self.num_heads)}, or set head_dim.")
         if self.num_heads % num_kv_heads:
-            raise ConfigError(f"num_kv_heads={num_kv_heads} does not divide num_heads={self.num_heads}: each key/value "
-                              f"head serves an equal group. Try num_kv_heads="
+            raise ConfigError(f"num_kv_heads={num_kv_heads} does not divide num_heads={self.num_heads}: each "
+                              f"key/value head serves an equal group. Try num_kv_heads="
                               f"{_largest_divisor(self.num_heads, num_kv_heads)}.")
         return self.num_heads, num_kv_heads, self.head_dim or dim // self.num_heads
 
@@ -87,8 +89,8 @@ class Attention(nn.Module):
     Muon, LoRA or export.
     """
 
-    def __init__(self, section: AttentionConfig, *, dim: int, layer: int, value_embedding: bool, init: Init | None,
-                 output_init: Init | None) -> None:
+    def __init__(self, section: AttentionConfig, *, dim: int, layer: int, value_embedding: bool,
+                 init: Init | None, output_init: Init | None) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = section.heads(dim)
         self.layer, self.dropout = layer, section.dropout
@@ -103,12 +105,13 @@ class Attention(nn.Module):
         self.kernel: Kernel | None = None   # None: `choose_kernel` decides at each call
 
     def forward(self, x_BTD: Float[Tensor, "B T D"], *, mask: Mask, rotation: Rotation | None = None,
-                value_BTE: Float[Tensor, "B T E"] | None = None, cache: Cache | None = None) -> Float[Tensor, "B T D"]:
+                value_BTE: Float[Tensor, "B T E"] | None = None,
+                cache: Cache | None = None) -> Float[Tensor, "B T D"]:
         """`value_BTE` (E = K·H) holds the tokens' value embeddings, added through a gate that begins at 1."""
         q_BNTH = self.query_norm(self._heads(self.query(x_BTD)))
         k_BKTH = self.key_norm(self._heads(self.key(x_BTD)))
         v_BKTH = self._heads(self.value(x_BTD))
-        if self.value_gate is not None:
+        if self.value_gate is not None and value_BTE is not None:
             gate_BTK = 2 * self.value_gate(x_BTD).sigmoid()
             v_BKTH = v_BKTH + gate_BTK.transpose(1, 2)[..., None] * self._heads(value_BTE)
         if rotation is not None:

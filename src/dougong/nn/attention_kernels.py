@@ -28,17 +28,17 @@ def choose_kernel(q_BNTH: Tensor, k_BKSH: Tensor) -> Kernel:
     return explicit if q_BNTH.device.type == "cpu" and q_BNTH.dtype == torch.bfloat16 and short else fused
 
 
-def fused(q_BNTH: Float[Tensor, "B N T H"], k_BKSH: Float[Tensor, "B K S H"], v_BKSH: Float[Tensor, "B K S H"],
-          mask: Mask, *, dropout: float = 0.0) -> Float[Tensor, "B N T H"]:
-    """PyTorch's `scaled_dot_product_attention`, which never keeps the T × S scores where a fused form
-    exists."""
+def fused(q_BNTH: Float[Tensor, "B N T H"], k_BKSH: Float[Tensor, "B K S H"],
+          v_BKSH: Float[Tensor, "B K S H"], mask: Mask, *, dropout: float = 0.0) -> Float[Tensor, "B N T H"]:
+    """PyTorch's `scaled_dot_product_attention`, which keeps no T × S scores where it has a fused form."""
     return F.scaled_dot_product_attention(
         q_BNTH, k_BKSH, v_BKSH, attn_mask=mask.bias, is_causal=mask.causal, dropout_p=dropout,
         enable_gqa=q_BNTH.shape[1] != k_BKSH.shape[1])
 
 
-def explicit(q_BNTH: Float[Tensor, "B N T H"], k_BKSH: Float[Tensor, "B K S H"], v_BKSH: Float[Tensor, "B K S H"],
-             mask: Mask, *, dropout: float = 0.0) -> Float[Tensor, "B N T H"]:
+def explicit(q_BNTH: Float[Tensor, "B N T H"], k_BKSH: Float[Tensor, "B K S H"],
+             v_BKSH: Float[Tensor, "B K S H"], mask: Mask, *,
+             dropout: float = 0.0) -> Float[Tensor, "B N T H"]:
     """Scores, softmax and average as three operations; the heads of one group share a product."""
     B, N, T, H = q_BNTH.shape
     K, S = k_BKSH.shape[1:3]

@@ -11,8 +11,8 @@ from dougong.nn.init import ONES, ZEROS, Normal
 class Conv2d(nn.Conv2d):
     """Convolution, He initialisation (arXiv:1502.01852, eq. 10)."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1, padding: int = 0,
-                 bias: bool = True) -> None:
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1,
+                 padding: int = 0, bias: bool = True) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride=stride, padding=padding, bias=bias)
         self.init = {"weight": Normal(math.sqrt(2 / (in_channels * kernel_size**2))), "bias": ZEROS}
 

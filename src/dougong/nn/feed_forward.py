@@ -47,7 +47,8 @@ class GELUConfig:
 
     def build(self, *, dim: int, init: Init | None = None, output_init: Init | None = None) -> "FeedForward":
         activation = nn.GELU(approximate=self.approximate)
-        return FeedForward(dim, self.width(dim), activation, bias=self.bias, init=init, output_init=output_init)
+        return FeedForward(dim, self.width(dim), activation, bias=self.bias, init=init,
+                           output_init=output_init)
 
 
 @config
@@ -76,7 +77,8 @@ class ReLU2(nn.Module):
 class SwiGLU(nn.Module):
     """Gated feed-forward of three matrices."""
 
-    def __init__(self, dim: int, ffn_dim: int, *, bias: bool, init: Init | None, output_init: Init | None) -> None:
+    def __init__(self, dim: int, ffn_dim: int, *, bias: bool, init: Init | None,
+                 output_init: Init | None) -> None:
         super().__init__()
         self.gate = Linear(dim, ffn_dim, bias=bias, init=init)
         self.up = Linear(dim, ffn_dim, bias=bias, init=init)

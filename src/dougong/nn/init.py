@@ -71,8 +71,9 @@ def initialise(model: nn.Module, seed: int) -> None:
             rules = getattr(module, "init", {})
             assert name in rules, f"{type(module).__name__} gives no initial value for {full_name}"
             rules[name](parameter, Generator().manual_seed(derive(seed, full_name)))
-        if hasattr(module, "reset_buffers"):
-            module.reset_buffers()
+        reset_buffers = getattr(module, "reset_buffers", None)
+        if callable(reset_buffers):
+            reset_buffers()
 
 
 class Initialised(nn.Module):

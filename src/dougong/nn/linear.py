@@ -13,7 +13,8 @@ class Linear(nn.Module):
     `init` is the rule of the weight (default: `FanIn`); a bias begins at 0.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool = False, init: Init | None = None) -> None:
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = False,
+                 init: Init | None = None) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(empty(out_features, in_features))

@@ -45,7 +45,7 @@ def build_mask(span: Span, *, window: int | None = None, position_bias: Float[Te
     if start_B is not None:
         visible = visible & ((s_S >= start_B[:, None, None, None]) | (s_S == q_T1))
     if segment_BT is not None:
-        assert span.length == 0, "packed segments and a cache do not go together: cached keys' segments are unknown"
+        assert span.length == 0, "packed segments and a cache do not mix: cached keys have no segments"
         visible = visible & (segment_BT[:, :, None] == segment_BT[:, None, :])[:, None]
     zero = torch.zeros((), device=span.device, dtype=dtype)
     bias = zero if position_bias is None else position_bias.to(dtype)[None]

@@ -77,7 +77,8 @@ class NoPositionConfig:
 
     kind: Literal["none"] = "none"
 
-    def build(self, *, dim: int, head_dim: int, num_heads: int, context: int | None, init: Init | None) -> Position:
+    def build(self, *, dim: int, head_dim: int, num_heads: int, context: int | None,
+              init: Init | None) -> Position:
         return Position()
 
 
@@ -90,9 +91,11 @@ class RoPEConfig:
     theta: float = 10_000.0
     """base of the wavelengths; larger for longer contexts"""
 
-    def build(self, *, dim: int, head_dim: int, num_heads: int, context: int | None, init: Init | None) -> "RoPE":
+    def build(self, *, dim: int, head_dim: int, num_heads: int, context: int | None,
+              init: Init | None) -> "RoPE":
         if head_dim % 2:
-            raise ConfigError(f"head_dim={head_dim} is odd: RoPE turns pairs of channels. Try head_dim={head_dim + 1}.")
+            raise ConfigError(f"head_dim={head_dim} is odd: RoPE turns pairs of channels. Try "
+                              f"head_dim={head_dim + 1}.")
         return RoPE(head_dim, theta=self.theta)
 
 
@@ -105,7 +108,8 @@ class LearnedConfig:
     def build(self, *, dim: int, head_dim: int, num_heads: int, context: int | None,
               init: Init | None) -> "LearnedPosition":
         if context is None:
-            raise ConfigError("context=None: learned positions need to know how many there are. Try context=256.")
+            raise ConfigError("context=None: learned positions need to know how many there are. "
+                              "Try context=256.")
         return LearnedPosition(context, dim, init=init or Normal(0.02))
 
 
@@ -131,7 +135,8 @@ class ALiBiConfig:
 
     kind: Literal["alibi"] = "alibi"
 
-    def build(self, *, dim: int, head_dim: int, num_heads: int, context: int | None, init: Init | None) -> "ALiBi":
+    def build(self, *, dim: int, head_dim: int, num_heads: int, context: int | None,
+              init: Init | None) -> "ALiBi":
         return ALiBi(num_heads)
 
 
@@ -147,7 +152,8 @@ class LearnedPosition(Position):
     def embed(self, span: Span) -> Float[Tensor, "*b T D"]:
         if span.end > self.context and span.start_B is None:
             raise ConfigError(f"{span.end} tokens, but the model has learned positions for "
-                              f"context={self.context}. Give it fewer tokens, or train with a longer context.")
+                              f"context={self.context}. Give it fewer tokens, or train with a longer "
+                              "context.")
         return nn.functional.embedding(span.index_in_document(), self.weight)
 
     def extra_repr(self) -> str:
@@ -183,7 +189,8 @@ class RoPE(Position):
         return f"{self.head_dim}, theta={self.theta}"
 
 
-def rope_table(length: int, head_dim: int, theta: float, device: torch.device, dtype: torch.dtype) -> Rotation:
+def rope_table(length: int, head_dim: int, theta: float, device: torch.device,
+               dtype: torch.dtype) -> Rotation:
     """cos and sin of position / theta^(2i/H), angles in float32 as the published models compute them."""
     exponent_h = torch.arange(0, head_dim, 2, device=device).float() / head_dim
     angle_Th = torch.arange(length, device=device).float()[:, None] * (1.0 / theta**exponent_h)

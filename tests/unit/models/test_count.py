@@ -14,7 +14,7 @@ def test_gpt2_124m_by_hand():
     counted = count.parameters(GPT2)
     assert counted["total"] == 124_439_808, "the published model"
     assert counted["embedding"] == (50257 + 1024) * 768
-    assert counted["matrices"] == 12 * 12 * 768**2 + 50257 * 768, "four of attention, eight of feed-forward, and the head"
+    assert counted["matrices"] == 12 * 12 * 768**2 + 50257 * 768, "4 + 8 squares, the head"
     assert count.flops_per_token(GPT2, 1024) == 6 * counted["matrices"] + 6 * 12 * 1024 * 768
     assert counted["by_part"]["stack.attention"] == 12 * (4 * 768**2 + 4 * 768)
 
@@ -25,8 +25,10 @@ def test_published_models_have_their_published_size():
 
     # Qwen3-0.6B's config.json; the model card says 0.6B, of them 0.44B without embeddings.
     config = MAPS["qwen3"].config_from_hf({
-        "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 1024, "num_hidden_layers": 28, "head_dim": 128,
-        "num_attention_heads": 16, "num_key_value_heads": 8, "intermediate_size": 3072, "tie_word_embeddings": True,
+        "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 1024, "num_hidden_layers": 28,
+        "head_dim": 128,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "intermediate_size": 3072,
+        "tie_word_embeddings": True,
         "max_position_embeddings": 40960, "rope_theta": 1000000})
     counted = count.parameters(config)
     assert round(counted["total"] / 1e9, 1) == 0.6

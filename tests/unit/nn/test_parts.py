@@ -28,15 +28,18 @@ CPU = torch.device("cpu")
 
 
 def test_rms_norm_equals_torch():
-    x, weight = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True), torch.randn(8, dtype=torch.float64)
+    x = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(8, dtype=torch.float64)
     for w in (weight, None):
         mine, theirs = rms_norm(x, w, 1e-3), F.rms_norm(x, (8,), w, 1e-3)
         assert torch.allclose(mine, theirs, rtol=0, atol=1e-14)
         seed = torch.randn_like(x)
-        assert torch.allclose(*(torch.autograd.grad(y, x, seed)[0] for y in (mine, theirs)), rtol=0, atol=1e-13)
+        gradients = [torch.autograd.grad(y, x, seed)[0] for y in (mine, theirs)]
+        assert torch.allclose(*gradients, rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("norm", [lambda x, w: rms_norm(x, w, 1e-6), lambda x, w: layer_norm(x, w, None, 1e-6)])
+@pytest.mark.parametrize("norm", [lambda x, w: rms_norm(x, w, 1e-6),
+                                  lambda x, w: layer_norm(x, w, None, 1e-6)])
 def test_statistics_of_bf16_are_taken_in_float32(norm):
     # A thousand equal bf16 squares summed in bf16 would stop growing at 256; in float32 the result is exact
     # to rounding.
@@ -46,11 +49,12 @@ def test_statistics_of_bf16_are_taken_in_float32(norm):
     x = torch.randn(4, 512).bfloat16()
     exact = norm(x.double(), torch.ones(512).double())
     error = (norm(x, torch.ones(512)).double() - exact).abs()
-    assert (error <= 2 * 2**-9 * exact.abs() + 1e-6).all(), "no worse than rounding the exact answer to bf16 twice"
+    assert (error <= 2 * 2**-9 * exact.abs() + 1e-6).all(), "worse than rounding to bf16 twice"
 
 
 def test_norms_without_parameters_have_none():
-    assert not list(RMSNorm(8, learned=False).parameters()) and not list(LayerNorm(8, learned=False).parameters())
+    assert not list(RMSNorm(8, learned=False).parameters())
+    assert not list(LayerNorm(8, learned=False).parameters())
     assert len(list(LayerNorm(8, bias=False).parameters())) == 1
 
 
@@ -170,8 +174,9 @@ def test_a_weight_depends_on_seed_and_path_alone():
     assert torch.equal(both.a.bias, torch.zeros(32))
 
 
-@pytest.mark.parametrize(("rule", "std"), [(matrix(0.5), 0.5), (matrix(None), 0.1), (matrix(None, scale=2.0), 0.2),
-                                           (matrix(0.5, scale=0.5), 0.25), (FanIn(), 0.1), (Normal(0.02), 0.02)])
+@pytest.mark.parametrize(("rule", "std"), [(matrix(0.5), 0.5), (matrix(None), 0.1),
+                                           (matrix(None, scale=2.0), 0.2), (matrix(0.5, scale=0.5), 0.25),
+                                           (FanIn(), 0.1), (Normal(0.02), 0.02)])
 def test_first_values_have_their_standard_deviation(rule, std):
     weight = torch.empty(300, 100)
     rule(weight, torch.Generator().manual_seed(0))

@@ -45,8 +45,8 @@ class FamilyMap:
             hint = did_you_mean(missing[0], extra) if missing and extra else ""
             raise CheckpointError(
                 f"the tensors are not those of {self.architecture} with {config.num_layers} layers: "
-                f"missing {missing[:3] or 'none'} ({len(missing)}), left over {extra[:3] or 'none'} ({len(extra)})."
-                f"{hint} Check that config.json belongs to these weights.")
+                f"missing {missing[:3] or 'none'} ({len(missing)}), left over {extra[:3] or 'none'} "
+                f"({len(extra)}).{hint} Check that config.json belongs to these weights.")
         ours = {}
         for name, stored in expected.items():
             tensor = found[name].t() if stored.transposed else found[name]
@@ -72,8 +72,8 @@ class FamilyMap:
         if config.tied and "lm_head.weight" in found:
             head, embedding = found.pop("lm_head.weight"), self._embedding(config, found)
             if embedding is not None and not torch.equal(head, embedding):
-                raise CheckpointError("config.json says tie_word_embeddings, but lm_head.weight differs from the token "
-                                      "embedding. Set tie_word_embeddings to false to keep both.")
+                raise CheckpointError("config.json says tie_word_embeddings, but lm_head.weight differs from "
+                                      "the token embedding. Set tie_word_embeddings to false to keep both.")
         return found
 
     def _embedding(self, config: Any, found: Mapping[str, Tensor]) -> Tensor | None:
@@ -85,8 +85,9 @@ def refuse(given: Mapping[str, Any], key: str, fits: tuple[Any, ...], default: A
     """Raises ConfigError if config.json's `key` (or its default) is not one of `fits`."""
     value = given.get(key, default)
     if value not in fits:
-        raise ConfigError(f"config.json has {key}={value!r}; this family knows {' or '.join(map(repr, fits))}. "
-                          "Such a model cannot be imported without changing what it computes.")
+        known = " or ".join(map(repr, fits))
+        raise ConfigError(f"config.json has {key}={value!r}; this family knows {known}. Such a model"
+                          " cannot be imported without changing what it computes.")
 
 
 def rope_theta(given: Mapping[str, Any]) -> float:
@@ -98,8 +99,8 @@ def rope_theta(given: Mapping[str, Any]) -> float:
     rope = dict(given.get("rope_scaling") or {}) | dict(given.get("rope_parameters") or {})
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default" or rope.get("partial_rotary_factor", given.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise ConfigError(f"config.json asks for rotary positions {rope!r}; only the plain form (rope_type 'default', "
-                          "over the whole head) is known here.")
+        raise ConfigError(f"config.json asks for rotary positions {rope!r}; only the plain form (rope_type "
+                          "'default', over the whole head) is known here.")
     theta = rope.get("rope_theta", given.get("rope_theta", 10_000.0))
     return float(10_000.0 if theta is None else theta)
 

@@ -28,8 +28,8 @@ def config_from_hf(given: Mapping[str, Any]) -> GPT2Config:
 def config_to_hf(config: GPT2Config) -> dict[str, Any]:
     """A `GPT2Config` as config.json. Raises ConfigError for bias=False, which GPT-2 cannot express."""
     if not config.bias:
-        raise ConfigError("bias=False has no form in Hugging Face's GPT-2, whose matrices and norms all have biases. "
-                          "Train with bias=True, or with the family llama or qwen3.")
+        raise ConfigError("bias=False has no form in Hugging Face's GPT-2, whose matrices and norms all have "
+                          "biases. Train with bias=True, or with the family llama or qwen3.")
     return {"model_type": "gpt2", "architectures": [MAP.architecture],
             "vocab_size": config.vocab_size, "n_positions": config.context, "n_ctx": config.context,
             "n_embd": config.dim, "n_layer": config.num_layers, "n_head": config.num_heads,
@@ -47,7 +47,8 @@ def names(config: GPT2Config) -> dict[str, Stored]:
     for i in range(config.num_layers or 0):
         theirs, ours = f"transformer.h.{i}", f"stack.{i}"
         table |= _norm(f"{theirs}.ln_1", f"{ours}.attention_norm")
-        table |= _conv1d(f"{theirs}.attn.c_attn", *(f"{ours}.attention.{x}" for x in ("query", "key", "value")))
+        fused = (f"{ours}.attention.{part}" for part in ("query", "key", "value"))
+        table |= _conv1d(f"{theirs}.attn.c_attn", *fused)
         table |= _conv1d(f"{theirs}.attn.c_proj", f"{ours}.attention.output")
         table |= _norm(f"{theirs}.ln_2", f"{ours}.feed_forward_norm")
         table |= _conv1d(f"{theirs}.mlp.c_fc", f"{ours}.feed_forward.up")

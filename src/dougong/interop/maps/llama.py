@@ -5,7 +5,6 @@ from typing import Any
 
 from dougong.interop.maps.family_map import FamilyMap, Stored, linear, refuse, rope_keys, rope_theta
 from dougong.models.families.llama import LlamaConfig
-from dougong.nn.feed_forward import SwiGLUConfig
 
 
 def config_from_hf(given: Mapping[str, Any]) -> LlamaConfig:
@@ -26,13 +25,15 @@ def config_from_hf(given: Mapping[str, Any]) -> LlamaConfig:
 
 def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
     """A `LlamaConfig` as config.json; dropouts that only training uses are left out."""
-    num_heads, num_kv_heads, head_dim = config.decoder().attention.heads(config.dim or 0)
+    section = config.decoder()
+    num_heads, num_kv_heads, head_dim = section.attention.heads(config.dim)
     return {"model_type": "llama", "architectures": [MAP.architecture],
             "vocab_size": config.vocab_size, "max_position_embeddings": config.context,
             "hidden_size": config.dim, "num_hidden_layers": config.num_layers,
             "num_attention_heads": num_heads, "num_key_value_heads": num_kv_heads, "head_dim": head_dim,
-            "intermediate_size": SwiGLUConfig(ffn_dim=config.ffn_dim).width(config.dim or 0), "hidden_act": "silu",
-            **rope_keys(config.rope_theta), "rms_norm_eps": config.norm_eps, "tie_word_embeddings": config.tied,
+            "intermediate_size": section.feed_forward.width(config.dim), "hidden_act": "silu",
+            **rope_keys(config.rope_theta), "rms_norm_eps": config.norm_eps,
+            "tie_word_embeddings": config.tied,
             "attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias,
             "attention_dropout": config.attention_dropout, "initializer_range": config.init_std,
             "dtype": "float32", "torch_dtype": "float32"}

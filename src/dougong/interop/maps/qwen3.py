@@ -7,7 +7,6 @@ from dougong.core.errors import ConfigError
 from dougong.interop.maps.family_map import FamilyMap, Stored, linear, refuse, rope_keys, rope_theta
 from dougong.interop.maps.llama import layer
 from dougong.models.families.qwen3 import Qwen3Config
-from dougong.nn.feed_forward import SwiGLUConfig
 
 SHORT, LONG = "sliding_attention", "full_attention"
 
@@ -25,7 +24,8 @@ def config_from_hf(given: Mapping[str, Any]) -> Qwen3Config:
         ffn_dim=given.get("intermediate_size", 22016), rope_theta=rope_theta(given),
         norm_eps=given.get("rms_norm_eps", 1e-6), tied=given.get("tie_word_embeddings", False),
         attention_bias=given.get("attention_bias", False), window=window, full_layers=full_layers,
-        attention_dropout=given.get("attention_dropout") or 0.0, init_std=given.get("initializer_range", 0.02))
+        attention_dropout=given.get("attention_dropout") or 0.0,
+        init_std=given.get("initializer_range", 0.02))
 
 
 def _window(given: Mapping[str, Any], num_layers: int) -> tuple[int | None, int | None]:
@@ -46,15 +46,17 @@ def _window(given: Mapping[str, Any], num_layers: int) -> tuple[int | None, int 
 
 def config_to_hf(config: Qwen3Config) -> dict[str, Any]:
     """A `Qwen3Config` as config.json; dropouts that only training uses are left out."""
-    num_heads, num_kv_heads, head_dim = config.decoder().attention.heads(config.dim or 0)
+    section = config.decoder()
+    num_heads, num_kv_heads, head_dim = section.attention.heads(config.dim)
     num_layers = config.num_layers or 0
     full_layers = num_layers if config.window is None else min(config.full_layers or 0, num_layers)
     return {"model_type": "qwen3", "architectures": [MAP.architecture],
             "vocab_size": config.vocab_size, "max_position_embeddings": config.context,
             "hidden_size": config.dim, "num_hidden_layers": num_layers,
             "num_attention_heads": num_heads, "num_key_value_heads": num_kv_heads, "head_dim": head_dim,
-            "intermediate_size": SwiGLUConfig(ffn_dim=config.ffn_dim).width(config.dim or 0), "hidden_act": "silu",
-            **rope_keys(config.rope_theta), "rms_norm_eps": config.norm_eps, "tie_word_embeddings": config.tied,
+            "intermediate_size": section.feed_forward.width(config.dim), "hidden_act": "silu",
+            **rope_keys(config.rope_theta), "rms_norm_eps": config.norm_eps,
+            "tie_word_embeddings": config.tied,
             "attention_bias": config.attention_bias, "attention_dropout": config.attention_dropout,
             "use_sliding_window": config.window is not None, "sliding_window": config.window,
             "max_window_layers": full_layers,

@@ -33,8 +33,8 @@ class CNNConfig:
 
     def build(self) -> "CNN":
         if self.num_classes is None:
-            raise ConfigError("num_classes=None: a recipe derives it from its data. Outside one, give it, such as "
-                              "num_classes=10.")
+            raise ConfigError("num_classes=None: a recipe derives it from its data. Outside one, give it, "
+                              "such as num_classes=10.")
         if not self.channels:
             raise ConfigError("channels=(): a CNN needs at least one stage. Try channels=[32, 64].")
         return CNN(self)
@@ -43,14 +43,15 @@ class CNNConfig:
 class CNN(Initialised):
     """`pixels -> logits`. Pixels are B C Y X, or B Y X for one channel."""
 
-    not_additive: str | None = ("BatchNorm normalises by the statistics of the batch it is given, so the loss of two "
-                                "halves is not the loss of the whole")
+    not_additive: str | None = ("BatchNorm normalises by the statistics of the batch it is given, so the "
+                                "loss of two halves is not the loss of the whole")
 
     def __init__(self, section: CNNConfig) -> None:
         super().__init__()
+        assert section.num_classes, "CNNConfig.build checks it"
         self.config, self.compute_dtype = section, torch.float32
         widths = (section.in_channels, *section.channels)
-        self.stages = nn.ModuleDict({str(i): Stage(widths[i], widths[i + 1]) for i in range(len(section.channels))})
+        self.stages = nn.ModuleDict({str(i): Stage(*widths[i:i + 2]) for i in range(len(section.channels))})
         self.dropout = Dropout(section.dropout)
         self.head = Linear(widths[-1], section.num_classes, bias=True)
 

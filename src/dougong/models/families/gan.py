@@ -36,8 +36,8 @@ class GANConfig:
 
     def build(self) -> "GAN":
         if self.image_size is None or self.image_size % 4:
-            raise ConfigError(f"image_size={self.image_size}: the networks halve the image twice. Try image_size="
-                              f"{max(4, 4 * round((self.image_size or 8) / 4))}.")
+            raise ConfigError(f"image_size={self.image_size}: the networks halve the image twice. Try "
+                              f"image_size={max(4, 4 * round((self.image_size or 8) / 4))}.")
         return GAN(self)
 
 
@@ -66,6 +66,7 @@ class Generator(nn.Module):
 
     def __init__(self, section: GANConfig) -> None:
         super().__init__()
+        assert section.image_size, "GANConfig.build checks it"
         self.noise_dim, self.dim, self.side = section.noise_dim, section.dim, section.image_size // 4
         self.seed = Linear(section.noise_dim, section.dim * self.side**2, bias=True)
         self.norm = LayerNorm(section.dim * self.side**2)
@@ -84,6 +85,7 @@ class Discriminator(nn.Module):
 
     def __init__(self, section: GANConfig) -> None:
         super().__init__()
+        assert section.image_size, "GANConfig.build checks it"
         self.conv1 = Conv2d(section.channels, section.dim // 2, 3, stride=2, padding=1)
         self.conv2 = Conv2d(section.dim // 2, section.dim, 3, stride=2, padding=1)
         self.dropout = Dropout(section.dropout)

@@ -28,8 +28,8 @@ class LinearConfig:
 
     def build(self) -> "LinearModel":
         if self.in_features is None:
-            raise ConfigError("in_features=None: a recipe derives it from its data. Outside one, give it, such as "
-                              "in_features=8.")
+            raise ConfigError("in_features=None: a recipe derives it from its data. Outside one, give it, "
+                              "such as in_features=8.")
         return LinearModel(self)
 
 
@@ -40,6 +40,7 @@ class LinearModel(Initialised):
 
     def __init__(self, section: LinearConfig) -> None:
         super().__init__()
+        assert section.in_features, "LinearConfig.build checks it"
         self.config, self.compute_dtype = section, torch.float32
         self.linear = Linear(section.in_features, section.out_features, bias=section.bias,
                              init=matrix(section.init_std))

@@ -62,13 +62,16 @@ class NanoConfig:
 
         return DecoderConfig(
             vocab_size=self.vocab_size, context=self.context, dim=self.dim, num_layers=self.num_layers,
-            attention=AttentionConfig(num_heads=self.num_heads, qk_norm="plain", dropout=self.attention_dropout),
+            attention=AttentionConfig(num_heads=self.num_heads, qk_norm="plain",
+                                      dropout=self.attention_dropout),
             position=RoPEConfig(theta=self.rope_theta), feed_forward=ReLU2Config(ffn_dim=self.ffn_dim),
-            norm=RMSNormConfig(learned=False), embedding_norm=True, residual=X0ResidualConfig(origin=self.x0_init),
+            norm=RMSNormConfig(learned=False), embedding_norm=True,
+            residual=X0ResidualConfig(origin=self.x0_init),
             window=self.window, window_pattern=self.window_pattern, value_embeddings=self.value_embeddings,
             tied=self.tied, soft_cap=self.soft_cap,
             embedding_dropout=self.embedding_dropout, dropout=self.dropout, init_std=None,
-            embedding_std=(self.dim or 1) ** -0.5 if self.tied else 1.0, output_init="zero", head_std=self.head_std)
+            embedding_std=(self.dim or 1) ** -0.5 if self.tied else 1.0, output_init="zero",
+            head_std=self.head_std)
 
     def build(self) -> "Decoder":
         return self.decoder().build(config=self)
