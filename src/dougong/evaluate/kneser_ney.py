@@ -122,8 +122,8 @@ class _Level:
 def _discounts(counts: np.ndarray) -> np.ndarray:
     """[0, D1, D2, D3+] (Chen & Goodman 1998, eq. 26).
 
-    With little data the estimate does not exist (some count of 1 to 4 never occurs) or takes nothing from
-    some count, which would leave no probability for what was never seen: then one discount of 0.75 for all.
+    With little data the estimate does not exist (some count of 1 to 4 never occurs), or takes nothing from
+    some count and so leaves no probability for what was never seen: then one discount of 0.75 for all.
     """
     n = np.bincount(np.minimum(counts, 5), minlength=6).astype(np.float64)
     if n[1:5].all():

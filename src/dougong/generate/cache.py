@@ -31,9 +31,9 @@ class KVCache:
         if keys is None or end > keys.shape[2]:
             self._grow(layer, end, k_BKTH, v_BKTH)
         keys, values = self._keys[layer], self._values[layer]
-        keys[:, :, length:end] = k_BKTH
-        values[:, :, length:end] = v_BKTH
-        return keys[:, :, :end], values[:, :, :end]
+        keys.narrow(2, length, end - length).copy_(k_BKTH)
+        values.narrow(2, length, end - length).copy_(v_BKTH)
+        return keys.narrow(2, 0, end), values.narrow(2, 0, end)
 
     def advance(self, count: int) -> None:
         """Counts `count` positions as read. The model calls it once, after its last layer."""

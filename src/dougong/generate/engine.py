@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dougong.core.errors import ConfigError
 from dougong.generate.cache import KVCache
+from dougong.generate.fused import fuse
 from dougong.generate.sampling import Draws, SamplingConfig, choose, log_probabilities
 from dougong.runtime.device import Runtime
 from dougong.runtime.seeds import derive
@@ -47,10 +48,10 @@ class _Row:
 
 
 class Engine:
-    """A model ready to decode: its weights as they are now, in the compute dtype, in evaluation mode.
+    """A model ready to decode: its weights in the compute dtype, in evaluation mode, parts fused (`fused`).
 
-    The matrices are converted once (the leaves would otherwise cast them at every token); vectors stay fp32,
-    and what needs no conversion is shared with the given model, which is left untouched.
+    The given model is left untouched. Make an engine after training it further: matrices are converted and
+    joined once, since the leaves would otherwise cast them at every token.
     """
 
     def __init__(self, model: nn.Module, runtime: Runtime = Runtime()) -> None:  # noqa: B008 (a frozen value)
@@ -213,16 +214,15 @@ def _sample_seed(seed: int, sample: int) -> int:
 
 
 def _for_inference(model: nn.Module, runtime: Runtime) -> nn.Module:
-    """A copy of the module tree in evaluation mode that shares every tensor it need not convert.
+    """A copy of the module tree in evaluation mode, its parameters in the compute dtype, its parts fused.
 
-    deepcopy's memo already holds the tensors, so no second fp32 copy ever exists, and tied weights stay tied.
+    deepcopy's memo already holds the converted tensors, so no second fp32 copy is made on the way.
     """
     memo: dict[int, object] = {id(buffer): buffer.to(runtime.device) for buffer in model.buffers()}
     for parameter in model.parameters():
-        dtype = runtime.dtype if parameter.ndim > 1 else parameter.dtype
-        ready = parameter.detach().to(runtime.device, dtype)   # the same memory where nothing changes
+        ready = parameter.detach().to(runtime.device, runtime.dtype)
         memo[id(parameter)] = nn.Parameter(ready, requires_grad=False)
     copied = copy.deepcopy(model, memo).eval()
     if getattr(copied, "compute_dtype", runtime.dtype) != runtime.dtype:
         copied.compute_dtype = runtime.dtype
-    return copied
+    return fuse(copied)

@@ -167,13 +167,19 @@ def test_the_engine_leaves_the_model_as_it_was(model):
     list(engine.start(PROMPTS, GREEDY))
     assert {name: (p.data_ptr(), p.dtype, p.requires_grad) for name, p in model.named_parameters()} == before
     assert all(module.training for module in model.modules()) and model.compute_dtype == torch.float32
-    assert all(p.dtype == torch.bfloat16 for p in engine.model.parameters() if p.ndim > 1)
+    assert all(p.dtype == torch.bfloat16 for p in engine.model.parameters())
     model(torch.tensor([[1, 2]])).sum().backward()   # tables made while decoding do not hinder training
 
 
-def test_fp32_engines_share_the_weights(qwen3):
-    shared = dict(qwen3.named_parameters())
-    assert all(p.data_ptr() == shared[name].data_ptr() for name, p in Engine(qwen3).model.named_parameters())
+@torch.no_grad()
+def test_fused_parts_equal_the_models(model):
+    engine, tokens = Engine(model), torch.randint(0, VOCABULARY, (3, 20))
+    assert close(engine.model(tokens), model(tokens))
+    for rows in (1, 3):
+        cache, plain = KVCache(), KVCache()
+        for a, b in [(0, 9), (9, 10), (10, 11), (11, 20)]:
+            ours = engine.model(tokens[:rows, a:b], cache=cache)
+            assert close(ours, model(tokens[:rows, a:b], cache=plain))
 
 
 def test_bf16_decoding_equals_bf16_forwards():
