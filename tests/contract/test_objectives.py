@@ -1,4 +1,4 @@
-"""Every objective of the table: sums add over rows, weights come from the batch, metrics carry no gradient."""
+"""Every objective of the table: sums add over rows, weights come from the batch, metrics have no gradient."""
 
 from types import SimpleNamespace
 
@@ -34,9 +34,11 @@ def case(kind):
     weight = torch.tensor([1.0, 0.0, 2.0, 0.5, 1.0, 1.0], dtype=torch.float64)
     inputs = torch.randn(6, 4, dtype=torch.float64)
     model, fields = {
-        "causal_lm": lambda: (Token(), {"tokens": torch.randint(9, (6, 5)), "targets": torch.randint(9, (6, 5)),
+        "causal_lm": lambda: (Token(), {"tokens": torch.randint(9, (6, 5)),
+                                        "targets": torch.randint(9, (6, 5)),
                                         "weight": torch.rand(6, 5)}),
-        "classify": lambda: (nn.Linear(4, 3), {"pixels": inputs, "labels": torch.randint(3, (6,)), "weight": weight}),
+        "classify": lambda: (nn.Linear(4, 3),
+                             {"pixels": inputs, "labels": torch.randint(3, (6,)), "weight": weight}),
         "regression": lambda: (nn.Linear(4, 2), {"features": inputs, "targets": torch.randn(6, 2).double(),
                                                  "weight": weight}),
         "gan": lambda: (Game(), {"pixels": inputs}),
@@ -73,7 +75,8 @@ def test_additive_objectives_add_over_rows(kind):
                                rtol=1e-12, atol=1e-12)
     for name, value in whole.metrics.items():
         torch.testing.assert_close(sum(part.metrics[name] for part in parts), value, rtol=1e-6, atol=1e-6)
-    assert objective.weight(batch) == pytest.approx(sum(objective.weight(part) for part in batch.split(2)), rel=1e-12)
+    assert objective.weight(batch) == pytest.approx(sum(objective.weight(part) for part in batch.split(2)),
+                                                    rel=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["causal_lm", "classify", "regression"])
@@ -111,7 +114,8 @@ def test_regressions_gradient_is_prediction_minus_target():
 def test_regression_refuses_shapes_that_would_broadcast():
     model, batch = case("regression")
     with pytest.raises(DataError, match="targets are"):
-        OBJECTIVES["regression"]().build().losses(model, Batch(**{**batch, "targets": torch.zeros(6, 1).double()}))
+        OBJECTIVES["regression"]().build().losses(model,
+                                                  Batch(**{**batch, "targets": torch.zeros(6, 1).double()}))
 
 
 def test_gan_losses_are_the_papers():

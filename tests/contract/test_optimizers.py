@@ -41,7 +41,8 @@ def test_groups_hold_every_parameter_once_and_spare_vectors_from_decay(kind):
     model = net()
     optimizer = OPTIMIZERS[kind](lr=0.1, weight_decay=0.3, no_decay=("2.weight",)).build(model)
     rows = describe(optimizer)
-    assert sorted(name for row in rows for name in row["names"]) == sorted(n for n, _ in model.named_parameters())
+    assert sorted(name for row in rows for name in row["names"]) == sorted(n for n,
+                                                                           _ in model.named_parameters())
     decay = {name: row["weight_decay"] for row in rows for name in row["names"]}
     assert decay["0.weight"] == 0.3
     assert decay["0.bias"] == decay["2.weight"] == 0.0

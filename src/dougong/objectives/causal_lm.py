@@ -3,6 +3,7 @@
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
+
 from dougong.core.config import config
 from dougong.data.batch import Batch
 from dougong.objectives.cross_entropy import LossSettings, head_cross_entropy
@@ -28,7 +29,8 @@ class CausalLMConfig:
 
 
 class CausalLM:
-    """The model is a `LanguageModel`; batches carry `tokens`, `targets` (B T int64), `weight` (B T) and possibly `segment` (B T).
+    """The model is a `LanguageModel`; batches carry `tokens`, `targets` (B T int64), `weight` (B T) and
+    possibly `segment` (B T).
 
     Metrics: `loss` (nats, without z-loss and smoothing: comparable between recipes), `accuracy`, and `z` (the
     mean squared log-partition) where a z-loss is asked for.

@@ -16,8 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-
-_LEAST_ROWS = 256    # each chunk adds to the whole gradient of the head's weight; fewer rows would not pay for that
+# each chunk adds to the whole gradient of the head's weight; fewer rows would not pay for that
+_LEAST_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,10 @@ def head_cross_entropy(head: nn.Module, x_ND: Float[Tensor, "N D"], targets_N: I
     """Summed, weighted cross-entropy of `head(x)` against `targets`, differentiable to `x` and the head's
     parameters.
 
-    `parameters` are the model's: those that the head uses get their gradient (a tied head uses the embedding's without
-    owning it). With l = logsumexp of the logits a token costs `(1-s)(l - logit_target) + s(l - mean logit) + z l²`
-    (label smoothing s; z-loss z: Chowdhery et al. 2022, arXiv:2204.02311, section 5). No gradients of gradients.
+    `parameters` are the model's: those that the head uses get their gradient (a tied head uses the
+    embedding's without owning it). With l = logsumexp of the logits a token costs `(1-s)(l - logit_target) +
+    s(l - mean logit) + z l²` (label smoothing s; z-loss z: Chowdhery et al. 2022, arXiv:2204.02311, section
+    5). No gradients of gradients.
     """
     rows = max(_LEAST_ROWS, settings.chunk_logits // vocab_size)
     wanted = [p for p in parameters if p.requires_grad]
@@ -84,7 +85,8 @@ class _HeadCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, factor: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grads = ctx.gradients
-        del ctx.gradients       # scaled in place below: a second backward through this graph must not find them
+        # scaled in place below: a second backward through this graph must not find them
+        del ctx.gradients
         scaled = [g if g is None else g.mul_(factor.to(g.dtype)) for g in (grad_x, *grads)]
         return None, scaled[0], None, None, None, None, *scaled[1:]
 
@@ -98,7 +100,7 @@ def token_losses(logits_NV: Float[Tensor, "N V"], targets_N: Int[Tensor, " N"], 
     probability = logits.softmax(-1)
     target = logits.gather(-1, targets_N[:, None]).squeeze(-1)
     largest = logits.amax(-1)
-    # The largest logit's probability is exp(largest - lse): one cheap maximum instead of another pass of exponentials.
+    # The largest logit has probability exp(largest - lse): a maximum instead of another pass of exponentials.
     lse = largest - probability.amax(-1).log()
     nll = lse - target
     correct = _is_argmax(logits, target, largest, targets_N)

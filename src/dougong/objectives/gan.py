@@ -52,7 +52,7 @@ class GAN:
         def judge(rows: torch.Tensor) -> torch.Tensor:
             return at_least_fp32(model.discriminator(rows)).flatten()  # type: ignore[operator]
 
-        # Both losses read one judgement of the fakes: the loop gives each group the gradient of its own loss alone.
+        # Both losses read one judgement of the fakes: each group gets the gradient of its own loss alone.
         on_real, on_fake = judge(real), judge(fake)
         truth = torch.full_like(on_real, self.real_label)
         discriminator = (F.binary_cross_entropy_with_logits(on_real, truth, reduction="sum")

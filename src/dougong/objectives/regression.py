@@ -23,8 +23,8 @@ class RegressionConfig:
 
 
 class Regression:
-    """Batches carry `features` (B …), `targets` (B or B O, float) and possibly `weight` (B); `model(features)`
-    has the targets' shape, or one more axis of length 1.
+    """Batches carry `features` (B …), `targets` (B or B O, float) and possibly `weight` (B);
+    `model(features)` has the targets' shape, or one more axis of length 1.
 
     Metrics: `loss` (as trained) and `absolute_error` (summed over a row's outputs).
     """
@@ -38,8 +38,10 @@ class Regression:
         prediction, target = at_least_fp32(model(batch["features"])), batch["targets"]
         if prediction.shape == (*target.shape, 1):
             prediction = prediction.squeeze(-1)
-        if prediction.shape != target.shape:    # broadcasting (B,) against (B, 1) would silently train on B² pairs
-            raise DataError(f"the model predicts {tuple(prediction.shape)} but the targets are {tuple(target.shape)}.\n"
+        # broadcasting (B,) against (B, 1) would silently train on B² pairs
+        if prediction.shape != target.shape:
+            raise DataError(f"the model predicts {tuple(prediction.shape)} but the targets are "
+                            f"{tuple(target.shape)}.\n"
                             "Give the model as many outputs as a row has targets.")
         error = (prediction - target.to(prediction.dtype)).reshape(len(target), -1)
         weight = row_weight(batch).to(error.dtype)

@@ -134,12 +134,15 @@ class MuonConfig:
         check_patterns(model, rules)
         names, matrices = trainable(model), hidden_matrices(model, self.adamw)
         if not matrices:
-            raise ConfigError("optim.kind=muon found no hidden matrix in this model, so it would be AdamW alone.\n"
+            raise ConfigError("optim.kind=muon found no hidden matrix in this model, so it would be AdamW "
+                              "alone.\n"
                               "Try optim.kind=adamw.")
         muon = parameter_groups({n: p for n, p in names.items() if n in matrices}, rules, lr=self.lr,
                                 weight_decay=self.weight_decay, algorithm="muon", momentum=self.momentum,
-                                nesterov=self.nesterov, steps=self.steps, scale=self.scale, cautious=self.cautious)
-        rest = parameter_groups({n: p for n, p in names.items() if n not in matrices}, rules, lr=self.adamw_lr,
+                                nesterov=self.nesterov, steps=self.steps, scale=self.scale,
+                                cautious=self.cautious)
+        rest = parameter_groups({n: p for n, p in names.items() if n not in matrices}, rules,
+                                lr=self.adamw_lr,
                                 weight_decay=self.adamw_weight_decay, algorithm="adamw", betas=self.betas,
                                 eps=self.eps)
         return Muon([*muon, *rest], dtype=getattr(model, "compute_dtype", torch.float32))
@@ -148,7 +151,8 @@ class MuonConfig:
 def _groups(section: Any, model: nn.Module, **options: Any) -> list[dict[str, Any]]:
     rules = GroupRules(no_decay=section.no_decay, rates=section.rates)
     check_patterns(model, rules)
-    return parameter_groups(trainable(model), rules, lr=section.lr, weight_decay=section.weight_decay, **options)
+    return parameter_groups(trainable(model), rules, lr=section.lr, weight_decay=section.weight_decay,
+                            **options)
 
 
 def _fused(model: nn.Module) -> bool:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from dougong.core.errors import ConfigError, did_you_mean
 
-
 _TABLES = re.compile("Embedding|Position")
 
 
@@ -31,8 +30,8 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
 def hidden_matrices(model: nn.Module, excluded: Sequence[str] = ()) -> set[str]:
     """Names of the matrices that Muon is for: 2-D weights that map activations to activations.
 
-    Not so: tables of embeddings or positions (rows are looked up, not multiplied), the head (`model.head`), anything matching
-    `excluded`.
+    Not so: tables of embeddings or positions (rows are looked up, not multiplied), the head (`model.head`),
+    anything matching `excluded`.
     """
     names = trainable(model)
     tables = [module for module in model.modules() if _TABLES.search(type(module).__name__)]
@@ -103,5 +102,6 @@ def _fold(names: Sequence[str]) -> list[str]:
 def _matching(pattern: str, names: Mapping[str, Any], *, optional: bool = False) -> list[str]:
     found = fnmatch.filter(names, pattern)
     if not found and not optional:
-        raise ConfigError(f"the pattern {pattern!r} matches no parameter.{did_you_mean(pattern, _fold(list(names)))}")
+        raise ConfigError(f"the pattern {pattern!r} matches no "
+                          f"parameter.{did_you_mean(pattern, _fold(list(names)))}")
     return found

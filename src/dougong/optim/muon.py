@@ -15,7 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-_COEFFICIENTS = (3.4445, -4.7750, 2.0315)   # steepest at zero while mapping [0, 1] into about [0.7, 1.2] (the post)
+# steepest at zero while mapping [0, 1] into about [0.7, 1.2] (the post)
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _EPS = 1e-7
 
 Scale = Literal["original", "match_rms_adamw"]
@@ -88,7 +89,8 @@ class Muon(torch.optim.Optimizer):
                                      exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
         states = [self.state[p] for p in parameters]
         adamw(parameters, [p.grad for p in parameters],  # type: ignore[misc]
-              [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [], [s["step"] for s in states],
+              [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [],
+              [s["step"] for s in states],
               fused=True, amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
               weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
 

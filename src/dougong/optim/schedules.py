@@ -32,7 +32,8 @@ class LinearConfig:
 
     def build(self, total_steps: int) -> Schedule:
         warmup = _steps(self.warmup, total_steps, "warmup")
-        return lambda step: _warm(step, warmup) or _blend(self.floor, 1 - _progress(step, warmup, total_steps))
+        return lambda step: _warm(step, warmup) or _blend(self.floor,
+                                                          1 - _progress(step, warmup, total_steps))
 
 
 @config
@@ -69,7 +70,8 @@ class WSDConfig:
     def build(self, total_steps: int) -> Schedule:
         warmup, decay = _steps(self.warmup, total_steps, "warmup"), _steps(self.decay, total_steps, "decay")
         if warmup + decay > total_steps:
-            raise ConfigError(f"warmup={warmup} and decay={decay} steps do not fit into {total_steps} steps.\n"
+            raise ConfigError(f"warmup={warmup} and decay={decay} steps do not fit into {total_steps} "
+                              f"steps.\n"
                               "Shorten one of them; a fraction (decay=0.3) fits any run.")
         power = {"linear": 1.0, "sqrt": 0.5}[self.shape]
         return lambda step: _warm(step, warmup) or _blend(

@@ -47,7 +47,8 @@ class Saved:
     reason: str
 
 
-def save_checkpoint(run: RunDirectory, state: TrainState, *, recipe_hash: str = "", reason: str = "last") -> Saved:
+def save_checkpoint(run: RunDirectory, state: TrainState, *, recipe_hash: str = "",
+                    reason: str = "last") -> Saved:
     """Writes a checkpoint of `state` and returns when it is on disk. Raises DougongError on a full or
     read-only disk; what was there before stays."""
     return _write(run, _snapshot(state), recipe_hash, reason)
@@ -83,7 +84,8 @@ def load_model_tensors(path: Path, *, weights: str = "raw") -> dict[str, torch.T
     _refuse_damaged(path)
     file = path / {"raw": "model.safetensors", "ema": "shadow.safetensors"}[weights]
     if not file.exists():
-        raise CheckpointError(f"{path} holds no average of the weights: its recipe had no train.ema. Use weights=raw.")
+        raise CheckpointError(f"{path} holds no average of the weights: its recipe had no train.ema. Use "
+                              f"weights=raw.")
     return safetensors.torch.load_file(file)
 
 
@@ -98,7 +100,8 @@ def problems(path: Path) -> list[str]:
         if not file.is_file():
             found.append(f"{path.name}/{name}: missing")
         elif file.stat().st_size != expected["bytes"]:
-            found.append(f"{path.name}/{name}: {file.stat().st_size:,} bytes instead of {expected['bytes']:,}")
+            size = file.stat().st_size
+            found.append(f"{path.name}/{name}: {size:,} bytes instead of {expected['bytes']:,}")
         elif files.sha256(file) != expected["sha256"]:
             found.append(f"{path.name}/{name}: its checksum does not match its content")
     return found
@@ -111,7 +114,8 @@ class Checkpointer:
     of a failed one; `wait` does so after the running one has ended.
     """
 
-    def __init__(self, run: RunDirectory, *, recipe_hash: str = "", keep_last: int = 2, keep_best: bool = True) -> None:
+    def __init__(self, run: RunDirectory, *, recipe_hash: str = "", keep_last: int = 2,
+                 keep_best: bool = True) -> None:
         self.run, self.recipe_hash = run, recipe_hash
         self.keep_last, self.keep_best = keep_last, keep_best
         self.last_step: int | None = None
@@ -155,7 +159,8 @@ class Checkpointer:
         steps = self.run.checkpoint_steps()
         whole = [step for step in steps if _manifest(self.run.checkpoint(step))]
         kept = set(whole[-self.keep_last:])
-        losses = {step: loss for step in whole if (loss := _manifest(self.run.checkpoint(step)).get("loss")) is not None}
+        losses = {step: loss for step in whole
+                  if (loss := _manifest(self.run.checkpoint(step)).get("loss")) is not None}
         if self.keep_best and losses:
             kept.add(min(losses, key=lambda step: (losses[step], -step)))
         for step in steps:
@@ -222,14 +227,15 @@ def _manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads((path / "manifest.json").read_bytes())
     except (OSError, ValueError):
         return {}
-    known = isinstance(manifest, dict) and manifest.get("format") == _FORMAT and isinstance(manifest.get("files"), dict)
-    return manifest if known else {}
+    known = isinstance(manifest, dict) and manifest.get("format") == _FORMAT
+    return manifest if known and isinstance(manifest.get("files"), dict) else {}
 
 
 def _refuse_damaged(path: Path) -> None:
     if wrong := problems(path):
         raise CheckpointError(f"{path} cannot be trusted:\n  " + "\n  ".join(wrong)
-                              + "\nUse another checkpoint of the run; resuming picks the newest whole one by itself.")
+                              + "\nUse another checkpoint of the run; resuming picks the newest whole one "
+                                "by itself.")
 
 
 def _first_valid(run: RunDirectory, steps: list[int]) -> Found:

@@ -18,7 +18,8 @@ def checkpoint_blocks(model: nn.Module) -> int:
     blocks = [block for module in model.modules() if isinstance(module, nn.ModuleDict | nn.ModuleList)
               for name, block in module.named_children() if name.isdigit()]
     if not blocks:
-        raise ConfigError("train.gradient_checkpointing=true has no effect on a model without a stack of blocks.\n"
+        raise ConfigError("train.gradient_checkpointing=true has no effect on a model without a stack of "
+                          "blocks.\n"
                           "Leave it out, or lower train.micro_rows to save memory.")
     for block in blocks:
         block.forward = _recomputed(block.forward)

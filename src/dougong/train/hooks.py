@@ -109,7 +109,8 @@ class Sample:
 class SaveCheckpoints:
     """Saves every `every` steps, at every new best evaluation, and at the end or when training is stopped."""
 
-    def __init__(self, reporter: Reporter, checkpointer: Checkpointer, *, every: int, total_steps: int) -> None:
+    def __init__(self, reporter: Reporter, checkpointer: Checkpointer, *, every: int,
+                 total_steps: int) -> None:
         self.reporter, self.checkpointer = reporter, checkpointer
         self.every, self.total_steps = every, total_steps
 
@@ -129,7 +130,8 @@ class SaveCheckpoints:
     def _tell(self, saved: Sequence[Saved]) -> None:
         for one in saved:
             path = one.path.relative_to(self.checkpointer.run.path)
-            self.reporter.write("checkpoint", step=one.step, path=str(path), bytes=one.bytes, seconds=one.seconds,
+            self.reporter.write("checkpoint", step=one.step, path=str(path), bytes=one.bytes,
+                                seconds=one.seconds,
                                 reason=one.reason)
 
 
@@ -157,7 +159,8 @@ def stop_on_signals(state: TrainState) -> Iterator[None]:
         if state.stop == "interrupted" and number == signal.SIGINT:
             raise KeyboardInterrupt
         state.stop = "interrupted"
-        print("\nFinishing this step and saving; press Ctrl-C again to leave without saving.", file=sys.stderr)
+        print("\nFinishing this step and saving; press Ctrl-C again to leave without saving.",
+              file=sys.stderr)
 
     before = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

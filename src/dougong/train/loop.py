@@ -56,7 +56,8 @@ def _diverged(result: StepResult, directory: Path | None) -> DougongError:
         path = directory / f"offending-batch-{result.step:06d}.safetensors"
         write_tensors(path, {name: tensor.cpu() for name, tensor in result.batch.items()})
         saved = f"\nThe batch of this step is in {path}."
-    return DougongError(f"training stopped at step {result.step}: {result.state.skips} steps in a row were skipped, at "
-                        f"last because {result.skipped}.{saved}\nTry a lower learning rate (optim.lr), a longer "
-                        "warm-up (schedule.warmup), a smaller train.clip_norm or runtime.precision=fp32, and look at "
-                        "the data.")
+    return DougongError(
+        f"training stopped at step {result.step}: {result.state.skips} steps in a row were skipped, at last "
+        f"because {result.skipped}.{saved}\nTry a lower learning rate (optim.lr), a longer warm-up "
+        f"(schedule.warmup), a "
+        "smaller train.clip_norm or runtime.precision=fp32, and look at the data.")

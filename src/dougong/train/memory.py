@@ -15,7 +15,7 @@ from dougong.train.state import TrainState
 from dougong.train.step import why_not_additive
 
 _TRANSIENT = 1.5        # gradients of activations and temporaries beside what autograd keeps; see the test
-_STATE_COPIES = 4       # weights, gradients and at most two moments, each in the weights' own type
+_COPIES_TO_COME = 3     # gradients and at most two moments, each as large as the weights
 _HEADROOM = 0.9
 
 
@@ -31,18 +31,22 @@ def choose_micro_rows(state: TrainState, objective: Objective, runtime: Runtime,
     available = available_bytes(runtime.device)
     sample = batch.split(min(2, batch.rows))[0]
     per_row = _TRANSIENT * kept_bytes(state.model, objective, sample, runtime) / sample.rows
-    fixed = sum(t.numel() * t.element_size() for t in tracked(state.model).values()) * (_STATE_COPIES + bool(state.shadow))
+    fixed = _COPIES_TO_COME * sum(t.numel() * t.element_size() for t in tracked(state.model).values())
+    need = {rows: fixed + rows * per_row
+            for rows in [*_parts(batch.rows), *([micro_rows] if micro_rows else [])]}
+    fitting = [rows for rows in _parts(batch.rows) if need[rows] <= _HEADROOM * available]
     whole = why_not_additive(state.model, objective) is not None
-    sizes = [micro_rows] if micro_rows else [batch.rows] if whole else _parts(batch.rows)
-    for rows in sizes:
-        if fixed + rows * per_row <= _HEADROOM * available and _runs(state.model, objective, batch, rows, runtime):
-            return rows, (f"{rows} rows need about {_gb(fixed + rows * per_row)} of the {_gb(available)} that are free")
-    fitting = [rows for rows in _parts(batch.rows) if fixed + rows * per_row <= _HEADROOM * available]
-    advice = (f"Try train.rows={fitting[0]}" if whole else f"Try train.micro_rows={fitting[0]}") if fitting else \
+    for rows in [micro_rows] if micro_rows else [batch.rows] if whole else fitting:
+        if need[rows] <= _HEADROOM * available and _runs(state.model, objective, batch, rows, runtime):
+            return rows, f"{rows} rows need about {_size(need[rows])} of the {_size(available)} that are free"
+    rows, setting = micro_rows or batch.rows, "train.rows" if whole else "train.micro_rows"
+    smaller = [size for size in fitting if size < rows]
+    advice = f"Try {setting}={smaller[0]}" if smaller else \
         "Not even one row fits: try a smaller model, a shorter context or train.gradient_checkpointing=true"
-    raise ConfigError(f"{sizes[0]} rows at once need about {_gb(fixed + sizes[0] * per_row)}, and {_gb(available)} are "
-                      f"free: {_gb(fixed)} for weights, gradients and optimiser, {_gb(per_row)} for each row.\n{advice}"
-                      + (f" (or {', '.join(map(str, fitting[1:4]))})." if fitting[1:] else "."))
+    others = f" (or {', '.join(map(str, smaller[1:4]))})" if smaller[1:] else ""
+    raise ConfigError(f"{rows} rows at once need about {_size(need[rows])}, and {_size(available)} are free: "
+                      f"{_size(fixed)} for gradients and optimiser, {_size(per_row)} for each "
+                      f"row.\n{advice}{others}.")
 
 
 def kept_bytes(model: nn.Module, objective: Objective, batch: Batch, runtime: Runtime) -> int:
@@ -58,7 +62,8 @@ def kept_bytes(model: nn.Module, objective: Objective, batch: Batch, runtime: Ru
 
     with _nothing_happened(model), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         losses = objective.losses(model, batch.to(runtime.device))
-        total = sum(kept.values())      # read while the graph is alive: freed addresses would be counted as one
+        # read while the graph is alive: freed addresses would be counted as one
+        total = sum(kept.values())
         del losses
     return total
 
@@ -119,6 +124,6 @@ def _parts(rows: int) -> list[int]:
     return [size for size in range(rows, 0, -1) if rows % size == 0]
 
 
-def _gb(count: float) -> str:
+def _size(count: float) -> str:
     unit, name = (1e9, "GB") if count >= 1e8 else (1e6, "MB") if count >= 1e5 else (1e3, "kB")
     return f"{count / unit:.1f} {name}"

@@ -71,6 +71,7 @@ class StepMeter:
                    for name, value in window.items() if name.startswith("metric.")}
         epoch = getattr(state.loader, "epoch", None)
         self.reporter.write("step", step=result.step, **metrics, lr=result.lr,
-                            grad_norm=window["grad_norm"] / window["steps"], weight=window["weight"] / window["steps"],
+                            grad_norm=window["grad_norm"] / window["steps"],
+                            weight=window["weight"] / window["steps"],
                             tokens=state.tokens, tokens_per_s=speed, mfu=mfu, elapsed_s=state.elapsed_s,
                             memory_bytes=peak_memory_bytes(self.device), epoch=epoch)

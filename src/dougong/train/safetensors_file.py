@@ -20,7 +20,8 @@ _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torc
 _ALIGNMENT = 8
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> dict:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor],
+                  metadata: Mapping[str, str] | None = None) -> dict:
     """Writes CPU tensors to `path` and syncs it; returns {"sha256", "bytes"} of the file. Raises OSError."""
     # Wide types first keeps every tensor aligned to its width, as the format's own writer does.
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))

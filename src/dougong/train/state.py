@@ -63,7 +63,8 @@ class TrainState:
         tensors, json = state["tensors"], state["json"]
         _check(self, tensors, json)
         load_weights(self.model, tensors["model"])
-        self.optimizer.load_state_dict(_unflatten_optimizer(self.optimizer, tensors["optimizer"], json["optimizer"]))
+        self.optimizer.load_state_dict(_unflatten_optimizer(self.optimizer, tensors["optimizer"],
+                                                            json["optimizer"]))
         if self.shadow:
             self.shadow.load_state_dict({"updates": json["shadow"]["updates"], "tensors": tensors["shadow"]})
         self.loader.load_state_dict(json["loader"])
@@ -89,11 +90,13 @@ def _check(state: TrainState, tensors: dict[str, dict[str, Tensor]], json: dict[
     _same_tensors("model", tracked(state.model), tensors["model"])
     if (state.shadow is not None) != (json["shadow"] is not None):
         raise CheckpointError("the checkpoint was made " + ("without" if state.shadow else "with")
-                              + " an average of the weights (train.ema). Resume with the recipe it was made with.")
+                              + " an average of the weights (train.ema). Resume with the recipe it was made "
+                                "with.")
     saved = [group["param_names"] for group in json["optimizer"]["groups"]]
     own = [group["param_names"] for group in state.optimizer.param_groups]
     if saved != own or json["optimizer"]["class"] != type(state.optimizer).__name__:
-        raise CheckpointError(f"the checkpoint's optimiser is {json['optimizer']['class']} with {len(saved)} parameter "
+        raise CheckpointError(f"the checkpoint's optimiser is {json['optimizer']['class']} with "
+                              f"{len(saved)} parameter "
                               f"groups, this one is {type(state.optimizer).__name__} with {len(own)}.\n"
                               "Resume with the recipe the checkpoint was made with.")
 
@@ -104,7 +107,8 @@ def _same_tensors(what: str, own: dict[str, Tensor], saved: dict[str, Tensor]) -
     lines += [f"{name}: {tuple(saved[name].shape)} in the checkpoint, {tuple(own[name].shape)} here"
               for name in own.keys() & saved.keys() if own[name].shape != saved[name].shape]
     if lines:
-        shown = "\n  ".join(sorted(lines)[:8]) + (f"\n  … and {len(lines) - 8} more" if len(lines) > 8 else "")
+        shown = "\n  ".join(sorted(lines)[:8]) + (f"\n  … and {len(lines) - 8} more" if len(lines) > 8
+                                                  else "")
         raise CheckpointError(f"the checkpoint's {what} is not this one:\n  {shown}\n"
                               "Open it with the recipe it was made with.")
 
@@ -136,6 +140,7 @@ def _unflatten_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Te
         state.setdefault(numbers[name], {})[slot] = value.clone() if isinstance(value, Tensor) else value
     groups = []
     for own, saved in zip(optimizer.param_groups, json["groups"]):
-        restored = {key: tuple(value) if isinstance(own.get(key), tuple) else value for key, value in saved.items()}
+        restored = {key: tuple(value) if isinstance(own.get(key), tuple) else value for key,
+                    value in saved.items()}
         groups.append({**restored, "params": [numbers[name] for name in saved["param_names"]]})
     return {"state": state, "param_groups": groups}

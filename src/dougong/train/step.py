@@ -53,8 +53,9 @@ def plain_gradients(model: nn.Module, objective: Objective, batches: Sequence[Ba
     return totals
 
 
-def take_step(state: TrainState, objective: Objective, batch: Batch, runtime: Runtime, *, micro_rows: int | None,
-              clip_norm: float, weight: float, gradients: GradientFunction = plain_gradients) -> StepResult:
+def take_step(state: TrainState, objective: Objective, batch: Batch, runtime: Runtime, *, weight: float,
+              micro_rows: int | None, clip_norm: float,
+              gradients: GradientFunction = plain_gradients) -> StepResult:
     """Moves the weights by one step on `batch`, or skips it if the loss or the gradient is not finite.
 
     `weight` is the step's whole loss weight, over all processes. The device is waited for once, when the loss
@@ -77,17 +78,18 @@ def take_step(state: TrainState, objective: Objective, batch: Batch, runtime: Ru
         for buffer, before in statistics:
             buffer.copy_(before)
     state.optimizer.zero_grad(set_to_none=True)
-    return StepResult(state=state, step=state.step + 1, metrics=metrics, lr=state.optimizer.param_groups[0]["lr"],
-                      grad_norm=norm, weight=weight, tokens=items(batch), skipped=skipped, batch=batch)
+    return StepResult(state=state, step=state.step + 1, metrics=metrics, grad_norm=norm, weight=weight,
+                      lr=state.optimizer.param_groups[0]["lr"], tokens=items(batch), skipped=skipped,
+                      batch=batch)
 
 
 def check_additive(model: nn.Module, objective: Objective, rows: int, micro_rows: int | None) -> None:
-    """Raises ConfigError if micro-batches are asked for where they do not add up to the batch, with the
-    reason."""
-    reason = why_not_additive(model, objective)
-    if micro_rows is not None and micro_rows < rows and reason:
+    """Raises ConfigError, with the reason, if micro-batches are asked for that do not add up to the batch."""
+    if micro_rows is None or micro_rows >= rows:
+        return
+    if reason := why_not_additive(model, objective):
         raise ConfigError(f"train.micro_rows={micro_rows} would split a batch of {rows} rows, but {reason}.\n"
-                          f"Leave train.micro_rows out, or lower train.rows to what fits in memory.")
+                          "Leave train.micro_rows out, or lower train.rows to what fits in memory.")
 
 
 def why_not_additive(model: nn.Module, objective: Objective) -> str | None:
@@ -109,15 +111,19 @@ def items(batch: Batch) -> int:
     return batch["tokens"].numel() if "tokens" in batch else batch.rows
 
 
-def _read(sums: Losses, model: nn.Module, weight: float) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
-    """Metrics and losses (means) and gradient norms by group, brought from the device in one transfer."""
-    norms = {group: torch.nn.utils.get_total_norm([p.grad for p in group_parameters(model, group) if p.grad is not None])
-             for group in sums.sums}
+def _read(sums: Losses, model: nn.Module, weight: float) -> tuple[dict[str, float], ...]:
+    """Mean metrics, mean losses and gradient norms by group, brought from the device in one transfer."""
+    norms = {group: torch.nn.utils.get_total_norm(_gradients(model, group)) for group in sums.sums}
     tensors = [*sums.metrics.values(), *sums.sums.values(), *norms.values()]
-    values = iter(torch.stack([value.double() for value in tensors]).tolist())
+    exact = torch.float32 if tensors[0].device.type == "mps" else torch.float64
+    values = iter(torch.stack([value.to(exact) for value in tensors]).tolist())
     metrics = {name: next(values) / weight for name in sums.metrics}
     losses = {group: next(values) / weight for group in sums.sums}
     return metrics, losses, {group: next(values) for group in norms}
+
+
+def _gradients(model: nn.Module, group: str) -> list[Tensor]:
+    return [p.grad for p in group_parameters(model, group) if p.grad is not None]
 
 
 def _not_finite(losses: dict[str, float], norms: dict[str, float]) -> str | None:
@@ -129,10 +135,9 @@ def _not_finite(losses: dict[str, float], norms: dict[str, float]) -> str | None
 
 
 def _clip(model: nn.Module, group: str, norm: float, limit: float) -> None:
-    """Scales the group's gradient to at most `limit`; the norm is known, so nothing is touched when it is
-    smaller."""
+    """Scales the group's gradient to at most `limit`; the norm is known, so a smaller one costs nothing."""
     if limit and norm > limit:
-        torch._foreach_mul_([p.grad for p in group_parameters(model, group) if p.grad is not None], limit / norm)
+        torch._foreach_mul_(_gradients(model, group), limit / norm)
 
 
 def _batch_statistics(model: nn.Module) -> list[tuple[Tensor, Tensor]]:

@@ -70,7 +70,8 @@ class WandB:
     def __init__(self, run_name: str, recipe: Mapping[str, Any], directory: Path) -> None:
         import wandb  # type: ignore[import-not-found]
 
-        self._run = wandb.init(project="dougong", id=run_name, name=run_name, config=dict(recipe), resume="allow",
+        self._run = wandb.init(project="dougong", id=run_name, name=run_name, config=dict(recipe),
+                               resume="allow",
                                dir=str(directory))
 
     def __call__(self, record: dict[str, Any]) -> None:

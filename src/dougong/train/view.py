@@ -55,7 +55,8 @@ class Numbers:
         first, now = self._first, self.step
         if first is None or now["step"] == first["step"]:
             return None
-        return (self.total_steps - now["step"]) * (now["time"] - first["time"]) / (now["step"] - first["step"])
+        per_step = (now["time"] - first["time"]) / (now["step"] - first["step"])
+        return (self.total_steps - now["step"]) * per_step
 
     def training_bits_per_byte(self) -> float | None:
         loss = self.step.get("loss")
@@ -65,10 +66,13 @@ class Numbers:
         """(label, value) pairs of the latest step, absent ones left out."""
         step = self.step
         unit = "tok/s" if self.bytes_per_token else "rows/s"
-        pairs = [("loss", _form(step.get("loss"), "{:.4f}")), ("bpb", _form(self.training_bits_per_byte(), "{:.3f}")),
+        pairs = [("loss", _form(step.get("loss"), "{:.4f}")),
+                 ("bpb", _form(self.training_bits_per_byte(), "{:.3f}")),
                  ("acc", _form(step.get("accuracy"), "{:.1%}")), ("lr", _form(step.get("lr"), "{:.2e}")),
-                 ("norm", _form(step.get("grad_norm"), "{:.2f}")), (unit, _form(step.get("tokens_per_s"), "{:,.0f}")),
-                 ("mfu", _form(step.get("mfu"), "{:.0%}")), ("mem", _form(step.get("memory_bytes"), "{}", _size)),
+                 ("norm", _form(step.get("grad_norm"), "{:.2f}")),
+                 (unit, _form(step.get("tokens_per_s"), "{:,.0f}")),
+                 ("mfu", _form(step.get("mfu"), "{:.0%}")),
+                 ("mem", _form(step.get("memory_bytes"), "{}", _size)),
                  ("skipped", str(self.skips) if self.skips else "")]
         return [(label, value) for label, value in pairs if value]
 
@@ -97,8 +101,8 @@ class PlainView:
         last = record.get("step") == numbers.total_steps
         if record["event"] == "step" and (last or self.clock() - self._printed_at >= self.every_s):
             self._printed_at = self.clock()
-            line = f"step {record['step']:>6,}/{numbers.total_steps:,}  " + "  ".join(
-                f"{label} {value}" for label, value in numbers.fields()) + f"  eta {_duration(numbers.remaining_s())}"
+            fields = [*numbers.fields(), ("eta", _duration(numbers.remaining_s()))]
+            line = f"step {record['step']:>6,}/{numbers.total_steps:,}  " + "  ".join(map(" ".join, fields))
         if line:
             print(line, file=self.stream, flush=True)
 
@@ -132,7 +136,8 @@ class LiveView:
         percent = done / max(1, numbers.total_steps)
         head.add_row(ProgressBar(total=numbers.total_steps, completed=done, complete_style="cyan"),
                      f"{percent:4.0%}  step {done:,}/{numbers.total_steps:,}  "
-                     f"[bold]{_duration(numbers.step.get('elapsed_s'))}[/] < {_duration(numbers.remaining_s())}")
+                     f"[bold]{_duration(numbers.step.get('elapsed_s'))}[/] < "
+                     f"{_duration(numbers.remaining_s())}")
         line = Text()
         for label, value in numbers.fields():
             line.append(f"{label} ", style="dim").append(value, style="bold").append("   ")
@@ -141,20 +146,23 @@ class LiveView:
             parts.append(Text.assemble(("eval ", "dim"), (evaluation, "green")))
         if sample := numbers.last.get("sample"):
             parts.append(Text.assemble(("says ", "dim"), (_one_line(sample["prompt"]), "bold"),
-                                       (_one_line(sample["text"]), "italic"), no_wrap=True, overflow="ellipsis"))
+                                       (_one_line(sample["text"]), "italic"), no_wrap=True,
+                                       overflow="ellipsis"))
         return Panel(Group(*parts), title=f"[bold]{numbers.name}[/]", title_align="left", border_style="cyan",
                      padding=(0, 1))
 
 
 def _score(record: dict[str, Any]) -> str:
-    scores = [_form(record.get("loss"), "loss {:.4f}"), _form(record.get("bits_per_byte"), "{:.4f} bits per byte"),
+    scores = [_form(record.get("loss"), "loss {:.4f}"),
+              _form(record.get("bits_per_byte"), "{:.4f} bits per byte"),
               _form(record.get("accuracy"), "accuracy {:.1%}")]
     return ", ".join(score for score in scores if score)
 
 
 _ALWAYS: dict[str, Callable[[Numbers, dict[str, Any]], str]] = {
     "evaluation": lambda numbers, record: f"evaluation  {numbers.evaluation()}",
-    "sample": lambda numbers, record: f"sample      {_one_line(record['prompt'])}▸{_one_line(record['text'])}",
+    "sample": lambda numbers, record: (f"sample      {_one_line(record['prompt'])}▸"
+                                       f"{_one_line(record['text'])}"),
     "checkpoint": lambda numbers, record: (f"checkpoint  {record['path']} ({_size(record['bytes'])}, "
                                            f"{record['reason']})"),
     "skip": lambda numbers, record: f"skipped     step {record['step']:,}: {record['reason']}",

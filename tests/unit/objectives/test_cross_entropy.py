@@ -71,7 +71,8 @@ def test_a_head_that_borrows_the_embedding_still_gives_it_a_gradient():
     unused = nn.Parameter(torch.ones(3))
     loss = head_cross_entropy(Borrowing(), x, targets, weight, [table, unused], V, LossSettings()).loss
     loss.backward()
-    expected, = torch.autograd.grad((F.cross_entropy(x @ table.mT, targets, reduction="none") * weight).sum(), table)
+    expected, = torch.autograd.grad((F.cross_entropy(x @ table.mT, targets, reduction="none") * weight).sum(),
+                                    table)
     torch.testing.assert_close(table.grad, expected, rtol=1e-11, atol=1e-13)
     assert unused.grad is None
 
@@ -87,7 +88,8 @@ def test_large_logits_stay_finite_and_exact():
     logits = torch.tensor([[1e4, 0.0, -1e4], [-80.0, 0.0, 80.0]])
     sums, grad = cross_entropy.token_losses(logits, torch.tensor([1, 0]), torch.ones(2), LossSettings(),
                                             with_gradient=True)
-    torch.testing.assert_close(sums[0].double(), F.cross_entropy(logits.double(), torch.tensor([1, 0]), reduction="sum"))
+    torch.testing.assert_close(sums[0].double(),
+                               F.cross_entropy(logits.double(), torch.tensor([1, 0]), reduction="sum"))
     assert grad.isfinite().all()
 
 

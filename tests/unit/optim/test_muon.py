@@ -14,7 +14,8 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.embedding = nn.Embedding(7, 6)
-        self.a, self.b = nn.Linear(6, 10), nn.Linear(10, 6)     # a tall and a wide matrix, of transposed shapes
+        # a tall and a wide matrix, of transposed shapes
+        self.a, self.b = nn.Linear(6, 10), nn.Linear(10, 6)
         self.c, self.d = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
         self.head = nn.Linear(6, 7, bias=False)
 
@@ -85,7 +86,8 @@ def test_a_tied_borrowed_embedding_takes_adamw():
     from dougong.models.families.qwen3 import Qwen3Config
 
     model = Qwen3Config(vocab_size=64, context=16, dim=32, num_layers=2, num_heads=2, num_kv_heads=1).build()
-    muon = [n for row in describe(MuonConfig().build(model)) if row["optimizer"] == "muon" for n in row["names"]]
+    muon = [n for row in describe(MuonConfig().build(model)) if row["optimizer"] == "muon"
+            for n in row["names"]]
     assert muon and not any("tokens" in name or "head" in name or "norm" in name for name in muon)
 
 

@@ -40,7 +40,8 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not_interrupted(run, k
     options = {"optimizer": OPTIMIZERS[kind](), "steps": 9}
     whole, first = trained(9, **options), trained(4, **options)
     save_checkpoint(run, first)
-    resumed = tiny_state(seed=99, **options)        # other weights, other random numbers: all must come from the disk
+    # other weights, other random numbers: all must come from the disk
+    resumed = tiny_state(seed=99, **options)
     load_checkpoint(latest_valid(run).path, resumed)
     results = list(fit(resumed, OBJECTIVE, RUNTIME, tiny_config(9)))
     assert [r.step for r in results] == [5, 6, 7, 8, 9]
@@ -178,7 +179,8 @@ def test_another_recipe_model_or_optimiser_is_refused_before_anything_changes(ru
     wider = tiny_state(seed=5)
     wider.model = TinyLM(dim=12)
     for state, reason in ((wider, r"\(11, 8\) in the checkpoint, \(11, 12\) here"),
-                          (tiny_state(seed=5, optimizer=ADAMW), "optimiser"), (tiny_state(seed=5, ema=False), "average")):
+                          (tiny_state(seed=5, optimizer=ADAMW), "optimiser"),
+                          (tiny_state(seed=5, ema=False), "average")):
         before = {n: p.detach().clone() for n, p in state.model.named_parameters()}
         with pytest.raises(CheckpointError, match=reason):
             load_checkpoint(path, state)

@@ -67,7 +67,8 @@ def test_evaluation_uses_the_average_in_evaluation_mode(tmp_path):
 def test_the_best_is_kept_and_a_nan_is_never_the_best(tmp_path):
     watch = Watch(tmp_path, [float("nan"), 3.0, 2.0, 2.5, float("nan"), 2.2])
     state = watch.train(tiny_state(steps=12))
-    assert [record["best"] for record in watch.events("evaluation")] == [False, True, True, False, False, False]
+    assert [record["best"] for record in watch.events("evaluation")] == [False, True, True, False, False,
+                                                                         False]
     assert state.best == {"loss": 2.0, "step": 6, "waited": 3}
     assert best_valid(watch.run).step == 6 and latest_valid(watch.run).step == 12
     assert {(e["step"], e["reason"]) for e in watch.events("checkpoint")} == {

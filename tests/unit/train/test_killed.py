@@ -1,4 +1,4 @@
-"""`kill -9` at random moments: the run that is resumed until it ends is the run that was never killed, bit for bit."""
+"""`kill -9` at random moments: the run resumed until it ends is the run never killed, bit for bit."""
 
 import os
 import random
@@ -29,7 +29,8 @@ def work(run, pause_s=0.0):
     checkpointer = Checkpointer(run, keep_last=2)
     hooks = Hooks(state, [
         StepMeter(reporter, every=3, total_steps=STEPS, device=torch.device("cpu")),
-        Evaluate(reporter, lambda state: {"loss": float(state.model(torch.randint(11, (4, 5))).std())}, every=7,
+        Evaluate(reporter, lambda state: {"loss": float(state.model(torch.randint(11, (4, 5))).std())},
+                 every=7,
                  total_steps=STEPS),
         SaveCheckpoints(reporter, checkpointer, every=2, total_steps=STEPS)])
     for result in fit(state, OBJECTIVE, RUNTIME, tiny_config(STEPS)):
@@ -54,7 +55,8 @@ def killed(run, after_s, pause_s):
 
 def story(run):
     """Step and evaluation events without what depends on the clock."""
-    return [{k: v for k, v in record.items() if k not in TIMED} for record in last_per_step(read_events(run.events))
+    return [{k: v for k, v in record.items() if k not in TIMED}
+            for record in last_per_step(read_events(run.events))
             if record["event"] in ("step", "evaluation")]
 
 

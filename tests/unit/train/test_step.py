@@ -1,11 +1,20 @@
-"""Accumulation, groups, clipping, skipping: one step seen from all sides. Gradients are compared, not only losses."""
+"""Accumulation, groups, clipping, skipping: one step seen from all sides; gradients are compared."""
 
 import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_training import OBJECTIVE, RUNTIME, CountingLoader, TinyLM, assert_same, flat, tiny_config, tiny_state
+from tiny_training import (
+    OBJECTIVE,
+    RUNTIME,
+    CountingLoader,
+    TinyLM,
+    assert_same,
+    flat,
+    tiny_config,
+    tiny_state,
+)
 from torch import nn
 
 from dougong.core.errors import ConfigError, DougongError
@@ -33,7 +42,8 @@ def test_accumulation_equals_the_whole_batch_to_1e_12(rows):
     logits = model(batch["tokens"])
     each = nn.functional.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), reduction="none")
     mean = (each * batch["weight"].flatten()).sum() / batch["weight"].sum()
-    for (name, p), reference in zip(model.named_parameters(), torch.autograd.grad(mean, list(model.parameters()))):
+    for (name, _), reference in zip(model.named_parameters(),
+                                    torch.autograd.grad(mean, list(model.parameters()))):
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-12, atol=1e-14)
         torch.testing.assert_close(whole[name], reference, rtol=1e-11, atol=1e-13)
 
@@ -65,7 +75,8 @@ def test_clipping_scales_to_the_limit_and_never_up(limit):
     batch = next(iter(state.loader))
     result = take_step(state, OBJECTIVE, batch, RUNTIME, micro_rows=None, clip_norm=limit,
                        weight=OBJECTIVE.weight(batch))
-    moved = torch.cat([(p.detach() - before[name]).flatten() for name, p in state.model.named_parameters()]).norm()
+    moved = torch.cat([(p.detach() - before[name]).flatten() for name,
+                       p in state.model.named_parameters()]).norm()
     expected = min(limit, result.grad_norm) if limit else result.grad_norm
     assert float(moved) == pytest.approx(expected, rel=1e-3)
 
@@ -80,7 +91,8 @@ class Game(nn.Module):
 
 def test_each_parameter_group_gets_the_gradient_of_its_own_loss_only():
     torch.manual_seed(0)
-    model, objective, batch = Game().double(), OBJECTIVES["gan"]().build(), Batch(pixels=torch.randn(6, 4).double())
+    model, objective = Game().double(), OBJECTIVES["gan"]().build()
+    batch = Batch(pixels=torch.randn(6, 4).double())
     torch.manual_seed(5)
     plain_gradients(model, objective, [batch], 6.0, RUNTIME)
     torch.manual_seed(5)
@@ -126,7 +138,8 @@ def test_a_non_finite_gradient_under_a_finite_loss_is_skipped_too():
 def test_running_statistics_survive_a_spoilt_batch():
     model = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2))
     labels = torch.zeros(4, dtype=torch.long)
-    batches = [Batch(pixels=torch.full((4, 2), torch.nan), labels=labels), Batch(pixels=torch.rand(4, 2), labels=labels)]
+    batches = [Batch(pixels=torch.full((4, 2), torch.nan), labels=labels),
+               Batch(pixels=torch.rand(4, 2), labels=labels)]
     state = TrainState(model, SGDConfig().build(model), lambda step: 1.0, batches)
     first, second = fit(state, OBJECTIVES["classify"]().build(), RUNTIME, tiny_config(2))
     assert first.skipped and not second.skipped

@@ -14,13 +14,17 @@ from dougong.train.view import LiveView, Numbers, PlainView, open_view
 def story():
     begin = time.time()
     for step in range(1, 41):
-        yield {"event": "step", "step": step, "loss": 4.0 - step / 20, "accuracy": 0.4, "lr": 1e-3, "grad_norm": 0.9,
-               "tokens_per_s": 5321.0, "mfu": 0.21, "memory_bytes": 1.2e9, "elapsed_s": 1.5 * step, "tokens": 8 * step,
+        yield {"event": "step", "step": step, "loss": 4.0 - step / 20, "accuracy": 0.4, "lr": 1e-3,
+               "grad_norm": 0.9,
+               "tokens_per_s": 5321.0, "mfu": 0.21, "memory_bytes": 1.2e9, "elapsed_s": 1.5 * step,
+               "tokens": 8 * step,
                "time": begin + 1.5 * step}
         if step % 20 == 0:
-            yield {"event": "evaluation", "step": step, "split": "validation", "loss": 3.0, "bits_per_byte": 2.1,
+            yield {"event": "evaluation", "step": step, "split": "validation", "loss": 3.0,
+                   "bits_per_byte": 2.1,
                    "best": step == 20, "time": begin}
-            yield {"event": "sample", "step": step, "prompt": "def f", "text": "(x):\n    return [x]", "time": begin}
+            yield {"event": "sample", "step": step, "prompt": "def f", "text": "(x):\n    return [x]",
+                   "time": begin}
     yield {"event": "skip", "step": 40, "reason": "the loss is nan", "count": 1, "time": begin}
 
 
@@ -32,7 +36,8 @@ def test_plain_lines_are_few_and_complete():
     lines = stream.getvalue().splitlines()
     assert 5 <= len(lines) <= 15
     text = "\n".join(lines)
-    for piece in ("5,321", "mfu 21%", "mem 1.2 GB", "eta 0:", "2.1000 bits per byte", "best so far", "at step 20",
+    for piece in ("5,321", "mfu 21%", "mem 1.2 GB", "eta 0:", "2.1000 bits per byte", "best so far",
+                  "at step 20",
                   "def f▸(x):⏎", "skipped     step 40: the loss is nan"):
         assert piece in text
     assert "\x1b" not in text
@@ -47,7 +52,8 @@ def test_the_live_panel_shows_the_latest_of_everything_compactly():
     console.print(view.render())
     view.close()
     text = console.export_text()
-    for piece in ("first", "80%", "step 40/50", "1:00 < 0:15", "loss 2.0000", "bpb", "says def f", "[x]", "skipped 1"):
+    for piece in ("first", "80%", "step 40/50", "1:00 < 0:15", "loss 2.0000", "bpb", "says def f", "[x]",
+                  "skipped 1"):
         assert piece in text, piece
     assert len(text.splitlines()) <= 8
     assert all(len(line) <= 100 for line in text.splitlines())

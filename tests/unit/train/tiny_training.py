@@ -26,7 +26,8 @@ class TinyLM(nn.Module):
         self.config = SimpleNamespace(vocab_size=vocab_size)
         self.compute_dtype = torch.float32
         self.embedding = nn.Embedding(vocab_size, dim)
-        self.stack = nn.ModuleDict({str(i): nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Dropout(dropout),
+        self.stack = nn.ModuleDict({str(i): nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(),
+                                                          nn.Dropout(dropout),
                                                           nn.Linear(2 * dim, dim)) for i in range(layers)})
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, vocab_size, bias=False)
@@ -75,7 +76,8 @@ def tiny_state(*, steps=20, dropout=0.2, optimizer=None, ema=True, seed=1, **loa
     model = TinyLM(dropout=dropout)
     optimizer = (optimizer or MuonConfig(weight_decay=0.01)).build(model)
     shadow = Shadow(model, every=2, tau=0.1) if ema else None
-    return TrainState(model, optimizer, WSDConfig(warmup=3, decay=0.5).build(steps), CountingLoader(**loader), shadow)
+    return TrainState(model, optimizer, WSDConfig(warmup=3, decay=0.5).build(steps), CountingLoader(**loader),
+                      shadow)
 
 
 def tiny_config(steps=20, **changes):
