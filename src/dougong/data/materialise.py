@@ -265,7 +265,8 @@ def _nothing(source: "Source", skipped: Skipped) -> DataError:
     return DataError(f"no usable document in {where!r} (source kind={source.kind}). Skipped:\n{skipped}\n"
                      "What fits: UTF-8 text or code of any language, .jsonl or .parquet records with the "
                      "field `text`, also .gz, .xz, .zst.\n"
-                     "Try another path, encoding=gb18030 (or what the files are in), or fields=[…] for records with other names.")
+                     "Try another path, encoding=gb18030 (or what the files are in), or fields=[…] for "
+                     "records with other names.")
 
 
 def _refuse_empty_splits(split: SplitConfig, counts: np.ndarray, divisions: list[Division]) -> None:

@@ -35,7 +35,7 @@ class Source(ABC):
 
     @abstractmethod
     def documents(self, skipped: Skipped) -> Iterator[Document]:
-        """Streams the documents; counts in `skipped` what is none. Raises DataError where nothing is there."""
+        """Streams them; counts in `skipped` what is none. Raises DataError where nothing is there."""
 
     @abstractmethod
     def inventory(self) -> Iterator[tuple[str, int, int]]:
@@ -204,11 +204,11 @@ class HuggingFaceSource(Source):
                                          split=self.split, revision=self.revision, streaming=True)
         except Exception as error:  # the library raises many kinds, from KeyError to HTTP errors
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise DataError(f"the dataset {self.dataset!r} (subset {self.subset}, split {self.split!r}) cannot "
-                            f"be opened: {reason}\n"
-                            "Check the name, the subset and the split; a hub's dataset needs the network (or a "
-                            "copy that was downloaded before), a gated one `hf auth login`. Without the network "
-                            "give dataset= a local folder, or use the source kind=files.") from error
+            raise DataError(f"the dataset {self.dataset!r} (subset {self.subset}, split {self.split!r}) "
+                            f"cannot be opened: {reason}\n"
+                            "Check the name, the subset and the split; a hub's dataset needs the network "
+                            "(or a copy that was downloaded before), a gated one `hf auth login`. Without "
+                            "it give dataset= a local folder, or use the source kind=files.") from error
 
 
 _REFERENCE = "pydoc_data/topics.py"   # the language reference as one module; read topic by topic

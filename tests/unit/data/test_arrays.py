@@ -1,4 +1,4 @@
-"""Array data: fixed splits, the loader's order over epochs, processes and restarts, and the closed-form solution."""
+"""Array data: fixed splits, the loader's order over epochs, processes and restarts, the closed form."""
 
 import numpy as np
 import pytest

@@ -39,7 +39,8 @@ def edited(random, units, edits):
 
 def search(texts, tmp_path, threshold=0.8):
     signatures = np.stack([signature(shingles(text, 5)) for text in texts])
-    return near_duplicates(signatures, np.full(len(texts), -1), lambda i: shingles(texts[i], 5), threshold, tmp_path)
+    return near_duplicates(signatures, np.full(len(texts), -1), lambda i: shingles(texts[i], 5), threshold,
+                           tmp_path)
 
 
 @given(st.text("ab斗拱 \n.,A", max_size=60), st.text("ab斗拱 \n.,A", max_size=60), st.integers(1, 6))
@@ -84,8 +85,12 @@ def test_estimates_are_as_good_as_minhash_allows():
 def test_planted_near_duplicates_are_found_and_hardly_anything_else(tmp_path, size, chinese):
     random = np.random.default_rng(size)
     texts, truth = [], {}
-    join = (lambda units: "".join(chr(0x4E00 + int(u[1:]) % 3000) if u[0] == "w" else "\u9f99" for u in units)) \
-        if chinese else " ".join
+
+    def join(units):
+        if not chinese:
+            return " ".join(units)
+        return "".join(chr(0x4E00 + int(unit[1:]) % 3000) if unit[0] == "w" else "龙" for unit in units)
+
     for _ in range(150):
         base = words(random, size)
         texts.append(join(base))
@@ -94,13 +99,15 @@ def test_planted_near_duplicates_are_found_and_hardly_anything_else(tmp_path, si
     sets = [oracle(text) for text in texts]
     for i in range(len(texts)):
         first = i - i % 3
-        truth[i] = max((len(sets[i] & sets[j]) / len(sets[i] | sets[j]) for j in range(first, i)), default=0.0)
+        overlaps = (len(sets[i] & sets[j]) / len(sets[i] | sets[j]) for j in range(first, i))
+        truth[i] = max(overlaps, default=0.0)
     keeper = search(texts, tmp_path)
     due = [i for i in truth if truth[i] >= 0.8]
     assert len(due) >= 50
     assert np.mean([keeper[i] >= 0 for i in due]) >= 0.95
     removed = np.flatnonzero(keeper >= 0)
-    false = [i for i in removed if len(sets[i] & sets[keeper[i]]) / len(sets[i] | sets[keeper[i]]) < 0.8]
+    false = [i for i in removed
+             if len(sets[i] & sets[keeper[i]]) / len(sets[i] | sets[keeper[i]]) < 0.8]
     assert len(false) <= 0.01 * len(texts)
     assert all(keeper[keeper[i]] == -1 and keeper[i] < i for i in removed)   # what it repeats stays
 
@@ -137,7 +144,8 @@ def test_equal_texts_up_to_space_and_composition_are_exact_duplicates(tmp_path):
 def test_groups_of_equal_keys_do_not_depend_on_slices(values, at_once):
     keys = np.array(values, np.uint64)
     found = sorted(group.tolist() for group in equal_groups(keys, at_once=at_once))
-    assert found == sorted([i for i, v in enumerate(values) if v == key] for key in set(values) if values.count(key) > 1)
+    assert found == sorted([i for i, v in enumerate(values) if v == key]
+                           for key in set(values) if values.count(key) > 1)
 
 
 def test_banding_proposes_almost_every_pair_at_the_threshold():

@@ -1,4 +1,4 @@
-"""The document store: round trip, reuse, rebuilding after an interruption, facts, and errors worth reading."""
+"""The document store: round trip, reuse, rebuilding after an interruption, facts and errors."""
 
 import json
 import pickle
@@ -25,8 +25,8 @@ def folder_of(path, texts):
 
 
 def story(i):
-    return f"Story {i}: " + " ".join(f"{word}{(i * 7919 + k * 104729) % 9973}" for k, word in
-                                     enumerate("the carpenter cut a bracket and set it upon the column".split() * 4))
+    words = ["the", "carpenter", "cut", "a", "bracket", "and", "set", "it", "upon", "the", "column"] * 4
+    return f"Story {i}: " + " ".join(f"{w}{(i * 7919 + k * 104729) % 9973}" for k, w in enumerate(words))
 
 
 def everything(store):
@@ -85,7 +85,8 @@ def test_shakespeare_is_split_as_nanogpt_splits_it(tmp_path):
     assert [d.text for d in store.split("validation")] == [text[int(n * 0.9):]]
     assert len(store.split("test")) == 0 and store.facts["split"]["rule"] == "tail"
     gap = materialise([source], tmp_path / "gap", split=SplitConfig(), context_bytes=200)
-    assert "200 bytes left out" in gap.facts["split"]["sentence"] and "1 document is fewer" in gap.facts["split"]["sentence"]
+    sentence = gap.facts["split"]["sentence"]
+    assert "200 bytes left out" in sentence and "1 document is fewer" in sentence
     lost = len(text.encode()) - gap.facts["bytes"]
     assert 400 <= lost < 408
 
@@ -93,7 +94,8 @@ def test_shakespeare_is_split_as_nanogpt_splits_it(tmp_path):
 def test_each_source_is_divided_by_itself(tmp_path):
     many = folder_of(tmp_path / "many", {f"{i}.txt": story(i) for i in range(200)})
     novel = folder_of(tmp_path / "novel", {"novel.txt": "\n".join(story(i) for i in range(1000, 1200))})
-    store = materialise([many, novel, FilesSource(path=str(tmp_path / "novel"))], tmp_path / "store", dedup=OFF)
+    again = FilesSource(path=str(tmp_path / "novel"))
+    store = materialise([many, novel, again], tmp_path / "store", dedup=OFF)
     assert store.sources == ["many", "novel", "novel-2"] and store.facts["split"]["rule"] == "mixed"
     assert [source["rule"] for source in store.facts["sources"]] == ["documents", "tail", "tail"]
     for name in ("train", "validation", "test"):
@@ -151,7 +153,8 @@ def test_damage_is_found(tmp_path):
 
 def test_nothing_usable_says_what_was_there(tmp_path):
     source = folder_of(tmp_path / "in", {"a.bin": "x\0", "b.txt": ""})
-    with pytest.raises(DataError, match=r"(?s)no usable document.*1 binary: a.bin \(NUL at byte 1\).*1 empty: b.txt"):
+    what = r"(?s)no usable document.*1 binary: a.bin \(NUL at byte 1\).*1 empty: b.txt"
+    with pytest.raises(DataError, match=what):
         materialise([source], tmp_path / "store")
     with pytest.raises(DataError, match="too small"):
         materialise([folder_of(tmp_path / "tiny", {"a.txt": "short"})], tmp_path / "store", context_bytes=100)

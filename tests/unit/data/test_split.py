@@ -1,5 +1,7 @@
 """Splits: no document on both sides, stable under growth, and the tail rule cut to the character."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -39,10 +41,12 @@ def test_shares_follow_the_fractions_and_the_seed():
 def test_a_document_keeps_its_side_when_others_come_and_go():
     digests = random_digests(500)
     order = np.random.default_rng(1).permutation(500)[:300]
-    assert (by_hash(digests, (0.9, 0.05, 0.05), 7)[order] == by_hash(digests[order], (0.9, 0.05, 0.05), 7)).all()
+    shares = (0.9, 0.05, 0.05)
+    assert (by_hash(digests, shares, 7)[order] == by_hash(digests[order], shares, 7)).all()
 
 
-@given(st.lists(UNICODE, min_size=1, max_size=12), st.sampled_from([(0.9, 0.1, 0.0), (0.8, 0.1, 0.1), (0.5, 0.0, 0.5)]))
+@given(st.lists(UNICODE, min_size=1, max_size=12),
+       st.sampled_from([(0.9, 0.1, 0.0), (0.8, 0.1, 0.1), (0.5, 0.0, 0.5)]))
 def test_without_a_gap_the_parts_are_slices_of_the_characters(texts, fractions):
     rows, data = stream(texts)
     whole = "".join(texts)
@@ -67,9 +71,10 @@ def test_a_gap_separates_the_parts_and_splits_no_character(texts, gap):
     assert all(piece and piece.decode() for piece in pieces)
     assert whole.startswith(pieces[0]) and whole.endswith(pieces[2])
     text = whole.decode()
-    assert len(pieces[2].decode()) == len(text) - int(len(text) * (0.6 + 0.2))   # what is held out keeps its size
+    held_out = len(text) - int(len(text) * (0.6 + 0.2))
+    assert len(pieces[2].decode()) == held_out   # a gap costs training, not what is held out
     places = [(part["start"].min(), part["stop"].max()) for part in parts]
-    for (_, stop), (start, _) in zip(places, places[1:]):
+    for (_, stop), (start, _) in pairwise(places):
         assert gap <= start - stop < gap + 4
 
 
