@@ -1,10 +1,11 @@
 """Byte-level BPE trained on the user's own text (Sennrich et al. 2016, arXiv:1508.07909; bytes as in GPT-2).
 
-Training is Hugging Face `tokenizers`'; this file decides what it is fed, how ids are laid out, and which splitting
-rule it gets: only rules that llama.cpp knows by name, so that an exported model needs no custom code.
+Training is Hugging Face `tokenizers`'; this file decides what it is fed, how ids are laid out, and which
+splitting rule it gets: only rules that llama.cpp knows by name, so that an exported model needs no custom
+code.
 
-Ids: 256 byte tokens, then merges in the order in which they were learned, then the special tokens. Because ids
-ascend with merge rank, tiktoken (which reads ranks from ids) yields the same ids; see encoders.py.
+Ids: 256 byte tokens, then merges in the order in which they were learned, then the special tokens. Because
+ids ascend with merge rank, tiktoken (which reads ranks from ids) yields the same ids; see encoders.py.
 """
 
 from collections.abc import Iterable, Iterator
@@ -33,13 +34,16 @@ _SLICES = 16
 
 
 def byte_alphabet() -> list[str]:
-    """The printable character that stands for each byte in byte-level vocabularies, by byte value (GPT-2's table)."""
+    """The printable character that stands for each byte in byte-level vocabularies, by byte value (GPT-2's
+    table)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     stand_in = iter(range(256, 512))
     return [chr(byte) if byte in set(printable) else chr(next(stand_in)) for byte in range(256)]
 
 
-def byte_level(vocabulary: dict[str, int], merges: list[tuple[str, str]], pattern: str | None) -> HuggingFaceTokenizer:
+def byte_level(
+    vocabulary: dict[str, int], merges: list[tuple[str, str]], pattern: str | None
+) -> HuggingFaceTokenizer:
     """An untrained or merge-free byte-level tokenizer that cuts by `pattern` (None: not at all)."""
     tokenizer = HuggingFaceTokenizer(models.BPE(vocab=vocabulary, merges=merges))
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -58,30 +62,38 @@ def special_names(reserved: int) -> list[str]:
     return [DOCUMENT_TOKEN, *(f"<|reserved_{number}|>" for number in range(reserved))]
 
 
-def train_bpe(texts: Iterable[str], *, vocab_size: int, pre_tokenizer: str, reserved: int) -> HuggingFaceTokenizer:
+def train_bpe(
+    texts: Iterable[str], *, vocab_size: int, pre_tokenizer: str, reserved: int
+) -> HuggingFaceTokenizer:
     """Learns merges until the vocabulary, special tokens included, has `vocab_size` entries.
 
     Raises ConfigError with the largest size the text supports when repeated pairs run out first.
     """
     specials = special_names(reserved)
     tokenizer = byte_level({}, [], PATTERNS[pre_tokenizer])
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(specials), min_frequency=_LEAST_PAIRS, special_tokens=[],
-                                  initial_alphabet=sorted(byte_alphabet()), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(specials),
+        min_frequency=_LEAST_PAIRS,
+        special_tokens=[],
+        initial_alphabet=sorted(byte_alphabet()),
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(_chunks(texts), trainer)
     add_special_tokens(tokenizer, specials)
     reached = tokenizer.get_vocab_size()
     if reached < vocab_size:
         raise ConfigError(
-            f"tokenizer.vocab_size={vocab_size:,} is more than the training text supports: pairs that occur at "
-            f"least {_LEAST_PAIRS} times run out at {reached:,}.\n"
-            f"Try tokenizer.vocab_size={reached} or less (an eighth of it learns better), or more text.")
+            f"tokenizer.vocab_size={vocab_size:,} is more than the training text supports: pairs that occur "
+            f"at least {_LEAST_PAIRS} times run out at {reached:,}.\n"
+            f"Try tokenizer.vocab_size={reached} or less (an eighth of it learns better), or more text."
+        )
     return tokenizer
 
 
 def training_sample(documents: Any, budget_bytes: int, seed: int) -> Iterator[str]:
     """Texts of a DocumentView: all of them, or a seeded choice of about `budget_bytes` when there is more.
 
-    Of a document larger than what is left of the budget, evenly spaced slices are taken, so one novel is seen whole.
+    Of a document larger than what is left of the budget, evenly spaced slices are taken.
     Raises DataError when there is no text at all.
     """
     if not documents.bytes:
@@ -95,7 +107,8 @@ def training_sample(documents: Any, budget_bytes: int, seed: int) -> Iterator[st
         text = documents[int(index)].text
         size = len(text.encode())
         if size > left:
-            share, step = len(text) * left // (size * _SLICES), max(1, -(-len(text) // _SLICES))
+            share = len(text) * left // (size * _SLICES)
+            step = max(1, -(-len(text) // _SLICES))
             yield from (text[start:start + share] for start in range(0, len(text), step) if share)
             return
         yield text

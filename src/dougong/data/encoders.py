@@ -1,16 +1,18 @@
-"""Text to token ids, fast: tiktoken or numpy where their ids are proven equal to Hugging Face's, else Hugging Face's.
+"""Text to token ids, fast: tiktoken or numpy where their ids are proven equal to Hugging Face's, else Hugging
+Face's.
 
-Why tiktoken agrees. BPE training merges pairs in the order of their rank, and a token's id here ascends with that
-rank. Inside any span whose ends are token borders, merging goes on as if the span stood alone; so wherever two
-neighbours spell a token, they are the very pair it was learned from, and choosing by pair (Hugging Face) or by the
-id of the joined bytes (tiktoken) is the same choice. What is left to differ is the splitting rule, run by two
-different regex engines: `proven_equal` compares ids on difficult text each time an encoder is chosen, and a test
-compares every assigned code point.
+Why tiktoken agrees. BPE training merges pairs in the order of their rank, and a token's id here ascends with
+that rank. Inside any span whose ends are token borders, merging goes on as if the span stood alone; so
+wherever two neighbours spell a token, they are the very pair it was learned from, and choosing by pair
+(Hugging Face) or by the id of the joined bytes (tiktoken) is the same choice. What is left to differ is the
+splitting rule, run by two different regex engines: `proven_equal` compares ids on difficult text each time an
+encoder is chosen, and a test compares every assigned code point.
 """
 
 import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -57,7 +59,9 @@ class TiktokenEncoder:
     name = "tiktoken"
 
     def __init__(self, pattern: str, ranks: dict[bytes, int], reference: HuggingFaceEncoder) -> None:
-        self._encoding = tiktoken.Encoding("dougong", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        self._encoding = tiktoken.Encoding(
+            "dougong", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
+        )
         self._reference = reference
 
     def encode(self, text: str) -> np.ndarray:
@@ -109,8 +113,10 @@ class CharactersEncoder:
             return ids
         if self._first_byte is None:
             named = ", ".join(f"{chr(c)!r} (U+{c:04X})" for c in np.unique(unknown)[:8])
-            raise DataError(f"{len(unknown):,} characters are not in the vocabulary, which holds those of the training "
-                            f"split only: {named}.\nTry tokenizer.unknown=bytes, which spells such characters as bytes.")
+            raise DataError(
+                f"{len(unknown):,} characters are not in the vocabulary, which holds those of the training "
+                f"split only: {named}.\nTry tokenizer.unknown=bytes, which spells such characters as bytes."
+            )
         widths = 1 + (unknown > 0x7F).astype(np.int64) + (unknown > 0x7FF) + (unknown > 0xFFFF)
         repeats = np.ones(len(ids), dtype=np.int64)
         repeats[ids < 0] = widths
@@ -123,8 +129,11 @@ class CharactersEncoder:
         return [self.encode(text) for text in texts]
 
 
-def choose_encoder(tokenizer: HuggingFaceTokenizer, texts: Iterable[str] = (), *, fast: bool = True) -> Encoder:
-    """The fastest encoder whose ids equal `tokenizer`'s on difficult text and on `texts`; the reference if not `fast`."""
+def choose_encoder(
+    tokenizer: HuggingFaceTokenizer, texts: Iterable[str] = (), *, fast: bool = True
+) -> Encoder:
+    """The fastest encoder whose ids equal `tokenizer`'s on difficult text and on `texts`; the reference if
+    not `fast`."""
     reference = HuggingFaceEncoder(tokenizer)
     candidate = _fast_encoder(json.loads(tokenizer.to_str()), reference) if fast else None
     equal = candidate is not None and proven_equal(candidate, reference, [*difficult_texts(), *texts])
@@ -132,7 +141,7 @@ def choose_encoder(tokenizer: HuggingFaceTokenizer, texts: Iterable[str] = (), *
 
 
 def proven_equal(fast: Encoder, reference: Encoder, texts: list[str]) -> bool:
-    """Whether both give the same ids for every text; where `fast` refuses a text, there is nothing to compare."""
+    """Whether both give the same ids for every text that `fast` does not refuse."""
     for text in texts:
         try:
             ids = fast.encode(text)
@@ -146,12 +155,17 @@ def proven_equal(fast: Encoder, reference: Encoder, texts: list[str]) -> bool:
 def _fast_encoder(spec: dict[str, Any], reference: HuggingFaceEncoder) -> Encoder | None:
     """What the tokenizer's description allows; None where only the reference will do."""
     model = spec["model"]
-    plain = (spec["normalizer"] is None and model["type"] == "BPE" and not model.get("dropout")
-             and not model.get("continuing_subword_prefix") and not model.get("end_of_word_suffix")
-             and all(token["special"] for token in spec["added_tokens"]))  # others are cut out of the text first
+    plain = (
+        spec["normalizer"] is None
+        and model["type"] == "BPE"
+        and not model.get("dropout")
+        and not model.get("continuing_subword_prefix")
+        and not model.get("end_of_word_suffix")
+        and all(token["special"] for token in spec["added_tokens"])
+    )  # others are cut out of the text first
     if not plain:
         return None
-    vocabulary: dict[str, int] = {token: index for token, index in model["vocab"].items()}
+    vocabulary: dict[str, int] = dict(model["vocab"])
     specials = {token["content"] for token in spec["added_tokens"]}
     vocabulary = {token: index for token, index in vocabulary.items() if token not in specials}
     merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
@@ -168,7 +182,9 @@ def _characters(vocabulary: dict[str, int], byte_fallback: bool) -> CharactersEn
     if not byte_fallback:
         return CharactersEncoder(characters, None) if len(characters) == len(vocabulary) else None
     first = vocabulary.get(spelled[0])
-    in_order = first is not None and all(vocabulary.get(name) == first + byte for byte, name in enumerate(spelled))
+    in_order = first is not None and all(
+        vocabulary.get(name) == first + byte for byte, name in enumerate(spelled)
+    )
     whole = len(characters) + BYTES == len(vocabulary)
     return CharactersEncoder(characters, first) if in_order and whole else None
 
@@ -177,7 +193,7 @@ def _tiktoken(spec: dict[str, Any], vocabulary: dict[str, int], merges: list, re
               ) -> TiktokenEncoder | None:
     pattern, byte_of = split_pattern(spec), {stand_in: byte for byte, stand_in in enumerate(byte_alphabet())}
     learned = [vocabulary.get(left + right, -1) for left, right in merges]
-    ascending = all(a < b for a, b in zip(learned, learned[1:])) and (not learned or learned[0] >= 0)
+    ascending = all(a < b for a, b in pairwise(learned)) and (not learned or learned[0] >= 0)
     only_byte_characters = all(character in byte_of for token in vocabulary for character in token)
     complete = all(stand_in in vocabulary for stand_in in byte_of) and len(vocabulary) == BYTES + len(learned)
     if not (pattern and ascending and only_byte_characters and complete):

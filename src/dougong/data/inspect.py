@@ -1,4 +1,5 @@
-"""Shows a corpus as the model will see it: documents cut into tokens, rows with what counts in the loss, and facts.
+"""Shows a corpus as the model will see it: documents cut into tokens, rows with what counts in the loss, and
+facts.
 
 `look` returns plain JSON values; `render` prints them with a colour per token.
 """
@@ -23,7 +24,7 @@ _NAMED = 5          # duplicates and skipped files named of each kind
 
 def look(corpus: Corpus, *, split: str = "train", documents: int = 3, rows: int = 1, tokens: int = 300,
          first: int = 0) -> dict[str, Any]:
-    """Documents `first` … and the first rows of a split, at most `tokens` tokens of each, with the corpus's facts."""
+    """Documents from `first` on and the first rows of a split, at most `tokens` tokens of each; and the facts."""
     if split not in SPLITS:
         raise ConfigError(f"no split {split!r}. Known: {', '.join(SPLITS)}.")
     view, store = corpus.documents(split), corpus.tokens(split)
@@ -35,20 +36,30 @@ def look(corpus: Corpus, *, split: str = "train", documents: int = 3, rows: int 
         shown.append({"id": document.id, "source": document.source, "bytes": int(store.bytes_of[index]),
                       "tokens": len(ids), "bytes_per_token": int(store.bytes_of[index]) / max(1, len(ids)),
                       "pieces": _pieces(corpus.tokenizer, ids[:tokens])})
-    return {"split": split, "documents": shown, "rows": _rows(corpus, split, rows, tokens) if len(store) else [],
-            "facts": corpus.facts}
+    return {
+        "split": split,
+        "documents": shown,
+        "rows": _rows(corpus, split, rows, tokens) if len(store) else [],
+        "facts": corpus.facts,
+    }
 
 
 def _pieces(tokenizer: Tokenizer, ids: np.ndarray) -> list[dict[str, Any]]:
     """Id and text of each token; bytes that are no whole character are written as \\xNN."""
     special = {index: name for name, index in tokenizer.special_tokens.items()}
-    return [{"id": int(token), "special": int(token) in special,
-             "text": special.get(int(token)) or tokenizer.decode_bytes([token]).decode("utf-8", "backslashreplace")}
-            for token in ids]
+    return [
+        {
+            "id": int(token),
+            "special": int(token) in special,
+            "text": special.get(int(token))
+            or tokenizer.decode_bytes([token]).decode("utf-8", "backslashreplace"),
+        }
+        for token in ids
+    ]
 
 
 def _rows(corpus: Corpus, split: str, count: int, tokens: int) -> list[dict[str, Any]]:
-    """The first rows in order: their tokens with the loss weight of each target and the document it belongs to."""
+    """The first rows in order: tokens, the loss weight of each one's target, and the document it is of."""
     found = []
     for batch in corpus.batches(split, rows=1):
         if len(found) == count:
@@ -72,8 +83,10 @@ def render(seen: dict[str, Any], console: Console) -> None:
         console.print(_coloured(document["pieces"], document["tokens"]))
     for number, row in enumerate(seen["rows"]):
         console.rule(f"row {number} of {seen['split']}", align="left")
-        console.print(f"{row['documents']} document(s) · {row['weight']:g} tokens count in the loss (others are dim)",
-                      highlight=False)
+        console.print(
+            f"{row['documents']} document(s) · {row['weight']:g} tokens count in the loss (others are dim)",
+            highlight=False,
+        )
         console.print(_coloured(row["pieces"], len(row["pieces"])))
     _render_facts(seen["facts"], console)
 
@@ -106,14 +119,21 @@ def _render_facts(facts: dict[str, Any], console: Console) -> None:
     console.print(f"packing: {facts['packing']['method']}, as {facts['packing']['reason']}", highlight=False)
     console.print(f"split: {facts['split']['sentence']}", highlight=False, markup=False)
     tokenizer = facts["tokenizer"]
-    console.print(f"tokenizer: {tokenizer['kind']}, {tokenizer['vocab_size']:,} entries, "
-                  f"cut by {tokenizer['pre_tokenizer'] or 'no rule'}, encoded by {tokenizer['encoder']}", highlight=False)
+    console.print(
+        f"tokenizer: {tokenizer['kind']}, {tokenizer['vocab_size']:,} entries, "
+        f"cut by {tokenizer['pre_tokenizer'] or 'no rule'}, encoded by {tokenizer['encoder']}",
+        highlight=False,
+    )
     for kind in ("exact", "near"):
         found = facts["duplicates"][kind]
-        console.print(f"{kind} duplicates removed: {found['documents']:,} documents, {found['bytes']:,} bytes",
-                      highlight=False)
+        console.print(
+            f"{kind} duplicates removed: {found['documents']:,} documents, {found['bytes']:,} bytes",
+            highlight=False,
+        )
         for pair in found["examples"][:_NAMED]:
-            console.print(f"  {pair['removed']} repeats {pair['kept']}", highlight=False, markup=False, style="dim")
+            console.print(
+                f"  {pair['removed']} repeats {pair['kept']}", highlight=False, markup=False, style="dim"
+            )
     for reason, entry in facts["skipped"].items():
         console.print(f"skipped, {reason}: {entry['count']:,}", highlight=False, markup=False)
         for example in entry["examples"][:_NAMED]:
@@ -121,4 +141,9 @@ def _render_facts(facts: dict[str, Any], console: Console) -> None:
 
 
 def _counts(facts: dict[str, Any]) -> list[str]:
-    return [f"{facts['documents']:,}", f"{facts['bytes']:,}", f"{facts['tokens']:,}", f"{facts['bytes_per_token']:.2f}"]
+    return [
+        f"{facts['documents']:,}",
+        f"{facts['bytes']:,}",
+        f"{facts['tokens']:,}",
+        f"{facts['bytes_per_token']:.2f}",
+    ]

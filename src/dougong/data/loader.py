@@ -1,8 +1,8 @@
 """Endless batches in one global order, decided by the seed and the data alone, restored anywhere in O(1).
 
 Global batch g holds rows g·rows … (g+1)·rows-1 of the sequence, and rank r of w reads its w-th of them: a run
-stopped on 8 ranks goes on with 2 and sees the same samples. Batch g is a pure function of g, so prefetching in a
-background thread changes nothing, and the state is g.
+stopped on 8 ranks goes on with 2 and sees the same samples. Batch g is a pure function of g, so prefetching
+in a background thread changes nothing, and the state is g.
 """
 
 from collections import deque
@@ -34,8 +34,8 @@ class Pack(Protocol):
 class Loader(Iterator[Batch]):
     """Yields batches for ever; `epoch` and `position` say how far it is. `position` counts batches given out.
 
-    `shares`: how much of the sequence each pack gets (None: in proportion to its rows, so an epoch is every row
-    once). Raises ConfigError when `rows` cannot be divided between the ranks.
+    `shares`: how much of the sequence each pack gets (None: in proportion to its rows, so an epoch is every
+    row once). Raises ConfigError when `rows` cannot be divided between the ranks.
     """
 
     def __init__(self, packs: Sequence[Pack], *, rows: int, seed: int, fingerprint: str,
@@ -89,14 +89,18 @@ class Loader(Iterator[Batch]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes to where `state` was taken. Raises CheckpointError when the sequence there was another one."""
         if state["data"] != self._fingerprint:
-            raise CheckpointError(f"the checkpoint was made with other data (fingerprint {state['data'][:16]}…) than this "
-                                  f"(fingerprint {self._fingerprint[:16]}…): files, split or tokenizer have changed.\n"
-                                  "Put the data back as it was, or start a new run from the checkpoint's weights.")
+            raise CheckpointError(
+                f"the checkpoint was made with other data (fingerprint {state['data'][:16]}…) than this "
+                f"(fingerprint {self._fingerprint[:16]}…): files, split or tokenizer have changed.\n"
+                "Put the data back as it was, or start a new run from the checkpoint's weights."
+            )
         for name, value in self._order().items():
             if state[name] != value:
-                raise CheckpointError(f"the checkpoint's batches were made with {name}={state[name]}, now it is {value}: "
-                                      f"the place in the data would mean something else.\n"
-                                      f"Set {name} back to {state[name]}, or start a new run from the checkpoint's weights.")
+                raise CheckpointError(
+                    f"the checkpoint's batches were made with {name}={state[name]}, now it is {value}: "
+                    f"the place in the data would mean something else.\n"
+                    f"Set {name} back to {state[name]}, or start a new run from the checkpoint's weights."
+                )
         for future in self._ready:
             future.cancel()
         self._ready.clear()
@@ -112,7 +116,9 @@ def batches_in_order(packs: Sequence[Pack], rows: int) -> Iterator[Batch]:
     for pack in packs:
         for start in range(0, pack.rows, rows):
             fields = pack.fields(np.arange(start, min(start + rows, pack.rows)), 0)
-            yield Batch(**{name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in fields.items()})
+            yield Batch(
+                **{name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in fields.items()}
+            )
 
 
 def _together(parts: list[tuple[np.ndarray, dict[str, np.ndarray]]], rows: int) -> dict[str, torch.Tensor]:

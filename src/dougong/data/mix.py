@@ -1,6 +1,7 @@
 """Which row comes next: a seeded permutation per epoch, and quotas between sources; both found in O(1).
 
-Nothing here is drawn from a stream of random numbers, so any position of the sequence can be computed by itself.
+Nothing here is drawn from a stream of random numbers, so any position of the sequence can be computed by
+itself.
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ _MIX = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 class Permutation:
     """A seeded permutation of 0 … size-1 that is computed, not stored: a Feistel network with cycle walking.
 
-    (Black and Rogaway 2002, "Ciphers with arbitrary finite domains": outputs beyond `size` are encrypted again.)
+    (Black and Rogaway 2002, "Ciphers with arbitrary finite domains": outputs beyond `size` are encrypted
+    again.)
     """
 
     def __init__(self, size: int, seed: int) -> None:
@@ -52,7 +54,7 @@ def _hashed(values: np.ndarray, key: np.uint64) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Place:
-    """Rows of the sequence that come from one part: where they stand in the request, and which rows they are."""
+    """Rows of the sequence that come from one part: where they stand in the request, and which they are."""
 
     part: int
     epoch: int                  # of that part: how often it has been gone through before
@@ -61,16 +63,18 @@ class Place:
 
 
 class Mixture:
-    """One endless sequence over several parts of `sizes` rows, each with its share, each shuffled every epoch.
+    """One endless sequence over parts of `sizes` rows, each with its share, each shuffled every epoch.
 
-    Position p belongs to the part that a table of fixed period says; every part meets its quota at every moment to
-    within a row. A part that runs out begins its next epoch, in a new order.
+    Position p belongs to the part that a table of fixed period says; every part meets its quota at every
+    moment to within a row. A part that runs out begins its next epoch, in a new order.
     """
 
     def __init__(self, sizes: list[int], shares: list[float], seed: int) -> None:
         self.sizes, self.seed = sizes, seed
         counts = _quotas(shares)
-        due = np.concatenate([(np.arange(count) + 0.5) / count for count in counts])   # evenly spread over a period
+        due = np.concatenate(
+            [(np.arange(count) + 0.5) / count for count in counts]
+        )  # evenly spread over a period
         owner = np.repeat(np.arange(len(counts)), counts)
         order = np.argsort(due, kind="stable")
         self._owner = owner[order]                                       # part of each position of a period
@@ -100,11 +104,13 @@ class Mixture:
 
 
 def _quotas(shares: list[float]) -> np.ndarray:
-    """Rows of each part in one period, at least one each; what rounding leaves goes to the largest remainders."""
+    """Rows of each part in a period, at least one; what rounding leaves goes to the largest remainders."""
     if len(shares) == 1:
         return np.ones(1, np.int64)
     if min(shares) <= 0 or len(shares) > _PERIOD:
-        raise ConfigError(f"shares of a mixture must be above 0, but they are {shares}. Leave a source out instead.")
+        raise ConfigError(
+            f"shares of a mixture must be above 0, but they are {shares}. Leave a source out instead."
+        )
     exact = np.asarray(shares) / sum(shares) * _PERIOD
     counts = np.maximum(1, np.floor(exact)).astype(np.int64)
     for index in np.argsort(np.floor(exact) - exact, kind="stable")[:max(0, _PERIOD - int(counts.sum()))]:

@@ -1,13 +1,16 @@
 """From a stream of documents to rows of one context: contiguous windows, or best fit.
 
-Targets. A row holds `context` tokens and, for each, the token that follows it in the stream. Every document begins
-with the separator, so the last token of a document predicts the separator, which then begins the next document; the
-last document is followed by the first. Each token of the split is a target exactly once an epoch, in either packing.
+Targets. A row holds `context` tokens and, for each, the token that follows it in the stream. Every document
+begins with the separator, so the last token of a document predicts the separator, which then begins the next
+document; the last document is followed by the first. Each token of the split is a target exactly once an
+epoch, in either packing.
 
 *Windows* cut the stream every `context` tokens, whatever documents lie there (as GPT-2 did): right for long
 documents. They start at another phase each epoch, so that no token always stands at a border.
-*Best fit* (Ding et al. 2024, arXiv:2404.10830) cuts only documents longer than a context; what is left over goes,
-longest first, into the row with the smallest gap that takes it. Documents of a row do not see each other (`segment`).
+
+*Best fit* (Ding et al. 2024, arXiv:2404.10830) cuts only documents longer than a context; what is left
+over goes, longest first, into the row with the smallest gap that takes it. Documents of a row do not see each
+other (`segment`).
 """
 
 import hashlib
@@ -24,7 +27,7 @@ from dougong.core.errors import ConfigError
 from dougong.core.files import write_json
 from dougong.data.shards import TokenStore
 
-_BLOCK_DOCUMENTS = 1 << 18     # packed together: bounds memory, and is far more than best fit needs to fill rows
+_BLOCK_DOCUMENTS = 1 << 18  # packed together: bounds memory, and is far more than best fit needs to fill rows
 Fields = dict[str, np.ndarray]
 
 
@@ -55,7 +58,7 @@ class Stream:
 
 
 class Windows:
-    """Contiguous windows over a stream. The stream is a circle, so an epoch has the same rows at every phase."""
+    """Contiguous windows over a stream: a circle, so an epoch has the same number of rows at every phase."""
 
     method = "windows"
 
@@ -67,18 +70,25 @@ class Windows:
     def fields(self, rows: np.ndarray, phase: int) -> Fields:
         """`tokens`, `targets`, `weight` of shape (len(rows), context); `phase` shifts all windows."""
         total, context = self.stream.tokens, self.context
-        block = np.stack([self.stream.read(phase + int(row) * context, context + 1) for row in rows]).astype(np.int64)
+        windows = [self.stream.read(phase + int(row) * context, context + 1) for row in rows]
+        block = np.stack(windows).astype(np.int64)
         place = rows[:, None].astype(np.int64) * context + np.arange(context)
-        weight = place < total                              # the last window runs on into the first one's tokens
+        weight = place < total  # the last window runs on into the first one's tokens
         if self._open_end:
             weight &= (place + phase) % total != total - 1
         return {"tokens": block[:, :-1], "targets": block[:, 1:], "weight": weight.astype(np.float32)}
 
     def facts(self) -> dict[str, Any]:
         lengths = np.diff(self.stream.store.starts[self.stream.first:self.stream.last + 1])
-        return {"method": self.method, "context": self.context, "rows": self.rows, "tokens": self.stream.tokens,
-                "documents": len(lengths), "documents_cut": int((lengths > self.context).sum()),
-                "padding_share": 1 - self.stream.tokens / (self.rows * self.context)}
+        return {
+            "method": self.method,
+            "context": self.context,
+            "rows": self.rows,
+            "tokens": self.stream.tokens,
+            "documents": len(lengths),
+            "documents_cut": int((lengths > self.context).sum()),
+            "padding_share": 1 - self.stream.tokens / (self.rows * self.context),
+        }
 
 
 class BestFit:
@@ -87,20 +97,24 @@ class BestFit:
     method = "best_fit"
 
     def __init__(self, stream: Stream, context: int, directory: Path) -> None:
-        """`directory` belongs to this store, these documents and this context; the index is made where it is absent."""
+        """`directory` belongs to these documents and this context; the index is made where it is absent."""
         if stream.store.document_id is None:
-            raise ConfigError("data.pack=best_fit needs documents with borders, but the tokenizer has no separator.\n"
-                              "Try tokenizer.separator=true or data.pack=windows.")
+            raise ConfigError(
+                "data.pack=best_fit needs documents with borders, but the tokenizer has no separator.\n"
+                "Try tokenizer.separator=true or data.pack=windows."
+            )
         self.stream, self.context = stream, context
         if not (directory / "manifest.json").exists():
             _write_index(stream, context, directory)
         self._facts = json.loads((directory / "manifest.json").read_text("utf-8"))
         self.rows: int = self._facts["rows"]
         self._borders, self._starts, self._lengths = (
-            np.memmap(directory / f"{name}.i64", dtype="<i8", mode="r") for name in ("borders", "starts", "lengths"))
+            np.memmap(directory / f"{name}.i64", dtype="<i8", mode="r")
+            for name in ("borders", "starts", "lengths")
+        )
 
     def fields(self, rows: np.ndarray, phase: int = 0) -> Fields:
-        """`tokens`, `targets`, `weight` (len(rows), context), and `segment` where a row holds several documents."""
+        """As of `Windows`, and `segment` (the document's number) where a row holds several documents."""
         shape = (len(rows), self.context)
         tokens = np.full(shape, self.stream.store.document_id, dtype=np.int64)
         targets, weight, segment = tokens.copy(), np.zeros(shape, np.float32), np.zeros(shape, np.int64)
@@ -110,13 +124,14 @@ class BestFit:
             for number, piece in enumerate(pieces):
                 length = int(self._lengths[piece])
                 block = self.stream.read(int(self._starts[piece]), length + 1)
-                tokens[at, column:column + length], targets[at, column:column + length] = block[:-1], block[1:]
-                segment[at, column:column + length] = number
+                place = slice(column, column + length)
+                tokens[at, place], targets[at, place], segment[at, place] = block[:-1], block[1:], number
                 column += length
             weight[at, :column] = 1
             segment[at, column:] = len(pieces)
         several = any(self._borders[row + 1] - self._borders[row] > 1 for row in rows)
-        return {"tokens": tokens, "targets": targets, "weight": weight, **({"segment": segment} if several else {})}
+        fields = {"tokens": tokens, "targets": targets, "weight": weight}
+        return {**fields, "segment": segment} if several else fields
 
     def facts(self) -> dict[str, Any]:
         return dict(self._facts)
@@ -125,7 +140,8 @@ class BestFit:
 def best_fit(lengths: np.ndarray, context: int) -> np.ndarray:
     """The row of each piece (1 … context tokens), packed best fit decreasing; rows count from 0.
 
-    A bit set of the gaps that exist finds the smallest one that is large enough in one machine operation or few.
+    A bit set of the gaps that exist finds the smallest one that is large enough in one machine operation or
+    few.
     """
     row_of = np.empty(len(lengths), np.int64)
     with_gap: list[list[int]] = [[] for _ in range(context)]
@@ -149,7 +165,7 @@ def best_fit(lengths: np.ndarray, context: int) -> np.ndarray:
 
 
 def _write_index(stream: Stream, context: int, directory: Path) -> None:
-    """Packs block by block into three files of int64: first piece of each row; start and length of each piece."""
+    """Packs block by block into files of int64: first piece of each row; start and length of each piece."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     rows = pieces = cut = 0
@@ -165,7 +181,8 @@ def _write_index(stream: Stream, context: int, directory: Path) -> None:
             borders.write((pieces + np.cumsum(counts)).astype("<i8").data)
             starts.write(piece_start[order].astype("<i8").data)
             lengths.write(piece_length[order].astype("<i8").data)
-            rows, pieces, cut = rows + len(counts), pieces + len(order), cut + int((np.diff(at) > context).sum())
+            rows, pieces = rows + len(counts), pieces + len(order)
+            cut += int((np.diff(at) > context).sum())
         for file in (borders, starts, lengths):
             file.flush()
             os.fsync(file.fileno())
@@ -175,7 +192,9 @@ def _write_index(stream: Stream, context: int, directory: Path) -> None:
         "padding_share": 1 - stream.tokens / (rows * context)})
 
 
-def _pack_block(starts: np.ndarray, lengths: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _pack_block(
+    starts: np.ndarray, lengths: np.ndarray, context: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(start, length, row) of every piece: full contexts fill a row each, remainders are fitted together."""
     full = lengths // context
     number = np.arange(full.sum()) - np.repeat(np.cumsum(full) - full, full)    # 0, 1, … within each document

@@ -1,9 +1,10 @@
-"""`prepare`: from files to a corpus that can be trained on. Every stage is kept, found again, and safe to interrupt.
+"""`prepare`: from files to a corpus that can be trained on. Every stage is kept, found again, and safe to
+interrupt.
 
 ```
-CACHE/documents/KEY/    text, duplicates removed, split          KEY: the sources' files and every setting
-      tokenizers/KEY/   a Hugging Face tokenizer directory       KEY: the documents' fingerprint and the settings
-      tokens/KEY/SPLIT/ token shards and pack indices            KEY: fingerprints of documents and tokenizer
+CACHE/documents/KEY/    text, duplicates removed, split      KEY: the sources' files and every setting
+      tokenizers/KEY/   a Hugging Face tokenizer directory   KEY: the documents' fingerprint and the settings
+      tokens/KEY/SPLIT/ token shards and pack indices        KEY: fingerprints of documents and tokenizer
 ```
 """
 
@@ -44,7 +45,8 @@ class TextData:
 
     kind: Literal["text"] = "text"
     path: str | None = None
-    """a folder, file or glob of text, code, .jsonl or .parquet, or a saved Hugging Face dataset; short for one source"""
+    """a folder, file or glob of text, code, .jsonl or .parquet, or a saved Hugging Face dataset; short for
+    one source"""
     encoding: str | None = None
     """of the files at `path` that do not say themselves, such as gb18030; None: UTF-8"""
     sources: tuple[Annotated[Any, chosen_from(SOURCES)], ...] = ()
@@ -63,8 +65,10 @@ class TextData:
         if self.encoding is not None:
             check_encoding(self.encoding)
             if self.path is None:
-                raise ConfigError(f"data.encoding={self.encoding} has no effect without data.path. "
-                                  "Set it inside the source it belongs to: {kind: files, path: …, encoding: …}.")
+                raise ConfigError(
+                    f"data.encoding={self.encoding} has no effect without data.path. "
+                    "Set it inside the source it belongs to: {kind: files, path: …, encoding: …}."
+                )
 
     def resolved_sources(self) -> tuple[Any, ...]:
         """The sources to read: those given, the one `path` stands for, or the Python installation."""
@@ -89,9 +93,9 @@ def prepare(data: TextData, tokenizer: Any, *, context: int, cache: Path | str |
             progress: Progress | None = None) -> Corpus:
     """Makes, or finds in the cache, everything from documents to rows of `context` tokens.
 
-    `tokenizer` is a config of `TOKENIZERS`. `progress(done_bytes, total_bytes or None, what)` is called as work goes
-    on. Interrupted at any moment, the next call goes on and ends with the same files; several processes may call at
-    once, one works and the others wait. Raises DataError for data that cannot be used.
+    `tokenizer` is a config of `TOKENIZERS`. `progress(done_bytes, total_bytes or None, what)` is called as
+    work goes on. Interrupted at any moment, the next call goes on and ends with the same files; several
+    processes may call at once, one works and the others wait. Raises DataError for data that cannot be used.
     """
     if context < 1:
         raise ConfigError(f"a context of {context} tokens cannot be filled. Try 256.")
@@ -102,8 +106,12 @@ def prepare(data: TextData, tokenizer: Any, *, context: int, cache: Path | str |
     chosen = _tokenizer(tokenizer, store, cache, seed, report)
     directory = tokens_directory(cache, store, chosen)
     with _turn(directory / "lock", report):
-        tokens = {split: write_shards(store.split(split), chosen, directory / split, stage=f"tokenising {split}",
-                                      progress=report) for split in SPLITS}
+        tokens = {
+            split: write_shards(
+                store.split(split), chosen, directory / split, stage=f"tokenising {split}", progress=report
+            )
+            for split in SPLITS
+        }
         weights = {name: source.weight for name, source in zip(store.sources, sources)}
         return Corpus(store, chosen, tokens, context=context, packing=data.pack, weights=weights)
 
@@ -113,8 +121,15 @@ def _documents(data: TextData, sources: tuple, cache: Path, gap_bytes: int, seed
     asked = [source_fingerprint(sources), to_dict(data.dedup), to_dict(data.split), gap_bytes, seed]
     directory = cache / "documents" / _key(asked)
     with _turn(directory.with_suffix(".lock"), report):
-        return materialise(sources, directory, dedup=data.dedup, split=data.split, context_bytes=gap_bytes, seed=seed,
-                           progress=report)
+        return materialise(
+            sources,
+            directory,
+            dedup=data.dedup,
+            split=data.split,
+            context_bytes=gap_bytes,
+            seed=seed,
+            progress=report,
+        )
 
 
 def _tokenizer(section: Any, store: DocumentStore, cache: Path, seed: int, report: Progress) -> Tokenizer:
@@ -134,7 +149,7 @@ def _tokenizer(section: Any, store: DocumentStore, cache: Path, seed: int, repor
 
 
 def _gap_bytes(tokenizer: Any, context: int) -> int:
-    """Bytes that surely hold one context, rounded up to a power of two so that near contexts share documents."""
+    """Bytes that surely hold one context, rounded up to a power of two: near contexts share documents."""
     widest = context * _BYTES_PER_TOKEN.get(tokenizer.kind, _LONG_TOKEN)
     return 1 << (widest - 1).bit_length()
 
@@ -154,7 +169,11 @@ def _turn(path: Path, report: Progress) -> Iterator[None]:
                 break
             except CheckpointError:
                 if not said:
-                    report(0, None, f"waiting for another process that prepares the same data ({path.parent.name})")
+                    report(
+                        0,
+                        None,
+                        f"waiting for another process that prepares the same data ({path.parent.name})",
+                    )
                 said = True
                 time.sleep(_WAIT_S)
         yield

@@ -7,8 +7,9 @@ DIRECTORY/00000.tokens          little-endian uint16, or uint32 where the vocabu
           starts.npy bytes.npy source.npy      the index over all shards, memory-mapped too
           manifest.json         written last of all
 ```
-Every document is the tokenizer's `document_id` (if it has one) followed by its tokens. Where a shard ends depends on
-the documents alone, so work that was interrupted goes on behind the last finished shard and gives the same files.
+Every document is the tokenizer's `document_id` (if it has one) followed by its tokens. Where a shard ends
+depends on the documents alone, so work that was interrupted goes on behind the last finished shard and gives
+the same files.
 """
 
 import bisect
@@ -56,11 +57,13 @@ class TokenStore:
         self._shards = []
         for shard in manifest["shards"]:
             self._borders.append(self._borders[-1] + shard["tokens"])
-            self._shards.append(np.memmap(directory / shard["file"], dtype=self.dtype, mode="r"))
+            path = directory / shard["file"]
+            mapped = np.memmap(path, self.dtype, "r") if shard["size"] else np.empty(0, self.dtype)
+            self._shards.append(mapped)      # (an empty file cannot be mapped)
 
     @classmethod
     def open(cls, directory: Path | str) -> "TokenStore":
-        """Raises DataError when the shards are unfinished, missing or of another size than the manifest says."""
+        """Raises DataError when shards are unfinished, missing or of another size than the manifest says."""
         directory = Path(directory)
         try:
             manifest = json.loads((directory / "manifest.json").read_text("utf-8"))
@@ -104,7 +107,9 @@ class TokenStore:
         lengths, count = np.diff(self.starts), len(self.sources)
         columns = {"documents": np.ones(len(self), np.int64), "bytes": self.bytes_of, "tokens": lengths}
         sums = {name: _sums_by(self.source_of, column, count) for name, column in columns.items()}
-        return {source: {name: int(sums[name][i]) for name in columns} for i, source in enumerate(self.sources)}
+        return {
+            source: {name: int(sums[name][i]) for name in columns} for i, source in enumerate(self.sources)
+        }
 
     def verify(self) -> None:
         """Compares every shard with its checksum. Raises DataError naming the first that differs."""
@@ -123,7 +128,7 @@ def _sums_by(group: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
 
 def write_shards(documents: Any, tokenizer: Tokenizer, directory: Path, *, stage: str = "tokenise",
                  progress: Progress | None = None, shard_bytes: int = SHARD_BYTES) -> TokenStore:
-    """Tokenises a DocumentView into `directory` and opens the result; finished shards are kept, not made again.
+    """Tokenises a DocumentView into `directory` and opens the result; finished shards are kept.
 
     `directory` belongs to one pair of documents and tokenizer: name it by their fingerprints.
     Uses every core (the encoders' threads) and holds a few MB of text, or one document where that is larger.
@@ -134,8 +139,15 @@ def write_shards(documents: Any, tokenizer: Tokenizer, directory: Path, *, stage
             shards = list(_finished(directory))
             done, first = sum(s["bytes"] for s in shards), sum(s["documents"] for s in shards)
             while first < len(documents):
-                shard = _write_shard(documents, first, tokenizer, directory, len(shards), shard_bytes,
-                                     lambda n, before=done: progress and progress(before + n, documents.bytes, stage))
+                shard = _write_shard(
+                    documents,
+                    first,
+                    tokenizer,
+                    directory,
+                    len(shards),
+                    shard_bytes,
+                    lambda n, before=done: progress and progress(before + n, documents.bytes, stage),
+                )
                 shards.append(shard)
                 first, done = first + shard["documents"], done + shard["bytes"]
             _finish(directory, shards, tokenizer)
@@ -156,8 +168,15 @@ def _finished(directory: Path) -> Iterator[dict[str, Any]]:
         yield shard
 
 
-def _write_shard(documents: Any, first: int, tokenizer: Tokenizer, directory: Path, number: int, shard_bytes: int,
-                 report: Callable[[int], Any]) -> dict[str, Any]:
+def _write_shard(
+    documents: Any,
+    first: int,
+    tokenizer: Tokenizer,
+    directory: Path,
+    number: int,
+    shard_bytes: int,
+    report: Callable[[int], Any],
+) -> dict[str, Any]:
     """One shard, from document `first` until `shard_bytes` of text are in it; returns its description."""
     name, size, tokens = f"{number:05d}", 0, 0
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= _LARGEST_UINT16_VOCABULARY else "<u4")
@@ -169,8 +188,14 @@ def _write_shard(documents: Any, first: int, tokenizer: Tokenizer, directory: Pa
         for batch in _batches(documents, first, min(_BATCH_BYTES, shard_bytes), shard_bytes):
             encoded = tokenizer.encode_batch([text for _, text, _ in batch])
             block = _joined(encoded, tokenizer.document_id, dtype)
-            rows += [(len(ids) + (tokenizer.document_id is not None), length, sources.setdefault(source, len(sources)))
-                     for ids, (source, _, length) in zip(encoded, batch)]
+            rows += [
+                (
+                    len(ids) + (tokenizer.document_id is not None),
+                    length,
+                    sources.setdefault(source, len(sources)),
+                )
+                for ids, (source, _, length) in zip(encoded, batch)
+            ]
             file.write(block.data)
             digest.update(block.data)
             size, tokens = size + sum(length for *_, length in batch), tokens + len(block)
@@ -187,7 +212,9 @@ def _write_shard(documents: Any, first: int, tokenizer: Tokenizer, directory: Pa
     return description
 
 
-def _batches(documents: Any, first: int, batch_bytes: int, shard_bytes: int) -> Iterator[list[tuple[str, str, int]]]:
+def _batches(
+    documents: Any, first: int, batch_bytes: int, shard_bytes: int
+) -> Iterator[list[tuple[str, str, int]]]:
     """(source, text, UTF-8 bytes) of the documents of one shard, about `batch_bytes` of text at a time."""
     batch, batch_size, shard_size = [], 0, 0
     for index in range(first, len(documents)):
@@ -216,8 +243,12 @@ def _finish(directory: Path, shards: list[dict[str, Any]], tokenizer: Tokenizer)
     count = sum(shard["documents"] for shard in shards)
     sources = list(dict.fromkeys(name for shard in shards for name in shard["sources"]))
     shapes = {"starts": ("<i8", count + 1), "bytes": ("<i8", count), "source": ("<i4", count)}
-    columns = {name: np.lib.format.open_memmap(directory / f".{name}.npy", mode="w+", dtype=np.dtype(kind), shape=(size,))
-               for name, (kind, size) in shapes.items()}
+    columns = {
+        name: np.lib.format.open_memmap(
+            directory / f".{name}.npy", mode="w+", dtype=np.dtype(kind), shape=(size,)
+        )
+        for name, (kind, size) in shapes.items()
+    }
     at = position = 0
     columns["starts"][0] = 0
     for shard in shards:
@@ -232,7 +263,9 @@ def _finish(directory: Path, shards: list[dict[str, Any]], tokenizer: Tokenizer)
         os.replace(directory / f".{name}.npy", directory / f"{name}.npy")
     sync_directory(directory)
     dtype = shards[0]["dtype"] if shards else "<u2"
-    write_json(directory / "manifest.json", {"dtype": dtype, "sources": sources, "document_id": tokenizer.document_id,
-                                             "shards": shards})
+    write_json(
+        directory / "manifest.json",
+        {"dtype": dtype, "sources": sources, "document_id": tokenizer.document_id, "shards": shards},
+    )
     with contextlib.suppress(FileNotFoundError):
         os.unlink(directory / f".{len(shards):05d}.partial")

@@ -1,7 +1,8 @@
-"""Tokenizers: byte-level BPE trained on your text, characters, bytes, or any tokenizer.json; one class over all.
+"""Tokenizers: byte-level BPE trained on your text, characters, bytes, or an existing one; one class over all.
 
-Every tokenizer is a Hugging Face tokenizer directory on disk (`tokenizer.json`, `tokenizer_config.json`), readable by
-transformers with the same ids. Text never turns into a special token: `<|endoftext|>` inside a document is spelled out.
+Every tokenizer is a Hugging Face tokenizer directory on disk (`tokenizer.json`, `tokenizer_config.json`),
+readable by transformers with the same ids. Text never turns into a special token: `<|endoftext|>` inside a
+document is spelled out.
 """
 
 import hashlib
@@ -41,13 +42,20 @@ _END_OF_TEXT = (DOCUMENT_TOKEN, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 
 
 class Tokenizer:
-    """Text to ids and back. Encoding is exact and free of special tokens; `document_id` is the caller's to add.
+    """Text to ids and back. Encoding adds no special tokens: `document_id` is the caller's to add.
 
-    `document_id` begins every document and so ends the one before; None when the data is one stream without borders.
+    `document_id` begins every document and so ends the one before; None when the data is one stream without
+    borders.
     """
 
-    def __init__(self, backend: HuggingFaceTokenizer, *, document_id: int | None, settings: dict[str, Any] | None = None,
-                 proof: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        backend: HuggingFaceTokenizer,
+        *,
+        document_id: int | None,
+        settings: dict[str, Any] | None = None,
+        proof: Sequence[str] = (),
+    ) -> None:
         backend.encode_special_tokens = True   # literal text that looks like a special token stays text
         backend.no_padding()
         backend.no_truncation()
@@ -89,7 +97,7 @@ class Tokenizer:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of `text`, int32, without special tokens. Raises DataError for a character that cannot be spelled."""
+        """Ids of `text`, int32. Raises DataError for a character that the vocabulary cannot spell."""
         return self._encoder.encode(text)
 
     def encode_batch(self, texts: list[str], *, threads: int | None = None) -> list[np.ndarray]:
@@ -121,7 +129,7 @@ class Tokenizer:
 
     @cached_property
     def _bytes_of(self) -> list[bytes] | None:
-        """The bytes each id stands for; None where a token's text depends on its neighbours (SentencePiece, WordPiece)."""
+        """The bytes of each id; None where they depend on its neighbours (SentencePiece, WordPiece)."""
         byte_of = {stand_in: bytes([byte]) for byte, stand_in in enumerate(byte_alphabet())}
         table = [b""] * self.vocab_size
         added = {token["id"] for token in self._spec["added_tokens"]}
@@ -140,7 +148,9 @@ class Tokenizer:
 
     def facts(self) -> dict[str, Any]:
         """What a reader of a report wants to know, as JSON values."""
-        longest = sorted((self.decode_bytes([index]) for index in range(self.vocab_size)), key=lambda b: (-len(b), b))
+        longest = sorted(
+            (self.decode_bytes([index]) for index in range(self.vocab_size)), key=lambda b: (-len(b), b)
+        )
         return {"kind": self.kind, "vocab_size": self.vocab_size, "pre_tokenizer": self.pre_tokenizer,
                 "encoder": self._encoder.name, "exact": self.exact,
                 "document_id": self.document_id, "special_tokens": self.special_tokens,
@@ -150,9 +160,13 @@ class Tokenizer:
     def save(self, directory: Path | str) -> None:
         """Writes a Hugging Face tokenizer directory."""
         directory = Path(directory)
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **self._settings}
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            **self._settings,
+        }
         if self._encoder.name == "tokenizers":
-            settings[_ENCODER] = "tokenizers"     # a fast one that failed on the training text is not tried again
+            settings[_ENCODER] = "tokenizers"  # one that failed on the training text is not tried again
         if self.document_id is not None:
             settings["eos_token"] = self.backend.id_to_token(self.document_id)
         write_text(directory / "tokenizer.json", self.backend.to_str(pretty=True))
@@ -160,10 +174,12 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":
-        """Opens a tokenizer.json or a directory that holds one. Raises DataError saying what is there instead."""
+        """Opens a tokenizer.json or a directory with one. Raises DataError saying what is there instead."""
         backend, settings = _read(Path(path))
         name = _content(settings.get("eos_token"))
-        return cls(backend, document_id=None if name is None else backend.token_to_id(name), settings=settings)
+        return cls(
+            backend, document_id=None if name is None else backend.token_to_id(name), settings=settings
+        )
 
 
 @config
@@ -178,20 +194,26 @@ class BpeConfig:
     reserved: int = 7
     """special tokens kept free for later use, such as the turns of a chat"""
     sample_bytes: int | None = None
-    """most text to learn from; of a larger split, a seeded choice of documents; None: 8 KiB a token, at least 16 MiB"""
+    """most text to learn from, a seeded choice of documents; None: 8 KiB a token, at least 16 MiB"""
 
     def __post_init__(self) -> None:
         least = BYTES + 1 + self.reserved
         if self.reserved < 0 or (self.vocab_size is not None and self.vocab_size < least):
-            raise ConfigError(f"tokenizer.vocab_size={self.vocab_size} cannot hold {BYTES} bytes, the document token and "
-                              f"{self.reserved} reserved tokens. Try tokenizer.vocab_size={max(least, 512)} or more.")
+            raise ConfigError(
+                f"tokenizer.vocab_size={self.vocab_size} cannot hold {BYTES} bytes, the document token and "
+                f"{self.reserved} reserved tokens. Try tokenizer.vocab_size={max(least, 512)} or more."
+            )
         if self.sample_bytes is not None and self.sample_bytes < 1:
-            raise ConfigError(f"tokenizer.sample_bytes={self.sample_bytes} leaves nothing to learn from. Try 16000000.")
+            raise ConfigError(
+                f"tokenizer.sample_bytes={self.sample_bytes} leaves nothing to learn from. Try 16000000."
+            )
 
     def build(self, documents: Any, *, seed: int = 0) -> Tokenizer:
         """Trains on a DocumentView. Raises ConfigError when the text supports fewer tokens than asked for."""
         if self.vocab_size is None:
-            raise ConfigError("tokenizer.vocab_size is derived from a recipe's size. Without one, give it, such as 2048.")
+            raise ConfigError(
+                "tokenizer.vocab_size is derived from a recipe's size. Without one, give it, such as 2048."
+            )
         budget = self.sample_bytes or max(_SAMPLE_BYTES, _SAMPLE_BYTES_PER_TOKEN * self.vocab_size)
         backend = train_bpe(training_sample(documents, budget, seed), vocab_size=self.vocab_size,
                             pre_tokenizer=self.pre_tokenizer, reserved=self.reserved)
@@ -205,7 +227,7 @@ class CharactersConfig:
 
     kind: Literal["characters"] = "characters"
     unknown: Literal["bytes", "refuse"] = "bytes"
-    """a character outside the vocabulary is spelled by its UTF-8 bytes (256 more tokens), or refused with an error"""
+    """a character outside the vocabulary is spelled by its UTF-8 bytes (256 more tokens), or refused"""
     separator: bool = True
     """mark where documents begin; off, tokens are exactly the characters of one stream"""
 
@@ -215,12 +237,16 @@ class CharactersConfig:
         for document in documents:
             counts.update(document.text)
         if not counts:
-            raise DataError("the training split holds no text, so there are no characters to make a vocabulary of.")
+            raise DataError(
+                "the training split holds no text, so there are no characters to make a vocabulary of."
+            )
         names = sorted(counts)
         if self.unknown == "bytes":
             names += [f"<0x{byte:02X}>" for byte in range(BYTES)]
         vocabulary = {name: index for index, name in enumerate(names)}
-        backend = HuggingFaceTokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=self.unknown == "bytes"))
+        backend = HuggingFaceTokenizer(
+            models.BPE(vocab=vocabulary, merges=[], byte_fallback=self.unknown == "bytes")
+        )
         backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])  # type: ignore[assignment]
         return _with_separator(backend, self.separator)
 
@@ -257,8 +283,10 @@ class FileConfig:
             (known for known in _END_OF_TEXT if backend.token_to_id(known) is not None), None)
         if name is None or backend.token_to_id(name) is None:
             specials = [token.content for token in backend.get_added_tokens_decoder().values()]
-            raise ConfigError(f"the tokenizer in {self.path} has no token {name or 'that ends a text'!r}.\n"
-                              f"Name one with tokenizer.document_token=…; it has: {', '.join(specials[:12]) or 'none'}.")
+            raise ConfigError(
+                f"the tokenizer in {self.path} has no token {name or 'that ends a text'!r}.\n"
+                f"Name one with tokenizer.document_token=…; it has: {', '.join(specials[:12]) or 'none'}."
+            )
         return Tokenizer(backend, document_id=backend.token_to_id(name), settings=settings)
 
 
@@ -274,10 +302,14 @@ def _read(path: Path) -> tuple[HuggingFaceTokenizer, dict[str, Any]]:
     directory = path if path.is_dir() else path.parent
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
-        there = ", ".join(sorted(p.name for p in directory.iterdir())[:10]) if directory.is_dir() else "nothing"
-        raise DataError(f"no tokenizer at {path}: a tokenizer.json is needed, there is {there or 'nothing'}.\n"
-                        "An older format can be turned into one with transformers: "
-                        "AutoTokenizer.from_pretrained(OLD).save_pretrained(NEW).")
+        there = (
+            ", ".join(sorted(p.name for p in directory.iterdir())[:10]) if directory.is_dir() else "nothing"
+        )
+        raise DataError(
+            f"no tokenizer at {path}: a tokenizer.json is needed, there is {there or 'nothing'}.\n"
+            "An older format can be turned into one with transformers: "
+            "AutoTokenizer.from_pretrained(OLD).save_pretrained(NEW)."
+        )
     try:
         backend = HuggingFaceTokenizer.from_file(str(file))
         settings_file, template = directory / "tokenizer_config.json", directory / "chat_template.jinja"

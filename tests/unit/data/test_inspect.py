@@ -47,7 +47,9 @@ def test_rows_show_what_counts_in_the_loss_and_which_document_it_is(corpus):
 
 
 def test_the_page_names_duplicates_skipped_files_and_colours_tokens(corpus):
-    console = Console(width=120, record=True, force_terminal=True, color_system="truecolor", file=io.StringIO())
+    console = Console(
+        width=120, record=True, force_terminal=True, color_system="truecolor", file=io.StringIO()
+    )
     render(look(corpus, tokens=10, rows=1000), console)
     page = console.export_text(styles=True, clear=False)
     text = console.export_text()

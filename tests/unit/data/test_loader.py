@@ -128,8 +128,16 @@ def test_prefetching_does_not_move_the_state():
     assert torch.equal(next(source)["tokens"], source.batch(1)["tokens"])
 
 
-@pytest.mark.parametrize("change", [{"fingerprint": "e" * 64}, {"rows": 8}, {"seed": 8}, {"packs": [Rows(37, context=8)]},
-                                    {"packs": [Rows(36)]}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"fingerprint": "e" * 64},
+        {"rows": 8},
+        {"seed": 8},
+        {"packs": [Rows(37, context=8)]},
+        {"packs": [Rows(36)]},
+    ],
+)
 def test_the_state_of_another_sequence_is_refused(change):
     state = loader().state_dict()
     with pytest.raises(CheckpointError, match="checkpoint"):

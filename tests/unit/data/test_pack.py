@@ -74,13 +74,17 @@ def test_best_fit_shows_every_target_once_and_keeps_documents_apart(tmp_path_fac
     fields = rows.fields(np.arange(rows.rows))
     assert seen(fields) == store.pairs()
     document_of = np.repeat(np.arange(len(lengths)), lengths)
-    position_of = {token: position for position, token in enumerate(store._stream.tolist()) if token != SEPARATOR}
+    position_of = {
+        token: position for position, token in enumerate(store._stream.tolist()) if token != SEPARATOR
+    }
     segment = fields.get("segment", np.zeros_like(fields["tokens"]))
     for row in range(rows.rows):
         real = fields["weight"][row] > 0
         for number in np.unique(segment[row][real]):
             mine = fields["tokens"][row][real & (segment[row] == number)]
-            assert len({document_of[position_of[token]] for token in mine.tolist() if token != SEPARATOR}) <= 1
+            assert (
+                len({document_of[position_of[token]] for token in mine.tolist() if token != SEPARATOR}) <= 1
+            )
             assert (np.diff(mine[1:]) == 1).all()     # in their order in the document
         assert not set(segment[row][real]) & set(segment[row][~real]) or "segment" not in fields
     facts = rows.facts()

@@ -1,4 +1,4 @@
-"""From a folder to batches: the whole way, twice, interrupted, at the same time, and with data that cannot be used."""
+"""From a folder to batches: the whole way, twice, interrupted, at the same time, and with unusable data."""
 
 import json
 import threading
@@ -16,7 +16,8 @@ from dougong.data.sources import FilesSource, PythonSource
 from dougong.data.split import SplitConfig
 from dougong.data.tokenizer import BpeConfig, BytesConfig, CharactersConfig
 
-WORDS = "stone wood beam roof pillar bracket 斗拱 木 house gate tile lime clay nail joint carve lift set".split()
+WORDS = ["stone", "wood", "beam", "roof", "pillar", "bracket", "斗拱", "木", "house", "gate", "tile",
+         "lime", "clay", "nail", "joint", "carve", "lift", "set"]
 BPE = BpeConfig(vocab_size=320, reserved=0)
 
 
@@ -34,8 +35,12 @@ def folder(tmp_path):
 
 
 def texts(folder, **options) -> TextData:
-    return TextData(path=str(folder), dedup=DedupConfig(near=False), split=SplitConfig(fractions=(0.8, 0.1, 0.1)),
-                    **options)
+    return TextData(
+        path=str(folder),
+        dedup=DedupConfig(near=False),
+        split=SplitConfig(fractions=(0.8, 0.1, 0.1)),
+        **options,
+    )
 
 
 def files(directory) -> dict[str, bytes]:
@@ -128,7 +133,9 @@ def test_one_stream_of_characters_is_exactly_its_characters(tmp_path):
     play = "".join(text(number) for number in range(60))
     (tmp_path / "play.txt").write_text(play, "utf-8")
     data = TextData(path=str(tmp_path / "play.txt"), split=SplitConfig(fractions=(0.9, 0.1, 0), gap_bytes=0))
-    corpus = prepare(data, CharactersConfig(unknown="refuse", separator=False), context=32, cache=tmp_path / "cache")
+    corpus = prepare(
+        data, CharactersConfig(unknown="refuse", separator=False), context=32, cache=tmp_path / "cache"
+    )
     cut = int(len(play) * 0.9)
     assert corpus.tokenizer.vocab_size == len(set(play[:cut]))
     for split, part in (("train", play[:cut]), ("validation", play[cut:])):
@@ -147,7 +154,9 @@ def two_sources(folder, tmp_path, **weights) -> TextData:
         (other / f"{number}.txt").write_text(text(number + 500, words=30).upper(), "utf-8")
     sources = (FilesSource(path=str(folder), name="low", weight=weights.get("low", 1)),
                FilesSource(path=str(other), name="HIGH", weight=weights.get("high", 1)))
-    return TextData(sources=sources, dedup=DedupConfig(near=False), split=SplitConfig(fractions=(0.8, 0.1, 0.1)))
+    return TextData(
+        sources=sources, dedup=DedupConfig(near=False), split=SplitConfig(fractions=(0.8, 0.1, 0.1))
+    )
 
 
 @pytest.mark.parametrize("pack", ["windows", "best_fit"])
@@ -179,12 +188,16 @@ def test_equal_weights_make_an_epoch_every_token_once(folder, tmp_path):
 def test_ranks_share_the_sequence(folder, tmp_path):
     corpus = prepare(texts(folder), BPE, context=64, cache=tmp_path / "cache")
     whole = next(corpus.loader("train", rows=4, seed=3))["tokens"]
-    parts = [next(corpus.loader("train", rows=4, seed=3, rank=rank, world_size=2))["tokens"] for rank in (0, 1)]
+    parts = [
+        next(corpus.loader("train", rows=4, seed=3, rank=rank, world_size=2))["tokens"] for rank in (0, 1)
+    ]
     assert torch.equal(torch.cat(parts), whole)
 
 
 def test_too_little_text_for_one_context_is_refused(folder, tmp_path):
-    with pytest.raises(DataError, match=r"holds [\d,]+ tokens .* fewer than one context of 100,000.*\n.*context of \d+"):
+    with pytest.raises(
+        DataError, match=r"holds [\d,]+ tokens .* fewer than one context of 100,000.*\n.*context of \d+"
+    ):
         prepare(texts(folder), BytesConfig(), context=100_000, cache=tmp_path / "cache")
 
 
@@ -206,8 +219,12 @@ def test_sources_are_found_from_the_path(folder):
 def test_chinese_in_its_own_encoding(tmp_path):
     for number in range(60):
         (tmp_path / f"{number}.txt").write_bytes((f"第{number}章 斗拱承托屋檐，" * 20).encode("gb18030"))
-    corpus = prepare(TextData(path=str(tmp_path), encoding="gb18030", dedup=DedupConfig(near=False)), BytesConfig(),
-                     context=64, cache=tmp_path / ".cache")
+    corpus = prepare(
+        TextData(path=str(tmp_path), encoding="gb18030", dedup=DedupConfig(near=False)),
+        BytesConfig(),
+        context=64,
+        cache=tmp_path / ".cache",
+    )
     assert "斗拱承托屋檐" in corpus.documents("train")[0].text
 
 

@@ -30,8 +30,10 @@ class WideTokenizer:
 
 def documents(count: int = 40) -> View:
     rng = np.random.default_rng(0)
-    return View(Document(id=str(i), source="abc"[i * 3 // count], text="中x\n"[i % 3] * int(rng.integers(0, 60)))
-                for i in range(count))
+    return View(
+        Document(id=str(i), source="abc"[i * 3 // count], text="中x\n"[i % 3] * int(rng.integers(0, 60)))
+        for i in range(count)
+    )
 
 
 def files(directory) -> dict[str, bytes]:
@@ -49,8 +51,10 @@ def test_the_stream_is_each_document_behind_a_separator(tmp_path):
         assert (found.bytes, found.source) == (len(document.text.encode()), document.source)
     assert store.dtype == np.uint16
     assert store.per_source()["b"] == {
-        "documents": sum(d.source == "b" for d in view), "bytes": sum(len(d.text.encode()) for d in view if d.source == "b"),
-        "tokens": sum(len(t) for t, d in zip(expected, view) if d.source == "b")}
+        "documents": sum(d.source == "b" for d in view),
+        "bytes": sum(len(d.text.encode()) for d in view if d.source == "b"),
+        "tokens": sum(len(t) for t, d in zip(expected, view) if d.source == "b"),
+    }
 
 
 def test_any_stretch_can_be_read_across_shards(tmp_path):

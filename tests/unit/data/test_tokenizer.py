@@ -1,4 +1,4 @@
-"""Ids equal Hugging Face's, text comes back byte for byte, and nothing in a document turns into a special token."""
+"""Ids equal Hugging Face's, text comes back byte for byte, no text turns into a special token."""
 
 import importlib.util
 import json
@@ -38,9 +38,14 @@ class View(list):
 
 
 KINDS = {
-    "gpt-2": BpeConfig(vocab_size=600, pre_tokenizer="gpt-2"), "qwen2": BpeConfig(vocab_size=600),
-    "llama-bpe": BpeConfig(vocab_size=600, pre_tokenizer="llama-bpe"), "characters": CharactersConfig(),
-    "stream": CharactersConfig(separator=False), "bytes": BytesConfig(), "byte stream": BytesConfig(separator=False)}
+    "gpt-2": BpeConfig(vocab_size=600, pre_tokenizer="gpt-2"),
+    "qwen2": BpeConfig(vocab_size=600),
+    "llama-bpe": BpeConfig(vocab_size=600, pre_tokenizer="llama-bpe"),
+    "characters": CharactersConfig(),
+    "stream": CharactersConfig(separator=False),
+    "bytes": BytesConfig(),
+    "byte stream": BytesConfig(separator=False),
+}
 TOKENIZERS = {name: config.build(View(TEXTS)) for name, config in KINDS.items()}
 KIND = pytest.mark.parametrize("kind", KINDS)
 
@@ -106,8 +111,14 @@ def test_document_token_is_left_out_of_decoded_text():
 def test_tiktoken_cuts_every_assigned_code_point_as_hugging_face_does(name):
     tokenizer = TOKENIZERS[name]
     reference = HuggingFaceEncoder(tokenizer.backend)
-    points = [chr(c) for c in range(sys.maxunicode + 1) if unicodedata.category(chr(c)) not in ("Cs", "Cn", "Co")]
-    points = [c for c in points if not 0x3400 < ord(c) < 0x9FFF and not 0xAC00 < ord(c) < 0xD7A0 and ord(c) < 0x20000]
+    points = [
+        chr(c) for c in range(sys.maxunicode + 1) if unicodedata.category(chr(c)) not in ("Cs", "Cn", "Co")
+    ]
+    points = [
+        c
+        for c in points
+        if not 0x3400 < ord(c) < 0x9FFF and not 0xAC00 < ord(c) < 0xD7A0 and ord(c) < 0x20000
+    ]
     for start in range(0, len(points), 512):
         text = "".join(f"a{c} {c}1'{c}\n" for c in points[start:start + 512])
         assert np.array_equal(tokenizer.encode(text), reference.encode(text)), points[start:start + 512]
@@ -116,9 +127,14 @@ def test_tiktoken_cuts_every_assigned_code_point_as_hugging_face_does(name):
 def test_patterns_are_the_published_ones():
     source = importlib.util.find_spec("transformers.models.qwen2.tokenization_qwen2").origin
     assert PATTERNS["qwen2"] in Path(source).read_text("utf-8").replace('"\n    r"', "")
-    ours, gpt2 = pre_tokenizers.Split(Regex(PATTERNS["gpt-2"]), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    ours, gpt2 = (
+        pre_tokenizers.Split(Regex(PATTERNS["gpt-2"]), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    )
     for text in [*TEXTS, *difficult_texts()]:
-        assert [span for _, span in ours.pre_tokenize_str(text)] == [span for _, span in gpt2.pre_tokenize_str(text)]
+        assert [span for _, span in ours.pre_tokenize_str(text)] == [
+            span for _, span in gpt2.pre_tokenize_str(text)
+        ]
     assert PATTERNS["llama-bpe"] == PATTERNS["qwen2"].replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 
 
@@ -139,7 +155,10 @@ def test_an_encoder_whose_ids_would_differ_is_not_used():
     added = HuggingFaceTokenizer.from_str(TOKENIZERS["qwen2"].backend.to_str())
     added.add_tokens(["import json"])
     assert choose_encoder(added).name == "tokenizers"
-    assert Tokenizer(added, document_id=None).decode(Tokenizer(added, document_id=None).encode(TEXTS[0])) == TEXTS[0]
+    assert (
+        Tokenizer(added, document_id=None).decode(Tokenizer(added, document_id=None).encode(TEXTS[0]))
+        == TEXTS[0]
+    )
 
 
 def test_a_fast_encoder_that_failed_on_the_users_text_is_never_used_again(tmp_path, monkeypatch):
@@ -166,8 +185,10 @@ def test_a_vocabulary_larger_than_the_text_supports_names_the_largest():
         BpeConfig(vocab_size=largest + 1).build(View(TEXTS))
 
 
-@pytest.mark.parametrize("section", [{"vocab_size": 200}, {"vocab_size": 300, "reserved": 60}, {"sample_bytes": 0},
-                                     {"reserved": -1}])
+@pytest.mark.parametrize(
+    "section",
+    [{"vocab_size": 200}, {"vocab_size": 300, "reserved": 60}, {"sample_bytes": 0}, {"reserved": -1}],
+)
 def test_impossible_settings_are_refused(section):
     with pytest.raises(ConfigError, match="Try"):
         BpeConfig(**section)
@@ -177,11 +198,15 @@ def test_training_sample_is_bounded_deterministic_and_reaches_into_long_document
     view = View([f"{number:04d} " * 200 for number in range(100)])
     sample = list(training_sample(view, 20_000, seed=1))
     assert 15_000 < sum(map(len, sample)) <= 20_000
-    assert sample == list(training_sample(view, 20_000, seed=1)) != list(training_sample(view, 20_000, seed=2))
+    assert (
+        sample == list(training_sample(view, 20_000, seed=1)) != list(training_sample(view, 20_000, seed=2))
+    )
     assert len(list(training_sample(view, 10**6, seed=1))) == 100
     novel = View(["".join(f"{n} " for n in range(20_000))])
     slices = list(training_sample(novel, 10_000, seed=1))
-    assert sum(map(len, slices)) <= 10_000 and any("19" in part[:6] or "18" in part[:6] for part in slices[-2:])
+    assert sum(map(len, slices)) <= 10_000 and any(
+        "19" in part[:6] or "18" in part[:6] for part in slices[-2:]
+    )
     with pytest.raises(DataError, match="no text"):
         list(training_sample(View([]), 10, seed=0))
 
@@ -207,13 +232,24 @@ def test_existing_tokenizers_of_other_makes(tmp_path):
     backend = HuggingFaceTokenizer(models.Unigram())
     backend.normalizer = normalizers.NFKC()
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    backend.train_from_iterator(TEXTS, trainers.UnigramTrainer(vocab_size=300, special_tokens=["<unk>", "</s>"],
-                                                               unk_token="<unk>", show_progress=False))
+    backend.train_from_iterator(
+        TEXTS,
+        trainers.UnigramTrainer(
+            vocab_size=300, special_tokens=["<unk>", "</s>"], unk_token="<unk>", show_progress=False
+        ),
+    )
     backend.save(str(tmp_path / "tokenizer.json"))
     tokenizer = FileConfig(path=str(tmp_path / "tokenizer.json")).build()
     text = "import the encoder and return it"
-    assert tokenizer.encode(text).tolist() == backend.encode(text).ids and tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.kind == "file" and not tokenizer.exact and tokenizer.document_id == backend.token_to_id("</s>")
+    assert (
+        tokenizer.encode(text).tolist() == backend.encode(text).ids
+        and tokenizer.decode(tokenizer.encode(text)) == text
+    )
+    assert (
+        tokenizer.kind == "file"
+        and not tokenizer.exact
+        and tokenizer.document_id == backend.token_to_id("</s>")
+    )
     assert tokenizer.facts()["encoder"] == "tokenizers"
     tokenizer.save(tmp_path / "saved")
     assert Tokenizer.load(tmp_path / "saved").fingerprint == tokenizer.fingerprint
@@ -223,9 +259,9 @@ def test_a_tokenizer_that_cannot_be_used_says_why(tmp_path):
     with pytest.raises(DataError, match=r"no tokenizer at .*tokenizer\.json"):
         FileConfig(path=str(tmp_path)).build()
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(DataError, match="not a tokenizer.json that can be read"):
+    with pytest.raises(DataError, match=r"not a tokenizer\.json that can be read"):
         Tokenizer.load(tmp_path)
-    with pytest.raises(ConfigError, match="tokenizer.path"):
+    with pytest.raises(ConfigError, match=r"tokenizer\.path"):
         FileConfig().build()
     TOKENIZERS["byte stream"].save(tmp_path)
     with pytest.raises(ConfigError, match="document_token"):
