@@ -153,3 +153,9 @@ def test_banding_proposes_almost_every_pair_at_the_threshold():
         rows = dedup.rows_per_band(threshold)
         assert 1 - (1 - threshold**rows) ** (128 // rows) >= 0.995
     assert dedup.rows_per_band(0.8) == 6
+
+
+def test_where_a_keeper_is_removed_its_own_keeper_takes_over_or_the_document_comes_back():
+    keeper = np.array([-1, 0, 1, 1, 3])
+    dedup._follow(keeper, lambda i, j: (i, j) == (0, 2))
+    assert keeper.tolist() == [-1, 0, 0, -1, 3]
