@@ -12,8 +12,8 @@ _SMALLEST_DICTIONARY = 4096      # the least that xz accepts
 
 
 def xz_bytes(data: bytes) -> int:
-    """Length of the .xz file that `xz -9e` makes, container (header, CRC64, index: at least 60 bytes)
-    included.
+    """Length of the .xz file that `xz -9e` makes, its container included: header, CRC64 and index, so that
+    one byte makes a file of 60.
 
     The dictionary is no larger than the data: it could not be used, and clearing 64 MiB for each small
     document takes far longer than compressing it.
