@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from dougong.core.config import flatten
 from dougong.report.facts import RunFacts
 from dougong.report.numbers import Text, compact, data_size, exact, fixed, is_number, percent, significant
 from dougong.report.words import say, word
@@ -17,6 +16,11 @@ _COLUMNS = {
     "tokens": compact,
     "bytes_per_token": fixed,
     "share": percent,
+    "rows": exact,
+    "documents_cut": exact,
+    "padding_share": lambda v: percent(v, 1),
+    "weight": significant,
+    "passes_per_epoch": significant,
 }
 _PLACED = {
     "documents",
@@ -59,11 +63,8 @@ def view_of(run: RunFacts) -> DataView | None:
     facts = run.data
     if not facts:
         return None
-    split = facts.get("split", facts.get("splits"))
-    rule = facts.get(
-        "split_rule",
-        split if isinstance(split, str) else (split or {}).get("rule") if isinstance(split, dict) else None,
-    )
+    split = facts.get("splits", facts.get("split"))
+    rule = facts.get("split_rule", facts.get("split"))
     packing = facts.get("packing")
     return DataView(
         numbers=_numbers(facts),
@@ -71,7 +72,7 @@ def view_of(run: RunFacts) -> DataView | None:
         splits=_splits(split, facts),
         packing=_pairs(packing) if isinstance(packing, dict) else [],
         packing_sentence=Text.same(packing) if isinstance(packing, str) else None,
-        duplicates=_counts(facts.get("duplicates")),
+        duplicates=_duplicates(facts.get("duplicates")),
         skipped=_counts(facts.get("skipped")),
         sources=_table(facts.get("sources", facts.get("per_source")), say("source"), shares=True),
         other=_pairs({k: v for k, v in facts.items() if k not in _PLACED}),
@@ -102,22 +103,28 @@ def _bytes_per_token(facts: dict[str, Any], tokens: Any) -> float | None:
     return facts["bytes"] / tokens if is_number(tokens) and tokens and is_number(facts.get("bytes")) else None
 
 
+_RULES = {"hash": "rule_hash", "documents": "rule_hash", "tail": "rule_tail"}
+
+
 def _rule(rule: Any) -> Text | None:
-    if rule is None:
+    """The split in a sentence: the run's own in English, ours for the rules we know in Chinese."""
+    sentence = rule.get("sentence") if isinstance(rule, dict) else None
+    name = rule.get("rule") if isinstance(rule, dict) else rule
+    if name is None and sentence is None:
         return None
-    text = str(rule)
-    known = {
-        "hash": "rule_hash",
-        "document hash": "rule_hash",
-        "tail": "rule_tail",
-        "contiguous tail": "rule_tail",
-    }
-    return say(known[text]) if text in known else Text.same(text)
+    if is_number(name):
+        return None
+    known = say(_RULES[str(name)]) if str(name) in _RULES else Text.same(sentence or name)
+    return Text(str(sentence or known.en), known.zh)
 
 
 def _splits(split: Any, facts: dict[str, Any]) -> Table | None:
     """One row for each split; figures kept by split elsewhere (`tokens: {train: …}`) are joined to it."""
-    rows = {k: dict(v) for k, v in split.items() if isinstance(v, dict)} if isinstance(split, dict) else {}
+    rows = (
+        {k: v | _dict(v.get("packing")) for k, v in split.items() if isinstance(v, dict)}
+        if isinstance(split, dict)
+        else {}
+    )
     if isinstance(split, dict):
         for name in _SPLITS:
             if is_number(split.get(name)):
@@ -144,28 +151,14 @@ def _table(value: Any, first: Text, *, shares: bool = False) -> Table | None:
     if not rows:
         return None
     total = sum(v["bytes"] for _, v in rows if is_number(v.get("bytes")))
-    if shares and total and len(rows) > 1:
-        rows = [
-            (n, v | ({"share": v["bytes"] / total} if is_number(v.get("bytes")) else {})) for n, v in rows
-        ]
+    if shares and total and len(rows) > 1 and not any("share" in v for _, v in rows):
+        rows = [(n, v | {"share": v["bytes"] / total} if is_number(v.get("bytes")) else v) for n, v in rows]
     known = [c for c in _COLUMNS if any(is_number(v.get(c)) for _, v in rows)]
     further = list(
         dict.fromkeys(c for _, v in rows for c, x in v.items() if is_number(x) and c not in _COLUMNS)
     )[:4]
-    heads = [
-        first,
-        *(
-            say("size")
-            if c == "bytes"
-            else say("share")
-            if c == "share"
-            else say("bytes_per_token")
-            if c == "bytes_per_token"
-            else word(c)
-            for c in known
-        ),
-        *(Text.same(c.replace("_", " ")) for c in further),
-    ]
+    names = [say("size") if c == "bytes" else word(c) for c in known]
+    heads = [first, *names, *(Text.same(c.replace("_", " ")) for c in further)]
     body = [
         [
             word(name),
@@ -205,17 +198,45 @@ def _counts(value: Any) -> list[tuple[Text, Text, str]]:
             if is_number(count)
             else Text.same(count)
         )
-        examples = ", ".join(map(str, names[:3])) if isinstance(names, list) else ""
+        examples = ", ".join(map(_example, names[:3])) if isinstance(names, list) else ""
         found.append((name, shown, examples + (" …" if examples and len(names) > 3 else "")))
     return found
 
 
-def _pairs(value: dict[str, Any]) -> list[tuple[Text, Text]]:
+def _example(value: Any) -> str:
+    if isinstance(value, dict) and {"removed", "kept"} <= set(value):
+        return f"{value['removed']} = {value['kept']}"
+    return str(value)
+
+
+def _duplicates(value: Any) -> list[tuple[Text, Text, str]]:
+    """Counts by kind; a kind that was not searched for says so instead of claiming 0."""
+    if not isinstance(value, dict):
+        return _counts(value)
+    searched = _dict(value.get("searched"))
+    found = _counts({k: v for k, v in value.items() if k not in ("searched", "threshold")})
+    named = [k for k in value if k not in ("searched", "threshold")]
     return [
-        (Text.same(key.replace("_", " ").replace(".", " · ")), plain(v))
-        for key, v in flatten(value).items()
-        if v is not None and v != {} and v != []
+        (name, say("not_searched"), "") if searched.get(kind) is False else (name, count, examples)
+        for kind, (name, count, examples) in zip(named, found)
     ]
+
+
+def _pairs(value: dict[str, Any]) -> list[tuple[Text, Text]]:
+    """Names and values, one level of nesting deep; what lies deeper is named but not spelled out."""
+    found = []
+    for key, entry in value.items():
+        inner = entry.items() if isinstance(entry, dict) else [("", entry)]
+        for name, item in inner:
+            label = f"{key} · {name}" if name else key
+            if item not in (None, {}, [], ""):
+                shown = list(item) if isinstance(item, dict) else item
+                found.append((Text.same(str(label).replace("_", " ")), plain(shown)))
+    return found
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def plain(value: Any) -> Text:
@@ -225,5 +246,8 @@ def plain(value: Any) -> Text:
     if is_number(value):
         return exact(value) if value == round(value) and abs(value) >= 1000 else significant(value, 6)
     if isinstance(value, list):
-        return Text.same(", ".join(str(v) for v in value[:12]) + (" …" if len(value) > 12 else ""))
+        words = [repr(v) if isinstance(v, str) and v != v.strip() else str(v) for v in value[:8]]
+        return Text.same(", ".join(words) + (" …" if len(value) > 8 else ""))
+    if isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef"):
+        return Text.same(value[:16] + "…")  # a fingerprint is compared by its beginning
     return Text.same("–" if value is None else value)

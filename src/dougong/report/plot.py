@@ -17,7 +17,7 @@ from dougong.report.numbers import Text, compact, significant
 
 POINTS = 600
 """most points kept of one line"""
-WIDE, SMALL = (1040, 340), (510, 230)
+WIDE, SMALL = (1040, 340), (420, 230)
 _EARLY = 0.04
 LEFT, RIGHT, TOP, BOTTOM = 56, 18, 16, 34
 

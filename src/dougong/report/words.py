@@ -194,6 +194,12 @@ PHRASES: dict[str, tuple[str, str]] = {
     "bytes_per_token": ("bytes per token", "字节/词元"),
     "examples": ("examples", "样本"),
     "duplicates": ("Duplicates removed", "去除的重复"),
+    "not_searched": ("not searched for", "未查找"),
+    "rows": ("rows", "行"),
+    "documents_cut": ("documents cut", "被切断的文档"),
+    "padding_share": ("padding", "填充"),
+    "weight": ("weight", "权重"),
+    "passes_per_epoch": ("passes per epoch", "每轮遍数"),
     "exact": ("exact", "完全相同"),
     "near": ("near", "近似"),
     "skipped_files": ("Left out", "未采用"),
@@ -247,7 +253,7 @@ PHRASES: dict[str, tuple[str, str]] = {
     "time_checkpoints": ("checkpoints", "检查点"),
     "energy_title": ("Energy", "能耗"),
     "energy_is": ("About {energy}. An estimate, not a measurement.", "约 {energy}。这是估计，不是测量。"),
-    "energy_assumption": ("Assumption: {text}", "假设：{text}"),
+    "energy_assumption": ("Basis: {text}", "依据：{text}"),
     "no_energy": ("No estimate was recorded.", "没有记录估计。"),
     "machine_title": ("Machine and versions", "机器与版本"),
     "processor": ("processor", "处理器"),
@@ -333,8 +339,9 @@ def say(key: str, **values: object) -> Text:
 
 _NAMES = frozenset((
     "train", "validation", "test", "raw", "ema", "embedding", "matrices", "vectors", "total",
-    "accuracy", "exact", "near", "documents", "bytes", "tokens", "examples", "lr", "loss", "processor",
-    "cores", "memory_bytes", "system", "device", "precision", "threads", "compile",
+    "accuracy", "exact", "near", "documents", "bytes", "tokens", "examples", "rows", "documents_cut",
+    "padding_share", "weight", "passes_per_epoch", "share", "bytes_per_token", "lr", "loss",
+    "processor", "cores", "memory_bytes", "system", "device", "precision", "threads", "compile",
 ))  # fmt: skip
 
 

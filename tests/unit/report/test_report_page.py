@@ -263,6 +263,9 @@ def test_runs_that_differ_in_seed_alone_show_their_spread(tmp_path):
         fake_runs.finished(tmp_path / f"s{s}", steps=300, seed=s, bits=b)
         for s, b in ((1, 1.30), (2, 1.31), (3, 1.35))
     ]
+    for run in runs:  # a name is no difference
+        text = run.recipe.read_text(encoding="utf-8").replace("name: first", f"name: {run.path.name}")
+        run.recipe.write_text(text, encoding="utf-8")
     page, _ = page_of(*runs, out=tmp_path / "r.html")
     assert "mean ± sd" in page.text and "1.320 ± 0.026" in page.text
 
@@ -282,6 +285,30 @@ def test_every_word_has_both_languages_and_the_script_has_a_default(finished, tm
     assert all(a["lang"] == "zh-Hans" for a in chinese)
     assert page.named("html")[0] == {"lang": "en", "data-lang": "en"}  # readable without the script
     assert "navigator.language" in text and "prefers-color-scheme: dark" in text and "@media print" in text
+
+
+def test_facts_of_a_real_corpus_are_laid_out(tmp_path):
+    from dougong.core.config import from_dict
+    from dougong.data import TOKENIZERS
+    from dougong.data.prepare import TextData, prepare
+
+    for number in range(200):
+        words = " ".join(str(number * k * k) for k in range(1, 60))
+        (tmp_path / "texts").mkdir(exist_ok=True)
+        (tmp_path / "texts" / f"{number}.txt").write_text(words, encoding="utf-8")
+    (tmp_path / "texts" / "copy.txt").write_text(words, encoding="utf-8")
+    (tmp_path / "texts" / "broken.txt").write_bytes(b"abc \xff\xfe def")
+    data = from_dict(TextData, {"sources": [{"kind": "files", "path": str(tmp_path / "texts")}]})
+    corpus = prepare(data, from_dict(TOKENIZERS["bytes"], {}), context=32, cache=tmp_path / "cache", seed=0)
+    writer = fake_runs.Writer(tmp_path / "run", fake_runs.recipe())
+    writer.event("data", facts=json.loads(json.dumps(corpus.facts)))
+    page, _ = page_of(writer.finish(), out=tmp_path / "r.html")
+    told = page.text.split("What it learned from")[1].split("What was built")[0]
+    assert corpus.facts["split"]["sentence"] in told and "每篇文档按内容哈希归入一个划分" in told
+    assert "documents cut" in told and "passes per epoch" in told and "broken.txt" in told
+    train = corpus.facts["splits"]["train"]
+    assert f"train训练集{train['documents']}" in told.replace(" ", "")
+    assert "copy.txt = " in told or " = copy.txt" in told
 
 
 def test_the_report_reads_what_the_event_log_writes(tmp_path):
