@@ -56,7 +56,7 @@ def _spread(found: list[Measure | None]) -> Text | None:
         return None
     values = [m.value for m in known]
     mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1))
-    if deviation == 0:
+    if deviation <= 1e-9 * abs(mean):  # equal, but for the rounding of the mean
         return None
     show = {
         "time": duration,

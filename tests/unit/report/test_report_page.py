@@ -268,6 +268,7 @@ def test_runs_that_differ_in_seed_alone_show_their_spread(tmp_path):
         run.recipe.write_text(text, encoding="utf-8")
     page, _ = page_of(*runs, out=tmp_path / "r.html")
     assert "mean ± sd" in page.text and "1.320 ± 0.026" in page.text
+    assert "2.71 Wh ±" not in page.text  # the same in every run: rounding is no spread
 
 
 def test_different_kinds_of_runs_can_share_a_page(finished, tmp_path):
