@@ -15,7 +15,7 @@ from dougong.core.config import from_dict, json_schema, to_dict
 from dougong.core.errors import ConfigError
 from dougong.models import FAMILIES, count
 from dougong.models.protocols import LanguageModel, Model
-from dougong.nn.attention_kernels import explicit
+from dougong.nn.attention_kernels import explicit, fused
 
 SMALL = {"vocab_size": 61, "context": 40, "dim": 48, "num_layers": 3}
 FLAT = SMALL | {"num_heads": 4}
@@ -151,8 +151,11 @@ def test_cached_equals_uncached_in_any_pieces(name):
 
 
 @every
-def test_left_padded_rows_equal_rows_alone(name):
+@pytest.mark.parametrize("kernel", [explicit, fused])
+def test_left_padded_rows_equal_rows_alone(name, kernel):
     model = model_of(name)
+    for block in model.stack.values():
+        block.attention.kernel = kernel
     short, long = tokens_of(1, 9, seed=8), tokens_of(1, 14, seed=9)
     padded = torch.cat([torch.cat([torch.full((1, 5), 60), short], 1), long])
     cache = ReferenceCache(start_B=torch.tensor([5, 0]))
@@ -283,7 +286,10 @@ def test_models_without_tokens(name):
     with torch.device("meta"):
         model = config.build()
     model.to_empty(device="cpu")
+    for buffer in model.buffers():
+        buffer.fill_(7)   # what `to_empty` leaves is anything
     model.initialise(0)
+    assert all(((b == 0) | (b == 1)).all() for b in model.buffers())
     assert isinstance(model, Model)
     output = call(model)
     assert output.shape == shape and torch.isfinite(output).all()

@@ -13,6 +13,7 @@ from dougong.core.config import from_dict
 from dougong.interop.maps import MAPS
 from dougong.models import FAMILIES
 from dougong.nn import FEED_FORWARDS
+from dougong.nn.attention_kernels import explicit
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"```(\w+)([^\n]*)\n(.*?)```", re.S)
@@ -53,8 +54,9 @@ def _run_rows(suite, table, rows, tmp_path):
     """Runs every test of a suite that is parametrised by `table`, on the new rows; returns how many."""
     tests = [test for name, test in vars(suite).items() if name.startswith("test_")
              and any(mark.args[1] is table for mark in getattr(test, "pytestmark", []))]
+    values = {"tmp_path": tmp_path, "kernel": explicit}
     for test in tests:
-        more = {"tmp_path": tmp_path} if "tmp_path" in inspect.signature(test).parameters else {}
+        more = {name: values[name] for name in inspect.signature(test).parameters if name in values}
         for row in rows:
             test(row, **more)
     return len(tests)
