@@ -15,6 +15,13 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Train a first model on this machine's own Python library and show what it can do."""
-    from dougong.recipes.demo import demo as story
+    import time
 
-    emit(story(minutes, overrides or [], path=run, out=console(as_json), progress=progress_bar(as_json)), as_json)
+    from dougong.recipes.demo import show, train_demo
+    from dougong.report import write_report
+
+    begin, out = time.perf_counter(), console(as_json)
+    finished = train_demo(minutes, overrides or [], path=run, out=out, progress=progress_bar(as_json))
+    write_report([finished.directory], finished.directory.report)
+    show(finished, out, minutes_in_all=(time.perf_counter() - begin) / 60)
+    emit(finished.to_dict(), as_json)

@@ -11,7 +11,9 @@ from dougong.cli.output import Json, console, emit, progress_bar
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A run or one of its checkpoints.")],
     split: Annotated[str | None, typer.Option("--split", help="validation or test; default: the recipe's.")] = None,
-    stride: Annotated[int | None, typer.Option("--stride", min=1, help="Tokens between windows; default: the context.")] = None,
+    stride: Annotated[
+        int | None, typer.Option("--stride", min=1, help="Tokens between windows; the context if not given.")
+    ] = None,
     checkpoint: Annotated[str, typer.Option("--checkpoint", help="best, last, or a step.")] = "best",
     no_baselines: Annotated[bool, typer.Option("--no-baselines", help="Leave out the 5-gram and xz.")] = False,
     as_json: Json = False,

@@ -15,8 +15,8 @@ def generate(
     tokens: Annotated[int, typer.Option("--tokens", "-t", min=1, help="New tokens at most.")] = 200,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(min=1, help="Only the k likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Only the likeliest tokens of this total mass.")] = 0.95,
-    min_p: Annotated[float | None, typer.Option(min=0, max=1, help="Only tokens this likely beside the likeliest.")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Only the likeliest of this total mass; 0.95.")] = None,
+    min_p: Annotated[float | None, typer.Option(min=0, max=1, help="Only those this likely beside the likeliest.")] = None,
     repetition_penalty: Annotated[float, typer.Option(min=0.01, help="Above 1 discourages repetition.")] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="End at this text; may be repeated.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed writes the same text.")] = 0,
@@ -30,7 +30,10 @@ def generate(
     from dougong.recipes.open_run import open_run
 
     opened = open_run(run, checkpoint=checkpoint)
-    texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts or list(opened.recipe.sample.prompts) or [""]]
+    asked = prompts or opened.recipe.sample.prompts or [""]
+    texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in asked]
+    if top_p is None and temperature:
+        top_p = 0.95
     sampling = SamplingConfig(max_tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
                               repetition_penalty=repetition_penalty, stop=tuple(stop or ()), seed=seed, n=samples,
                               logprobs=logprobs)

@@ -10,7 +10,7 @@ from dougong.cli.output import Json, console, emit
 
 def report(
     runs: Annotated[list[Path], typer.Argument(help="One run, or several to compare.")],
-    out: Annotated[Path | None, typer.Option("--out", help="The page; default: report.html in the (first) run.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The page; else report.html in the first run.")] = None,
     as_json: Json = False,
 ) -> None:
     """Write a self-contained HTML report."""

@@ -11,9 +11,9 @@ from dougong.cli.output import Json, Overrides, console, emit, progress_bar
 def train(
     recipe: Annotated[str | None, typer.Argument(help="A shipped recipe's name or a .yaml file.")] = None,
     overrides: Overrides = None,
-    run: Annotated[Path | None, typer.Option("--run", help="The run's directory; default runs/<recipe's name>.")] = None,
+    run: Annotated[Path | None, typer.Option("--run", help="The run's directory; else runs/<recipe's name>.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run named by --run.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, count and predict; train nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, count and predict; train nothing.")] = False,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Train this many seeds and show the spread.")] = 1,
     as_json: Json = False,
 ) -> None:
@@ -53,12 +53,20 @@ def train(
 
 
 def _summary(finished, out) -> dict:
-    """Prints where the run is and what to do with it; returns the JSON payload."""
+    """Writes the report, prints where the run is and what to do with it; returns the JSON payload."""
+    from dougong.recipes.scoring import print_result
+    from dougong.report import write_report
+
     path = finished.directory.path
+    write_report([finished.directory], finished.directory.report)
     if finished.reason == "interrupted":
         out.print(f"\nStopped at step {finished.step:,}; everything is saved.\n"
                   f"Continue with: [bold]dougong train --resume --run {path}[/]")
     else:
-        verbs = ["generate", "eval", "report"] if finished.is_language_model else ["eval", "report"]
-        out.print(f"\n{path} is done. Next: " + ", ".join(f"[bold]dougong {verb} {path}[/]" for verb in verbs))
+        if finished.result:
+            out.print()
+            print_result(finished.result, out)
+        verbs = ["generate", "eval"] if finished.is_language_model else ["eval"]
+        out.print(f"\n{path} is done; its report is {finished.directory.report}.\n"
+                  "Next: " + ", ".join(f"[bold]dougong {verb} {path}[/]" for verb in verbs))
     return finished.to_dict()

@@ -31,7 +31,7 @@ def config(cls: type[T]) -> type[T]:
 
 
 @dataclasses.dataclass(frozen=True)
-class chosen_from:  # noqa: N801 (reads as an annotation: `Annotated[OptimConfig, chosen_from(OPTIMIZERS)]`)
+class chosen_from:
     """Marks a field whose value is a config found in `table` by its `kind`.
 
     Accepts a config, a mapping with `kind`, or just the kind as a string.

@@ -3,7 +3,7 @@
 import os
 import platform
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +35,7 @@ class RuntimeConfig:
 class Runtime:
     """The one value that says where computation happens. Passed, never global."""
 
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     threads: int = 1
     compile: bool = False
@@ -112,8 +112,8 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        processor = names[0] if names else processor
+        lines = cpuinfo.read_text().splitlines()
+        processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), processor)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     facts = {"processor": processor, "cores": usable_cores(), "memory_bytes": memory,
              "system": f"{platform.system()} {platform.machine()}", "device": device.type}

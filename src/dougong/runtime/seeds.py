@@ -25,9 +25,10 @@ def rng_state() -> dict[str, Any]:
     """The state of every generator: torch's as uint8 tensors, the others as JSON values."""
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
     version, internal, gauss = random.getstate()
-    state: dict[str, Any] = {"torch": torch.get_rng_state(),
-                             "numpy": [str(kind), np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
-                             "python": [version, list(internal), gauss]}
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "numpy": [str(kind), np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
+        "python": [version, list(internal), gauss]}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state

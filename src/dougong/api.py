@@ -1,0 +1,33 @@
+"""The commands as functions: `dougong.train`, `dougong.open_run`, `dougong.generate`."""
+
+from pathlib import Path
+from typing import Any
+
+from dougong.core.config import from_dict, merge, to_dict
+from dougong.generate import Generation, SamplingConfig
+from dougong.recipes.open_run import OpenRun, open_run
+from dougong.recipes.recipe import Recipe, load_recipe
+from dougong.recipes.train import Finished, resume_run, train_run
+from dougong.report import write_report
+
+__all__ = ["Finished", "OpenRun", "Recipe", "SamplingConfig", "generate", "load_recipe", "open_run", "resume_run",
+           "train", "write_report"]
+
+
+def train(recipe: str | Recipe = "first", *overrides: str, run: str | Path | None = None, **sections: Any) -> Finished:
+    """Trains a recipe in a new run directory and returns where it is and how it ended.
+
+    `recipe` is a shipped name, a .yaml file or a Recipe; `overrides` are those of the command line
+    (`"optim.lr=3e-4"`), `sections` the same as values (`data={"path": "~/texts"}`, `seed=1`).
+    """
+    asked, base = load_recipe(recipe, list(overrides)) if isinstance(recipe, str) else (recipe, recipe)
+    asked = from_dict(Recipe, merge(to_dict(asked), to_dict(sections)))
+    finished = train_run(asked, base, path=None if run is None else Path(run))
+    write_report([finished.directory], finished.directory.report)
+    return finished
+
+
+def generate(run: str | Path | OpenRun, prompts: str | list[str], **sampling: Any) -> list[Generation]:
+    """Continues prompts with a run's model; `sampling` are the fields of `SamplingConfig`."""
+    opened = run if isinstance(run, OpenRun) else open_run(run)
+    return opened.generate([prompts] if isinstance(prompts, str) else prompts, from_dict(SamplingConfig, sampling))

@@ -1,0 +1,160 @@
+"""From a recipe to the things it names: corpus, model, objective, optimiser, loader, state."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from dougong.core.config import replace
+from dougong.core.errors import ConfigError
+from dougong.models import count
+from dougong.objectives.objective import Objective
+from dougong.recipes.derive import Derived, fit_to_data
+from dougong.recipes.recipe import Recipe
+from dougong.runtime.device import Runtime
+from dougong.runtime.seeds import derive, seed_all
+from dougong.train import EMAConfig, TrainConfig
+
+_CHECKS_PER_RUN = 10     # evaluations in a run that does not say how many
+_SECONDS_PER_CHECKPOINT = 60
+
+
+@dataclass
+class Assembly:
+    """Everything a training run needs, built. `recipe` is the resolved one, `derived` says what was filled in."""
+
+    recipe: Recipe
+    runtime: Runtime
+    corpus: Any
+    objective: Objective
+    state: Any
+    derived: list[Derived] = field(default_factory=list)
+
+    @property
+    def flops_per_token(self) -> float | None:
+        return count.flops_per_token(self.recipe.model, self.recipe.model.context) if self.recipe.is_language_model \
+            else None
+
+
+def prepare_data(recipe: Recipe, *, progress: Any = None) -> Any:
+    """The corpus of a recipe, from the cache where it was prepared before.
+
+    The split and the tokenizer do not follow the recipe's seed: runs of several seeds see the same data.
+    """
+    if recipe.is_language_model:
+        return recipe.data.prepare(recipe.tokenizer, context=recipe.model.context, progress=progress)
+    return recipe.data.prepare()
+
+
+def data_shapes(recipe: Recipe, corpus: Any) -> dict[str, int]:
+    """What the data decide about the model's ends."""
+    if recipe.is_language_model:
+        return {"vocab_size": corpus.tokenizer.vocab_size}
+    facts = corpus.facts
+    if facts.get("kind") == "regression":
+        return {"in_features": facts["features"]}
+    pixels = corpus.arrays("train")["pixels"]
+    return {"num_classes": facts["classes"], "image_size": pixels.shape[-1]}
+
+
+def build_model(recipe: Recipe, runtime: Runtime) -> nn.Module:
+    """The model with its first weights, on the device; built on the meta device, so memory is taken once."""
+    with torch.device("meta"):
+        model = recipe.model.build()
+    model = model.to_empty(device=runtime.device)
+    model.initialise(derive(recipe.seed, "model"))
+    if getattr(recipe.data, "precision", None) == "float64":
+        model = model.double()
+    model.compute_dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else runtime.dtype
+    return model
+
+
+def assemble(recipe: Recipe, corpus: Any, *, runtime: Runtime | None = None) -> Assembly:
+    """Builds everything for a recipe whose data are prepared; `train.steps` may still be open (it counts as one).
+
+    Raises ConfigError for parts that do not fit together.
+    """
+    from dougong.train.gradient_checkpointing import checkpoint_blocks
+    from dougong.train.memory import choose_micro_rows
+    from dougong.train.shadow import Shadow
+    from dougong.train.state import TrainState
+
+    runtime = runtime or Runtime.start(recipe.runtime)
+    recipe, derived = fit_to_data(recipe, data_shapes(recipe, corpus))
+    seed_all(derive(recipe.seed, "training"))
+    model = build_model(recipe, runtime)
+    if recipe.train.gradient_checkpointing:
+        checkpoint_blocks(model)
+    if runtime.compile:
+        compile_blocks(model)
+    objective = recipe.objective.build()
+    if recipe.train.rows is None:
+        raise ConfigError("train.rows is not given and this recipe has no size to derive it from. Try train.rows=32.")
+    state = TrainState(
+        model, recipe.optim.build(model), recipe.schedule.build(recipe.train.steps or 1),
+        corpus.loader("train", rows=recipe.train.rows, seed=derive(recipe.seed, "order")),
+        shadow=_shadow(model, recipe.train.ema, Shadow))
+    if recipe.train.micro_rows is None:
+        rows, reason = choose_micro_rows(state, objective, runtime, _one_batch(state.loader))
+        recipe = replace(recipe, train=replace(recipe.train, micro_rows=rows))
+        derived.append(Derived("train.micro_rows", rows, reason))
+    return Assembly(recipe, runtime, corpus, objective, state, derived)
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compiles each block of the stack by itself: the first compilation serves all of them."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleDict):
+            for name, block in module.named_children():
+                if name.isdigit():
+                    block.compile()
+
+
+def settle_intervals(recipe: Recipe, seconds_per_step: float) -> tuple[Recipe, list[Derived]]:
+    """Fills in how often to evaluate, sample and save, once the number of steps and their duration are known."""
+    train: TrainConfig = recipe.train
+    steps = train.steps or 1
+    often = max(1, steps // _CHECKS_PER_RUN)
+    changes = {
+        "evaluate_every": (often, f"about {_CHECKS_PER_RUN} evaluations"),
+        "sample_every": (train.evaluate_every or often, "with the evaluations"),
+        "checkpoint_every": (max(1, min(steps, round(_SECONDS_PER_CHECKPOINT / max(seconds_per_step, 1e-6)))),
+                             "about once a minute: what a crash may cost"),
+    }
+    missing = {name: pair for name, pair in changes.items() if getattr(train, name) is None}
+    filled = replace(train, **{name: value for name, (value, _) in missing.items()})
+    derived = [Derived(f"train.{name}", value, why) for name, (value, why) in missing.items()]
+    return replace(recipe, train=filled), derived
+
+
+def _shadow(model: nn.Module, ema: EMAConfig | None, shadow_class: Any) -> Any:
+    return shadow_class(model, every=ema.every, tau=1 - ema.decay) if ema else None
+
+
+def _one_batch(loader: Any) -> Any:
+    """A first batch, with the loader put back to its beginning."""
+    before = loader.state_dict()
+    batch = next(iter(loader))
+    loader.load_state_dict(before)
+    return batch
+
+
+def print_data_facts(facts: dict[str, Any], out: Any) -> None:
+    """The corpus in a few lines: splits, tokenizer, what was left out."""
+    from rich.table import Table as Grid
+
+    grid = Grid("split", "documents", "bytes", "tokens", "bytes per token", box=None, header_style="bold",
+                pad_edge=False)
+    for name, split in facts["splits"].items():
+        if "tokens" not in split:
+            grid.add_row(name, f"{split['rows']:,} rows", f"{split['bytes']:,}", "", "")
+        else:
+            grid.add_row(name, f"{split['documents']:,}", f"{split['bytes']:,}", f"{split['tokens']:,}",
+                         f"{split['bytes_per_token']:.2f}")
+    out.print(grid)
+    if "tokenizer" in facts:
+        tokenizer = facts["tokenizer"]
+        out.print(f"tokenizer: {tokenizer['kind']}, {tokenizer['vocab_size']:,} tokens; "
+                  f"packing: {facts['packing']['method']} ({facts['packing']['reason']})", style="dim")
+    out.print(str(facts["split"].get("sentence", "")), style="dim")

@@ -1,0 +1,221 @@
+"""The dial: from a size to width, depth, batch, rate and horizon, each derived value with its reason.
+
+Laws of scale fitted far above laptop size err by about a factor of two below it (the reasons say so); anything given
+in the recipe is left alone. Values that need the data (vocabulary of characters) or a measurement (steps in a number of
+minutes) are added later by `fit_to_data` and `fit_to_time`.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dougong.core.config import from_dict, to_dict
+from dougong.core.errors import ConfigError, DougongError
+from dougong.models import FAMILIES, count
+from dougong.recipes.recipe import Recipe, with_values
+from dougong.runtime.device import best_device, matmul_flops_per_s, measure_precision, usable_cores
+
+_LAYERS_TO_WIDTH = 56        # width / depth of published small models: 40 (nanoGPT CPU) to 64 (nanochat)
+_TOKENS_PER_PARAMETER = 12   # nanochat's compute-optimal ratio, 10.5 to 12 tokens per parameter
+
+
+@dataclass(frozen=True)
+class Derived:
+    """One value that the recipe left open."""
+
+    key: str
+    value: Any
+    reason: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"key": self.key, "value": to_dict(self.value), "reason": self.reason}
+
+
+class _Notes:
+    """Collects derived values; `set` leaves alone what the recipe already gives."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, self.items = recipe, []
+
+    def value(self, key: str) -> Any:
+        section: Any = self.recipe
+        for part in key.split("."):
+            section = getattr(section, part, None)
+        return section
+
+    def set(self, key: str, value: Any, reason: str) -> None:
+        parent, _, leaf = key.rpartition(".")
+        owner = self.value(parent) if parent else self.recipe
+        if hasattr(owner, leaf) and getattr(owner, leaf) is None:
+            self.recipe = with_values(self.recipe, {key: value})
+            self.items.append(Derived(key, value, reason))
+
+
+def parse_size(text: str) -> int:
+    """`"2M"` → 2,000,000. Raises ConfigError for anything else than a number with K, M or B."""
+    units = {"K": 1e3, "M": 1e6, "B": 1e9}
+    try:
+        return int(float(text[:-1]) * units[text[-1].upper()])
+    except (KeyError, ValueError, IndexError):
+        raise ConfigError(f"size={text!r} is no model size. Write a number of parameters, such as 800K, 2M or 1B."
+                          ) from None
+
+
+def resolve(recipe: Recipe) -> tuple[Recipe, list[Derived]]:
+    """Fills in what follows from the recipe and the machine alone."""
+    notes = _Notes(recipe)
+    _runtime(notes)
+    if recipe.is_language_model:
+        size = parse_size(recipe.size) if recipe.size else None
+        if size:
+            _vocabulary(notes, size)
+            _shape(notes, size)
+        _batch(notes, size)
+        _rates(notes, size)
+        _horizon(notes, size)
+    return notes.recipe, notes.items
+
+
+def fit_to_data(recipe: Recipe, shapes: dict[str, int]) -> tuple[Recipe, list[Derived]]:
+    """Fills in what the prepared data decide: `{"vocab_size": 2048}`, or classes and image sizes."""
+    notes = _Notes(recipe)
+    for name, value in shapes.items():
+        notes.set(f"model.{name}", value, "from the data")
+    given, needed = notes.value("model.vocab_size"), shapes.get("vocab_size")
+    if needed and given and given < needed:
+        raise ConfigError(f"model.vocab_size={given} is smaller than the tokenizer's {needed} tokens.\n"
+                          "Leave it out: it is derived.")
+    return notes.recipe, notes.items
+
+
+def fit_to_time(recipe: Recipe, seconds_per_step: float) -> tuple[Recipe, list[Derived]]:
+    """Turns a time budget into a fixed number of steps, so that schedule and resume never look at a clock."""
+    notes = _Notes(recipe)
+    if notes.recipe.train.steps is None:
+        minutes = recipe.train.minutes
+        steps = max(10, round(minutes * 60 / seconds_per_step))
+        notes.set("train.steps", steps,
+                  f"{minutes:g} minutes at {seconds_per_step * 1000:.0f} ms a step, measured here")
+    return notes.recipe, notes.items
+
+
+def measured_peak() -> float:
+    """FLOP/s of matrix products on the best device in its better precision, measured."""
+    device = torch.device(best_device())
+    torch.set_num_threads(usable_cores())
+    precision, _ = measure_precision(device)
+    return matmul_flops_per_s(device, {"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+
+
+def _runtime(notes: _Notes) -> None:
+    runtime = notes.recipe.runtime
+    notes.set("runtime.device", best_device(), "the fastest kind of device found here")
+    device = torch.device(notes.value("runtime.device"))
+    if runtime.threads is None:
+        notes.set("runtime.threads", usable_cores(), "cores this process may use")
+    torch.set_num_threads(notes.value("runtime.threads"))
+    if runtime.precision is None:
+        if notes.recipe.is_language_model:
+            notes.set("runtime.precision", *measure_precision(device))
+        else:
+            notes.set("runtime.precision", "fp32", "this model is too small for the precision to matter")
+    notes.set("runtime.compile", device.type == "cuda",
+              "torch.compile pays on GPUs; on CPU its start-up time is longer than it saves in minutes")
+
+
+def _vocabulary(notes: _Notes, size: int) -> None:
+    vocabulary = 2 ** round(math.log2(2048 * (size / 2e6) ** 0.6))
+    vocabulary = min(max(vocabulary, 512), 131_072)
+    notes.set("tokenizer.vocab_size", vocabulary,
+              "grows with size^0.6 from 2,048 at 2M: a larger table would take most of a small model")
+
+
+def _shape(notes: _Notes, size: int) -> None:
+    """The depth and width whose exact count is nearest to the size, at a usual proportion."""
+    kind = notes.recipe.model.kind
+    asked = to_dict(notes.recipe.model)
+    if "num_layers" not in asked or kind == "decoder":
+        raise ConfigError(f"size sets the shape of a family; model.kind={kind} has none. Leave size out, or choose "
+                          "model.kind=qwen3, llama, gpt2 or nano.")
+    given = {key: value for key, value in asked.items() if value is not None}
+    vocabulary = asked["vocab_size"] or notes.value("tokenizer.vocab_size") or 256
+    shapes = [{**_proportions(kind, dim, layers), **given} for layers in range(2, 65) for dim in _widths(layers)]
+
+    def misfit(shape: dict[str, Any]) -> float:
+        return (4 * abs(math.log(_about(kind, shape, vocabulary) / size))
+                + abs(math.log(shape["dim"] / shape["num_layers"] / _LAYERS_TO_WIDTH)))
+
+    best = {key: value for key, value in min(shapes, key=misfit).items() if key in asked}
+    try:
+        model = from_dict(FAMILIES[kind], {**best, "vocab_size": vocabulary, "context": asked["context"] or 256})
+        total = count.parameters(model)["total"]
+    except DougongError as error:
+        raise ConfigError(f"no shape of {kind} near size {notes.recipe.size} fits what `model` gives: {error}\n"
+                          "Leave some of them out.") from None
+    reason = f"nearest to size {notes.recipe.size}, about {_LAYERS_TO_WIDTH} width per layer ({total:,} parameters)"
+    for name, value in best.items():
+        notes.set(f"model.{name}", value, reason if name in ("dim", "num_layers") else "follows from the width")
+
+
+def _about(kind: str, shape: dict[str, Any], vocabulary: int) -> int:
+    """Parameters of a shape but for norms and biases: enough to rank shapes; the chosen one is counted exactly."""
+    dim, heads = shape["dim"], shape["num_heads"] * shape["head_dim"]
+    keys = shape["num_kv_heads"] * shape["head_dim"] if kind in ("qwen3", "llama") else heads
+    matrices = 3 if kind in ("qwen3", "llama") else 2
+    tables = 1 if shape.get("tied", True) else 2
+    return shape["num_layers"] * dim * (2 * heads + 2 * keys + matrices * shape["ffn_dim"]) + tables * vocabulary * dim
+
+
+def _proportions(kind: str, dim: int, layers: int) -> dict[str, int]:
+    """Heads and feed-forward at one width. Heads are as wide as published ones, 128, from a width of 192 on."""
+    head_dim = 128 if dim >= 192 else 64 if dim >= 128 else 32
+    num_heads = max(2, round(dim / head_dim))
+    if kind in ("gpt2", "nano"):   # here a head's width is dim / num_heads
+        head_dim = max(h for h in (32, 48, 64, 80, 96, 128) if dim % h == 0 and h <= max(64, head_dim // 2))
+        num_heads = dim // head_dim
+    num_kv_heads = num_heads if num_heads % 2 else num_heads // 2
+    ffn_dim = 64 * math.ceil(8 * dim / 3 / 64) if kind in ("qwen3", "llama") else 4 * dim
+    return {"num_layers": layers, "dim": dim, "num_heads": num_heads, "num_kv_heads": num_kv_heads,
+            "head_dim": head_dim, "ffn_dim": ffn_dim}
+
+
+def _widths(layers: int) -> list[int]:
+    """Multiples of 32 (64, 128 when larger) within a factor of two of the usual proportion."""
+    middle = layers * _LAYERS_TO_WIDTH
+    step = 32 if middle < 512 else 64 if middle < 1024 else 128
+    return [width for width in range(step, 2 * middle + step, step) if width >= middle / 2]
+
+
+def _batch(notes: _Notes, size: int | None) -> None:
+    recipe = notes.recipe
+    notes.set("model.context", 256 if (size or 0) < 20e6 else 1024,
+              "short contexts leave more documents per step while a model is small")
+    context = notes.value("model.context") or 256
+    if recipe.runtime.device == "cpu":
+        tokens, reason = 8192, "about 8k tokens: on CPU more, smaller steps beat fewer, larger ones"
+    else:
+        tokens = round(327_680 * ((size or 1e8) / 108e6) ** (2 / 3))
+        reason = "OLMo's ladder, 327,680 tokens × (size/108M)^(2/3); a prior, ±2×"
+    notes.set("train.rows", max(1, round(tokens / context)), reason)
+
+
+def _rates(notes: _Notes, size: int | None) -> None:
+    ladder = 0.00235 * ((size or 10e6) / 108e6) ** (-1 / 3)
+    reason = "OLMo's ladder, 0.00235 × (size/108M)^(-1/3); a prior, ±2×"
+    if notes.recipe.optim.kind == "muon":
+        notes.set("optim.adamw_lr", round(min(ladder, 0.01), 5), reason)
+        notes.set("optim.lr", 0.02, "Muon's update has the same size at every width")
+    else:
+        notes.set("optim.lr", round(ladder, 5), reason)
+
+
+def _horizon(notes: _Notes, size: int | None) -> None:
+    train = notes.recipe.train
+    if train.steps is None and train.minutes is None:
+        if size is None:
+            raise ConfigError("how long to train? Give train.steps or train.minutes (or size, which sets a horizon).")
+        tokens_per_step = notes.value("train.rows") * (notes.value("model.context") or 256)
+        notes.set("train.steps", max(10, round(_TOKENS_PER_PARAMETER * size / tokens_per_step)),
+                  f"{_TOKENS_PER_PARAMETER} tokens per parameter (nanochat's compute-optimal ratio)")

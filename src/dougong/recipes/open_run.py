@@ -1,0 +1,120 @@
+"""`open_run`: the one way to open a run, whatever asks for it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dougong.core.config import replace
+from dougong.core.errors import CheckpointError, ConfigError
+from dougong.core.run import RunDirectory
+from dougong.recipes.assemble import build_model, prepare_data
+from dougong.recipes.recipe import Recipe, recipe_from_run
+from dougong.runtime.device import Runtime, RuntimeConfig, best_device, usable_cores
+
+
+@dataclass
+class OpenRun:
+    """A run with its model loaded. `weights` says whether they are the averaged ones ("ema") or not ("raw")."""
+
+    directory: RunDirectory
+    recipe: Recipe
+    runtime: Runtime
+    model: nn.Module
+    tokenizer: Any
+    step: int
+    weights: str
+    recorded: dict[str, Any]
+
+    @cached_property
+    def corpus(self) -> Any:
+        """The data the run was trained on, prepared again or taken from the cache.
+
+        Raises CheckpointError where they are no longer the same: a score on other data would mislead.
+        """
+        corpus = prepare_data(self.recipe)
+        check_same_data(self.recorded, corpus, self.directory.path)
+        return corpus
+
+    def generate(self, prompts: list[str], sampling: Any = None, *,
+                 stream: Callable[[int, str], None] | None = None) -> list:
+        """Continues each prompt; `sampling` is a `dougong.generate.SamplingConfig`."""
+        from dougong.generate import generate
+
+        if self.tokenizer is None:
+            raise ConfigError(f"{self.directory.path} holds no language model (model.kind={self.recipe.model.kind}), "
+                              "so it cannot write.")
+        return generate(self.model, self.tokenizer, prompts, sampling, runtime=self.runtime, stream=stream)
+
+
+def open_run(path: Path | str, *, checkpoint: str = "best") -> OpenRun:
+    """Opens a run, or one checkpoint inside it.
+
+    `checkpoint` is "best" (lowest validation loss), "last", or a step. Damaged checkpoints are passed over. Raises
+    CheckpointError where there is nothing to open.
+    """
+    from dougong.train.checkpoint import load_model_tensors
+    from dougong.train.state import load_weights
+
+    path = Path(path)
+    if path.parent.name == "checkpoints" and path.name.startswith("step-"):
+        checkpoint, path = path.name.removeprefix("step-").lstrip("0") or "0", path.parent.parent
+    directory = RunDirectory.open(path)
+    recipe, recorded = recipe_from_run(directory.recipe)
+    found = _find(directory, checkpoint)
+    runtime = Runtime.start(runtime_here(recipe.runtime))
+    weights = "ema" if recipe.train.ema else "raw"
+    model = build_model(recipe, runtime)
+    load_weights(model, load_model_tensors(found, weights=weights))
+    return OpenRun(directory, recipe, runtime, model.eval(), load_tokenizer(directory), int(found.name[5:]), weights,
+                   recorded)
+
+
+def runtime_here(section: RuntimeConfig) -> RuntimeConfig:
+    """The run's precision on this machine's device and cores: a run made elsewhere opens here."""
+    device = section.device if section.device in ("cpu", best_device()) else best_device()
+    threads = min(section.threads or 1, usable_cores()) if section.device == device else usable_cores()
+    return replace(section, device=device, threads=threads)
+
+
+def load_tokenizer(directory: RunDirectory) -> Any:
+    """The run's tokenizer, or None where it has none."""
+    if not directory.tokenizer.is_dir():
+        return None
+    from dougong.data.tokenizer import Tokenizer
+
+    return Tokenizer.load(directory.tokenizer)
+
+
+def check_same_data(recorded: dict[str, Any], corpus: Any, path: Path) -> None:
+    """Raises CheckpointError where the data are not those the run recorded."""
+    expected = recorded.get("data_fingerprint")
+    if expected and expected != corpus.fingerprint:
+        raise CheckpointError(f"the data of {path} have changed since it was made (fingerprint {expected[:12]}, now "
+                              f"{corpus.fingerprint[:12]}).\nPut the files back as they were, or start a new run.")
+
+
+def _find(directory: RunDirectory, checkpoint: str) -> Path:
+    from dougong.train.checkpoint import best_valid, latest_valid, problems
+
+    if checkpoint in ("best", "last"):
+        found = best_valid(directory) if checkpoint == "best" else latest_valid(directory)
+        if found.path is None and checkpoint == "best":
+            found = latest_valid(directory)
+        if found.path is None:
+            wrong = "\n  ".join(found.problems)
+            raise CheckpointError(f"{directory.path} has no valid checkpoint." + (f"\n  {wrong}" if wrong else "")
+                                  + "\nTraining may not have reached its first one: "
+                                  f"dougong train --resume --run {directory.path}")
+        return found.path
+    steps = directory.checkpoint_steps()
+    if not checkpoint.isdigit() or int(checkpoint) not in steps:
+        raise CheckpointError(f"{directory.path} has no checkpoint {checkpoint!r}. There are: best, last, "
+                              f"{', '.join(map(str, steps)) or 'and no steps yet'}.")
+    wrong = problems(directory.checkpoint(int(checkpoint)))
+    if wrong:
+        raise CheckpointError(f"checkpoint {checkpoint} is damaged: {'; '.join(wrong)}.\nTry --checkpoint last.")
+    return directory.checkpoint(int(checkpoint))

@@ -1,0 +1,162 @@
+"""Scores of a model on held-out data: quick ones during training, the whole split with baselines at the end."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from dougong.core.errors import ConfigError
+from dougong.recipes.recipe import Recipe
+from dougong.runtime.device import Runtime
+
+Score = Callable[[nn.Module], dict[str, Any]]
+
+
+def quick_score(recipe: Recipe, corpus: Any, runtime: Runtime) -> Score | None:
+    """What an evaluation during training computes, always on the same documents; None where the data allow none."""
+    return _SCORES.get(recipe.objective.kind, lambda *_: None)(recipe, corpus, runtime)
+
+
+def score(opened: Any, *, split: str | None = None, stride: int | None = None, baselines: bool = True,
+          progress: Any = None) -> dict[str, Any]:
+    """Scores an open run on a whole split; returns the fields of a `result` event."""
+    return final_score(opened.recipe, opened.corpus, opened.model, opened.runtime, split=split, stride=stride,
+                       baselines=baselines, weights=opened.weights, progress=progress)
+
+
+def final_score(recipe: Recipe, corpus: Any, model: nn.Module, runtime: Runtime, *, split: str | None = None,
+                stride: int | None = None, baselines: bool | None = None, weights: str = "raw",
+                progress: Any = None) -> dict[str, Any]:
+    """The whole split: bits per byte beside the baselines, or the objective's own measure."""
+    split = _existing(split or recipe.evaluate.split, corpus, asked=split is not None)
+    if not recipe.is_language_model:
+        if stride is not None:
+            raise ConfigError("stride belongs to the windows of a language model; this run has none. Leave it out.")
+        measure = _SPLIT_SCORES.get(recipe.objective.kind)
+        found = measure(recipe, corpus, model, runtime, split) if measure else {}
+        return {"split": split, "weights": weights, **found}
+    from dougong.evaluate import evaluate_split
+
+    wanted = recipe.evaluate.baselines if baselines is None else baselines
+    comparison = evaluate_split(
+        model, corpus.tokenizer, corpus.documents(split), context=recipe.model.context,
+        stride=stride or recipe.evaluate.stride, split=split, weights=weights, runtime=runtime,
+        training_documents=corpus.documents("train") if wanted else None,
+        baselines=("5-gram", "xz") if wanted else (), seed=recipe.seed,
+        progress=(lambda message: progress(0, None, message)) if progress else None)
+    return comparison.payload()
+
+
+def print_result(result: dict[str, Any], out: Any) -> None:
+    """The figures as a table and a sentence for people."""
+    from rich.table import Table as Grid
+
+    if "bits_per_byte" not in result:
+        for key, value in result.items():
+            if isinstance(value, int | float):
+                out.print(f"  {key:<24}{value:.4f}" if isinstance(value, float) else f"  {key:<24}{value:,}")
+        return
+    grid = Grid(box=None, header_style="bold", pad_edge=False)
+    for title in (f"{result['split']} split", "bits per byte", "95 % interval", "model − this (paired 95 %)"):
+        grid.add_column(title, justify="left" if title.endswith("split") else "right")
+    grid.add_row("the model", f"[bold]{result['bits_per_byte']:.4f}[/]", _interval(result["interval"]), "")
+    for row in result["baselines"]:
+        grid.add_row(row["name"], f"{row['bits_per_byte']:.4f}", "",
+                     f"{row['difference']:+.4f} {_interval(row['interval'])}")
+    out.print(grid)
+    for note in result.get("notes", []):
+        out.print(f"note: {note['name']}: {note['bits_per_byte']:.4f}", style="dim")
+    out.print(f"{result['documents']:,} documents, {result['bytes']:,} bytes, {result['tokens']:,} tokens; every token "
+              f"scored once, context {result['context']}, stride {result['stride']}.", style="dim")
+
+
+def _interval(pair: list[float] | None) -> str:
+    return f"[{pair[0]:.4f}, {pair[1]:.4f}]".replace("[", r"\[") if pair else "–"
+
+
+def _existing(split: str, corpus: Any, *, asked: bool) -> str:
+    """`split`, or validation where the data have no test split and none was asked for by name."""
+    facts = corpus.facts["splits"]
+    has = [name for name, values in facts.items() if values.get("documents", values.get("rows", 0))]
+    if split in has:
+        return split
+    if not asked and "validation" in has:
+        return "validation"
+    raise ConfigError(f"there is no {split!r} split with anything in it. There are: {', '.join(has)}.")
+
+
+def _language_model(recipe: Recipe, corpus: Any, runtime: Runtime) -> Score | None:
+    from dougong.evaluate import bits_per_byte
+
+    documents = _documents_up_to(corpus, recipe.evaluate.tokens)
+    if not documents:
+        return None
+
+    def measure(model: nn.Module) -> dict[str, Any]:
+        found = bits_per_byte(model, corpus.tokenizer, documents, context=recipe.model.context, runtime=runtime)
+        return {"loss": found.nats_per_token, "bits_per_byte": found.bits_per_byte, "tokens": int(found.tokens.sum())}
+
+    return measure
+
+
+def _documents_up_to(corpus: Any, tokens: int) -> list[Any]:
+    """Validation documents in a fixed scattered order until they hold `tokens`; at least one, all when fewer."""
+    view = corpus.documents("validation")
+    total = corpus.facts["splits"]["validation"]["tokens"]
+    if total <= tokens:
+        return list(view)
+    chosen, held = [], 0.0
+    tokens_per_byte = total / max(view.bytes, 1)
+    stride = _coprime_stride(len(view))
+    for index in range(len(view)):
+        document = view[index * stride % len(view)]
+        chosen.append(document)
+        held += len(document.text.encode()) * tokens_per_byte
+        if held >= tokens:
+            break
+    return chosen
+
+
+def _coprime_stride(count: int) -> int:
+    """A step that visits all of `count` places in a scattered order."""
+    from math import gcd
+
+    return next(step for step in range(max(1, round(count * 0.618)), count + 2) if gcd(step, count) == 1)
+
+
+def _classifier(recipe: Recipe, corpus: Any, runtime: Runtime) -> Score:
+    def measure(model: nn.Module) -> dict[str, Any]:
+        return {name: value for name, value in _accuracy(recipe, corpus, model, runtime, "validation").items()
+                if name in ("loss", "accuracy")}
+
+    return measure
+
+
+def _accuracy(recipe: Recipe, corpus: Any, model: nn.Module, runtime: Runtime, split: str) -> dict[str, Any]:
+    import torch
+
+    from dougong.evaluate import accuracy
+
+    arrays = corpus.arrays(split)
+    found = accuracy(model, torch.from_numpy(arrays["pixels"]), torch.from_numpy(arrays["labels"]), runtime=runtime)
+    return {"accuracy": found.accuracy, "interval": list(found.interval()), "loss": found.loss,
+            "examples": len(found.correct)}
+
+
+def _regression(recipe: Recipe, corpus: Any, runtime: Runtime) -> Score:
+    return lambda model: {"loss": _squared_error(recipe, corpus, model, runtime, "validation")["loss"]}
+
+
+def _squared_error(recipe: Recipe, corpus: Any, model: nn.Module, runtime: Runtime, split: str) -> dict[str, Any]:
+    import torch
+
+    arrays = corpus.arrays(split)
+    with torch.no_grad():
+        prediction = model(torch.from_numpy(arrays["features"]).to(runtime.device)).cpu()
+    error = (prediction - torch.from_numpy(arrays["targets"])).double().square().mean()
+    return {"loss": float(error) / 2, "mean_squared_error": float(error), "examples": len(prediction)}
+
+
+_SCORES: dict[str, Callable[..., Score | None]] = {"causal_lm": _language_model, "classify": _classifier,
+                                                   "regression": _regression}
+_SPLIT_SCORES = {"classify": _accuracy, "regression": _squared_error}

@@ -1,0 +1,37 @@
+"""The same recipe under several seeds: is a difference larger than the luck of the draw?"""
+
+from pathlib import Path
+from typing import Any
+
+from dougong.core.config import replace
+from dougong.core.errors import DougongError
+from dougong.recipes.recipe import Recipe
+from dougong.recipes.train import train_run
+
+
+def train_seeds(asked: Recipe, base: Recipe, *, count: int, path: Path | None, out: Any,
+                progress: Any) -> dict[str, Any]:
+    """Trains `count` runs that differ in `seed` alone and prints mean, standard deviation and interval."""
+    from rich.table import Table as Grid
+
+    from dougong.evaluate import seed_spread
+
+    path = path or Path("runs") / asked.name
+    rows = []
+    for seed in range(asked.seed, asked.seed + count):
+        finished = train_run(replace(asked, seed=seed), base, path=path.with_name(f"{path.name}-seed{seed}"),
+                             progress=progress)
+        if finished.result is None:
+            raise DougongError(f"stopped in seed {seed}; the finished runs are kept.")
+        rows.append({"seed": seed, "run": str(finished.directory.path), "result": finished.result})
+    measure = next(name for name in ("bits_per_byte", "accuracy", "loss") if name in rows[0]["result"])
+    values = [row["result"][measure] for row in rows]
+    spread = seed_spread(values)
+    grid = Grid("seed", measure.replace("_", " "), "run", box=None, header_style="bold", pad_edge=False)
+    for row, value in zip(rows, values):
+        grid.add_row(str(row["seed"]), f"{value:.4f}", row["run"])
+    out.print(grid)
+    low, high = spread.interval or (float("nan"),) * 2
+    out.print(f"mean [bold]{spread.mean:.4f}[/], standard deviation {spread.sd:.4f}, 95 % interval of the mean "
+              f"{low:.4f} to {high:.4f} ({count} seeds)")
+    return {"measure": measure, "mean": spread.mean, "sd": spread.sd, "interval": [low, high], "runs": rows}

@@ -1,0 +1,217 @@
+"""The story of a run: resolve, prepare, settle, train, score. Also how a stopped run goes on."""
+
+import hashlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dougong import __version__
+from dougong.core.config import dump_yaml, replace, to_dict
+from dougong.core.errors import DougongError
+from dougong.core.events import EventLog, read_events
+from dougong.core.files import explained_disk_errors, lock, write_text
+from dougong.core.run import RunDirectory
+from dougong.models import count
+from dougong.optim.groups import describe
+from dougong.recipes.assemble import Assembly, assemble, prepare_data, settle_intervals
+from dougong.recipes.derive import Derived, fit_to_time, resolve
+from dougong.recipes.open_run import check_same_data, load_tokenizer, open_run, runtime_here
+from dougong.recipes.probe import measure_step
+from dougong.recipes.recipe import Recipe, recipe_from_run
+from dougong.recipes.scoring import final_score, quick_score
+from dougong.runtime.device import Runtime, machine_facts, matmul_flops_per_s, peak_memory_bytes
+from dougong.train import Checkpointer, fit, latest_valid, load_checkpoint
+from dougong.train.hooks import Evaluate, Hooks, Sample, SaveCheckpoints, stop_on_signals
+from dougong.train.metrics import Reporter, StepMeter
+from dougong.train.trackers import open_trackers
+from dougong.train.view import open_view
+
+_WATTS_PER_CORE, _WATTS_PER_GPU = 12.0, 700.0   # stated in the report beside the estimate
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a run ended: `reason` is "done", "early stop" or "interrupted"; `result` the final scores, if it was done."""
+
+    directory: RunDirectory
+    step: int
+    reason: str
+    is_language_model: bool
+    result: dict[str, Any] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"run": str(self.directory.path), "step": self.step, "reason": self.reason, "result": self.result}
+
+
+def train_run(asked: Recipe, base: Recipe, *, path: Path | None = None, progress: Any = None) -> Finished:
+    """Trains a recipe from its beginning in a new run directory (`path`, or runs/<name>; taken names get a number)."""
+    recipe, derived, corpus = settle(asked, progress=progress)
+    path = path or Path("runs") / recipe.name
+    with explained_disk_errors(f"the run {path}"):
+        directory = RunDirectory.create(path.parent, path.name)
+    with lock(directory.lock, owner="dougong train"):
+        write_recipe(directory, recipe, corpus, base=base)
+        if recipe.is_language_model:
+            corpus.tokenizer.save(directory.tokenizer)
+        return _train(directory, recipe, corpus, derived, resumed=None)
+
+
+def resume_run(path: Path, *, progress: Any = None) -> Finished:
+    """Goes on with a stopped run from its newest valid checkpoint, bit for bit as if it had not stopped.
+
+    Nothing is measured again: precision, threads and steps are those of the recipe as saved. Raises CheckpointError
+    where there is no run, its data changed, or another process trains it.
+    """
+    directory = RunDirectory.open(path)
+    with lock(directory.lock, owner="dougong train"):
+        recipe, recorded = recipe_from_run(directory.recipe)
+        corpus = prepare_data(recipe, progress=progress)
+        check_same_data(recorded, corpus, directory.path)
+        tokenizer = load_tokenizer(directory)
+        if tokenizer is not None and tokenizer.fingerprint != corpus.tokenizer.fingerprint:
+            raise DougongError(f"{directory.tokenizer} is not the tokenizer this run was trained with. Put it back.")
+        return _train(directory, recipe, corpus, [], resumed=latest_valid(directory))
+
+
+def settle(asked: Recipe, *, progress: Any = None) -> tuple[Recipe, list[Derived], Any]:
+    """Everything that is decided before the first step: derived values, data, measured speed, steps, intervals."""
+    recipe, derived = resolve(asked)
+    corpus = prepare_data(recipe, progress=progress)
+    if progress:
+        progress(0, None, "measuring a few steps")
+    built = assemble(recipe, corpus)
+    recipe, derived = built.recipe, derived + built.derived
+    seconds = measure_step(built)
+    recipe, from_time = fit_to_time(recipe, seconds)
+    recipe, intervals = settle_intervals(recipe, seconds)
+    return recipe, derived + from_time + intervals, corpus
+
+
+def write_recipe(directory: RunDirectory, recipe: Recipe, corpus: Any, *, base: Recipe) -> None:
+    """recipe.yaml: the resolved recipe, and beside it what it was resolved with."""
+    resolved = {"base": base.name, "dougong": __version__, "torch": torch.__version__,
+                "data_fingerprint": corpus.fingerprint,
+                "tokenizer_fingerprint": corpus.tokenizer.fingerprint if recipe.is_language_model else None}
+    write_text(directory.recipe, dump_yaml(recipe) + dump_yaml({"resolved": resolved}))
+
+
+def _train(directory: RunDirectory, recipe: Recipe, corpus: Any, derived: list[Derived], *, resumed: Any) -> Finished:
+    runtime = Runtime.start(recipe.runtime if resumed is None else runtime_here(recipe.runtime))
+    built = assemble(recipe, corpus, runtime=runtime)
+    state, config = built.state, built.recipe.train
+    recipe_hash = hashlib.sha256(dump_yaml(recipe).encode()).hexdigest()
+    log = EventLog(directory.events)
+    reporter = Reporter(log)
+    problems = resumed.problems if resumed else []
+    if resumed and resumed.path:
+        load_checkpoint(resumed.path, state, recipe_hash=recipe_hash)
+    reporter.listeners += open_trackers(config.trackers, directory.tensorboard, run_name=directory.path.name,
+                                        recipe=to_dict(recipe), step=state.step)
+    view = open_view(directory.path.name, config.steps, bytes_per_token=corpus.facts.get("bytes_per_token"))
+    reporter.listeners.append(view)
+    try:
+        peak = _announce(reporter, built, derived, state.step, resumed)
+        for problem in problems:
+            reporter.write("warning", message=f"checkpoint passed over: {problem}")
+        hooks = _hooks(reporter, built, directory, recipe_hash, peak)
+        try:
+            with stop_on_signals(state), explained_disk_errors(f"the run {directory.path}"):
+                for result in fit(state, built.objective, runtime, config, directory=directory.path):
+                    hooks.run(result)
+                hooks.finish(state)
+        except BaseException as error:
+            _end(reporter, built, "failed", error=f"{type(error).__name__}: {error}"[:500])
+            raise
+        reason = state.stop or "done"
+        final = None
+        if reason != "interrupted":
+            view.close()
+            final = _score_final(directory, reporter, corpus)
+        _end(reporter, built, reason)
+    finally:
+        reporter.close()
+    return Finished(directory, state.step, reason, recipe.is_language_model, final)
+
+
+def _hooks(reporter: Reporter, built: Assembly, directory: RunDirectory, recipe_hash: str, peak: float) -> Hooks:
+    recipe, state, config = built.recipe, built.state, built.recipe.train
+    hooks: list[Any] = [StepMeter(reporter, every=config.log_every, total_steps=config.steps,
+                                  device=built.runtime.device, flops_per_token=built.flops_per_token,
+                                  peak_flops_per_s=peak)]
+    score = quick_score(recipe, built.corpus, built.runtime)
+    if score is not None:
+        hooks.append(Evaluate(reporter, lambda state: score(state.model), every=config.evaluate_every,
+                              total_steps=config.steps, patience=config.patience))
+    if recipe.is_language_model and recipe.sample.prompts:
+        hooks.append(Sample(reporter, lambda state: _write_samples(recipe, built, state.model),
+                            every=config.sample_every, total_steps=config.steps))
+    checkpointer = Checkpointer(directory, recipe_hash=recipe_hash, keep_last=config.keep_last,
+                                keep_best=config.keep_best)
+    hooks.append(SaveCheckpoints(reporter, checkpointer, every=config.checkpoint_every, total_steps=config.steps))
+    return Hooks(state, hooks)
+
+
+def _write_samples(recipe: Recipe, built: Assembly, model: Any) -> list[tuple[str, str]]:
+    from dougong.generate import SamplingConfig, generate
+
+    sample = recipe.sample
+    drawing = {"top_p": sample.top_p} if sample.temperature else {}
+    sampling = SamplingConfig(max_tokens=sample.tokens, temperature=sample.temperature, seed=recipe.seed,
+                              long_prompt="truncate", **drawing)
+    written = generate(model, built.corpus.tokenizer, sample.prompts, sampling, runtime=built.runtime)
+    return [(one.prompt, one.text) for one in written]
+
+
+def _announce(reporter: Reporter, built: Assembly, derived: list[Derived], step: int, resumed: Any) -> float:
+    """Writes what a reader needs before the first step; returns the measured peak FLOP/s."""
+    runtime, recipe = built.runtime, built.recipe
+    peak = matmul_flops_per_s(runtime.device, runtime.dtype)
+    reporter.write("start", step=step, command=["dougong", *sys.argv[1:]], versions=versions(),
+                   machine=machine_facts(runtime.device), precision=recipe.runtime.precision, threads=runtime.threads,
+                   compile=runtime.compile, peak_flops_per_s=peak,
+                   resumed_from=resumed.path.name if resumed and resumed.path else None)
+    if resumed is None:
+        reporter.write("derived", values=[item.to_dict() for item in derived])
+        reporter.write("data", facts=built.corpus.facts)
+        reporter.write("model", parameters=count.parameters(recipe.model), flops_per_token=built.flops_per_token,
+                       groups=describe(built.state.optimizer))
+    elif resumed.path is None:
+        reporter.write("warning", message="no valid checkpoint was found; training begins again at step 0")
+    return peak
+
+
+def _score_final(directory: RunDirectory, reporter: Reporter, corpus: Any) -> dict[str, Any]:
+    """Scores the best checkpoint as it lies on disk, on the whole split."""
+    opened = open_run(directory.path)
+    result = final_score(opened.recipe, corpus, opened.model, opened.runtime, weights=opened.weights)
+    reporter.write("result", **result, step=opened.step)
+    return {**result, "step": opened.step}
+
+
+def _end(reporter: Reporter, built: Assembly, reason: str, **more: Any) -> None:
+    state, runtime = built.state, built.runtime
+    watts = _WATTS_PER_GPU if runtime.device.type == "cuda" else _WATTS_PER_CORE * runtime.threads
+    what = f"{_WATTS_PER_GPU:.0f} W for the GPU" if runtime.device.type == "cuda" else \
+        f"{_WATTS_PER_CORE:.0f} W for each of {runtime.threads} cores"
+    reporter.write("end", step=state.step, reason=reason, elapsed_s=state.elapsed_s,
+                   peak_memory_bytes=peak_memory_bytes(runtime.device), energy_wh=watts * state.elapsed_s / 3600,
+                   energy_assumption=f"{what} while training, assumed and not measured", **more)
+
+
+def versions() -> dict[str, str]:
+    """What ran: needed to repeat it bit for bit."""
+    import platform
+
+    return {"dougong": __version__, "python": platform.python_version(), "torch": torch.__version__}
+
+
+def last_result(directory: RunDirectory) -> dict[str, Any] | None:
+    """The newest `result` event of a run."""
+    return next((event for event in reversed(read_events(directory.events)) if event["event"] == "result"), None)
+
+
+def with_steps(recipe: Recipe, steps: int) -> Recipe:
+    return replace(recipe, train=replace(recipe.train, steps=steps))
