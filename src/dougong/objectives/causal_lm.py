@@ -20,8 +20,8 @@ class CausalLMConfig:
     """adds z_loss × log(partition)² per token, which keeps logits from drifting (PaLM uses 1e-4)"""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """share of the target's probability spread evenly over the vocabulary"""
-    chunk_logits: Annotated[int, Field(ge=1)] = 1 << 24
-    """logits held at once (at least 256 tokens' worth)"""
+    chunk_logits: Annotated[int, Field(ge=1)] = 1 << 22
+    """logits held at once (at least 512 tokens' worth)"""
 
     def build(self) -> "CausalLM":
         return CausalLM(LossSettings(z_loss=self.z_loss, label_smoothing=self.label_smoothing,

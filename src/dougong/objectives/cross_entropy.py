@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 # each chunk adds to the whole gradient of the head's weight; fewer rows would not pay for that
-_LEAST_ROWS = 256
+_LEAST_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class LossSettings:
 
     z_loss: float = 0.0
     label_smoothing: float = 0.0
-    chunk_logits: int = 1 << 24
+    chunk_logits: int = 1 << 22
 
 
 @dataclass
@@ -75,7 +75,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
             if grad_x is not None:
                 first, *found = torch.autograd.grad(logits, [x, *parameters], grad_logits, allow_unused=True)
                 grad_x[chunk] = first
-                grads = [_add(total, new) for total, new in zip(grads, found)] if grads else found
+                grads = [_add(total, new) for total, new in zip(grads, found)] if grads else list(found)
         ctx.gradients = (grad_x, grads)
         loss, *statistics = totals.unbind()
         ctx.mark_non_differentiable(*statistics)

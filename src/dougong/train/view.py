@@ -20,7 +20,8 @@ _LINE_EVERY_S = 10.0
 def open_view(name: str, total_steps: int, *, bytes_per_token: float | None = None,
               stream: TextIO | None = None) -> "LiveView | PlainView":
     """The view that fits the stream (standard error): live on a terminal, lines in a file or pipe."""
-    stream = stream or sys.stderr
+    stream = sys.stderr if stream is None else stream
+    assert stream is not None
     numbers = Numbers(name, total_steps, bytes_per_token)
     console = Console(file=stream)
     return LiveView(numbers, console) if console.is_terminal and not console.is_dumb_terminal else PlainView(
@@ -82,7 +83,8 @@ class Numbers:
         if found is None:
             return ""
         best = "best so far" if found.get("best") else (
-            f"best {_score(self.best)} at step {self.best['step']:,}" if self.best else "")
+            f"best {_score(self.best).rpartition(', ')[2]} at step {self.best['step']:,}"
+            if self.best else "")
         return f"step {found['step']:,} · {_score(found)}" + (f" · {best}" if best else "")
 
 
@@ -140,7 +142,8 @@ class LiveView:
                      f"{_duration(numbers.remaining_s())}")
         line = Text()
         for label, value in numbers.fields():
-            line.append(f"{label} ", style="dim").append(value, style="bold").append("   ")
+            line.append(f"{label}\u00a0", style="dim")
+            line.append(value.replace(" ", "\u00a0"), style="bold").append("   ")
         parts: list[Any] = [head, line]
         if evaluation := numbers.evaluation():
             parts.append(Text.assemble(("eval ", "dim"), (evaluation, "green")))
