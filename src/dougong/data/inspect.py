@@ -24,7 +24,7 @@ _NAMED = 5          # duplicates and skipped files named of each kind
 
 def look(corpus: Corpus, *, split: str = "train", documents: int = 3, rows: int = 1, tokens: int = 300,
          first: int = 0) -> dict[str, Any]:
-    """Documents from `first` on and the first rows of a split, at most `tokens` tokens of each; and the facts."""
+    """Documents from `first` on, the first rows, both cut after `tokens` tokens, and the corpus's facts."""
     if split not in SPLITS:
         raise ConfigError(f"no split {split!r}. Known: {', '.join(SPLITS)}.")
     view, store = corpus.documents(split), corpus.tokens(split)
