@@ -38,7 +38,8 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show documents with their tokens in colour, what was skipped and what was removed."""
-    from dougong.data.inspect import inspect_corpus
+    from dougong.data.inspect import look, render
 
-    emit(inspect_corpus(_corpus(recipe, overrides, as_json), split=split, documents=documents,
-                        console=console(as_json)), as_json)
+    seen = look(_corpus(recipe, overrides, as_json), split=split, documents=documents)
+    render(seen, console(as_json))
+    emit(seen, as_json)

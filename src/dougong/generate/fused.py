@@ -19,16 +19,15 @@ from dougong.nn.feed_forward import SwiGLU
 from dougong.nn.linear import Linear
 from dougong.nn.mask import Mask
 from dougong.nn.norm import RMSNorm
-from dougong.nn.position import Rotation
+from dougong.nn.position import Rotation, rotate
 
 
 def fuse(model: nn.Module) -> nn.Module:
     """Replaces parts in place, by class; a subclass keeps its own forward."""
-    turn = _Turn()
     for module in list(model.modules()):
         for name, part in list(module.named_children()):
             if type(part) is Attention and part.value_gate is None:
-                module._modules[name] = FusedAttention(part, turn)
+                module._modules[name] = FusedAttention(part)
             elif type(part) is SwiGLU:
                 module._modules[name] = FusedSwiGLU(part)
             elif type(part) is RMSNorm:
@@ -86,7 +85,7 @@ class FusedSwiGLU(nn.Module):
 class FusedAttention(nn.Module):
     """`Attention` with one product for queries, keys and values; one new token attends in one call."""
 
-    def __init__(self, part: Attention, turn: "_Turn") -> None:
+    def __init__(self, part: Attention) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = part.num_heads, part.num_kv_heads, part.head_dim
         self.layer, self.kernel = part.layer, part.kernel
@@ -98,7 +97,6 @@ class FusedAttention(nn.Module):
             scales = [part.query_norm.weight.detach()] * self.num_heads
             scales += [part.key_norm.weight.detach()] * self.num_kv_heads
             self.norm_scale = torch.stack(scales)   # (N + K, H)
-        self._turn = turn
 
     def forward(self, x_BTD: Float[Tensor, "B T D"], *, mask: Mask, rotation: Rotation | None = None,
                 value_BTE: None = None, cache: Cache | None = None) -> Float[Tensor, "B T D"]:
@@ -108,10 +106,9 @@ class FusedAttention(nn.Module):
         if self.norm_eps is not None:
             qk_BTMH = F.rms_norm(qk_BTMH, (self.head_dim,), None, self.norm_eps)
             qk_BTMH = qk_BTMH if self.norm_scale is None else qk_BTMH * self.norm_scale
-        qk_BMTH = qk_BTMH.transpose(1, 2)
         if rotation is not None:
-            qk_BMTH = self._turn(qk_BMTH, rotation)
-        q_BNTH, k_BKTH = qk_BMTH.split([N, K], dim=1)
+            qk_BTMH = rotate(qk_BTMH, rotation)
+        q_BNTH, k_BKTH = qk_BTMH.transpose(1, 2).split([N, K], dim=1)
         v_BKTH = v_BTKH.transpose(1, 2)
         if cache is not None:
             k_BKTH, v_BKTH = cache.update(self.layer, k_BKTH, v_BKTH)
@@ -126,19 +123,3 @@ class FusedAttention(nn.Module):
         # With one token, the queries that share a key head are that head's queries: no keys are repeated.
         q_BKGH = q_BNTH.reshape(B, k_BKSH.shape[1], -1, H)
         return F.scaled_dot_product_attention(q_BKGH, k_BKSH, v_BKSH, attn_mask=mask.bias).reshape(B, N, 1, H)
-
-
-class _Turn:
-    """`nn.position.rotate` as x · cos + swapped(x) · sin; its two tables are made once for all layers of a
-    forward.
-    """
-
-    def __init__(self) -> None:
-        self._of: Rotation | None = None
-
-    def __call__(self, x_BMTH: Tensor, rotation: Rotation) -> Tensor:
-        if self._of is not rotation:
-            cos, sin = rotation
-            self._of, self._cos = rotation, torch.cat([cos, cos], -1)
-            self._sin = torch.cat([-sin, sin], -1)
-        return torch.addcmul(x_BMTH * self._cos, x_BMTH.roll(self._cos.shape[-1] // 2, -1), self._sin)

@@ -14,6 +14,7 @@ POSITIONS = Table("position scheme", {
     "rope": "dougong.nn.position:RoPEConfig",
     "learned": "dougong.nn.position:LearnedConfig",
     "sinusoidal": "dougong.nn.position:SinusoidalConfig",
+    "rope_alibi": "dougong.nn.position:RoPEALiBiConfig",
     "alibi": "dougong.nn.position:ALiBiConfig",
     "none": "dougong.nn.position:NoPositionConfig",
 })

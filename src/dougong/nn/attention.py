@@ -108,19 +108,20 @@ class Attention(nn.Module):
                 value_BTE: Float[Tensor, "B T E"] | None = None,
                 cache: Cache | None = None) -> Float[Tensor, "B T D"]:
         """`value_BTE` (E = K·H) holds the tokens' value embeddings, added through a gate that begins at 1."""
-        q_BNTH = self.query_norm(self._heads(self.query(x_BTD)))
-        k_BKTH = self.key_norm(self._heads(self.key(x_BTD)))
-        v_BKTH = self._heads(self.value(x_BTD))
+        q_BTNH = self.query_norm(self._heads(self.query(x_BTD)))
+        k_BTKH = self.key_norm(self._heads(self.key(x_BTD)))
+        v_BTKH = self._heads(self.value(x_BTD))
         if self.value_gate is not None and value_BTE is not None:
             gate_BTK = 2 * self.value_gate(x_BTD).sigmoid()
-            v_BKTH = v_BKTH + gate_BTK.transpose(1, 2)[..., None] * self._heads(value_BTE)
+            v_BTKH = v_BTKH + gate_BTK[..., None] * self._heads(value_BTE)
         if rotation is not None:
-            q_BNTH, k_BKTH = rotate(q_BNTH, rotation), rotate(k_BKTH, rotation)
+            q_BTNH, k_BTKH = rotate(q_BTNH, rotation), rotate(k_BTKH, rotation)
+        q_BNTH, k_BKTH, v_BKTH = (part.transpose(1, 2) for part in (q_BTNH, k_BTKH, v_BTKH))
         if cache is not None:
             k_BKTH, v_BKTH = cache.update(self.layer, k_BKTH, v_BKTH)
         kernel = self.kernel or choose_kernel(q_BNTH, k_BKTH)
         y_BNTH = kernel(q_BNTH, k_BKTH, v_BKTH, mask, dropout=self.dropout if self.training else 0.0)
         return self.output(y_BNTH.transpose(1, 2).flatten(2))
 
-    def _heads(self, x_BTE: Tensor) -> Float[Tensor, "B heads T H"]:
-        return x_BTE.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+    def _heads(self, x_BTE: Tensor) -> Float[Tensor, "B T heads H"]:
+        return x_BTE.unflatten(-1, (-1, self.head_dim))

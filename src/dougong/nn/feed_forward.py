@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -71,7 +72,23 @@ class ReLU2(nn.Module):
     """`relu(x)²`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x).square()
+        return F.relu(x).square() if torch.compiler.is_compiling() else _ReLU2.apply(x)  # type: ignore[return-value]
+
+
+class _ReLU2(torch.autograd.Function):
+    """Keeps only relu(x): the derivative is twice it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        r = x.relu()
+        ctx.save_for_backward(r)
+        return r * r
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor):
+        (r,) = ctx.saved_tensors
+        return (gradient * r).mul_(2)
 
 
 class SwiGLU(nn.Module):

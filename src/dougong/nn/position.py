@@ -19,7 +19,7 @@ from dougong.core.errors import ConfigError
 from dougong.nn.init import Init, Normal
 
 Rotation = tuple[Tensor, Tensor]
-"""cos and sin, each (T, H/2) or (B, 1, T, H/2)"""
+"""cos and signed sin of both halves, each (T, H) or (B, T, H); see `rotate`"""
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,27 @@ class ALiBiConfig:
         return ALiBi(num_heads)
 
 
+@config
+class RoPEALiBiConfig:
+    """Both at once: RoPE tells where, ALiBi prefers what is near. Small models of characters learn fastest so
+    (docs/log.md)."""
+
+    kind: Literal["rope_alibi"] = "rope_alibi"
+    theta: float = 1024.0
+    """base of the wavelengths"""
+    steepest: float = 1.0
+    """log2 of the first head's slope"""
+    octaves: float = 6.0
+    """halvings from the first head's slope to the last's"""
+
+    def build(self, *, dim: int, head_dim: int, num_heads: int, context: int | None,
+              init: Init | None) -> "RoPEALiBi":
+        if head_dim % 2:
+            raise ConfigError(f"head_dim={head_dim} is odd: RoPE turns pairs of channels. Try head_dim={head_dim + 1}.")
+        slopes = [2 ** (self.steepest - self.octaves * head / max(1, num_heads - 1)) for head in range(num_heads)]
+        return RoPEALiBi(head_dim, theta=self.theta, slopes=slopes)
+
+
 class LearnedPosition(Position):
     """A table of `context` vectors."""
 
@@ -173,7 +194,7 @@ class RoPE(Position):
         if span.start_B is None:
             return cos[span.length:span.end], sin[span.length:span.end]
         index_BT = span.index()
-        return cos[index_BT][:, None], sin[index_BT][:, None]
+        return cos[index_BT], sin[index_BT]
 
     def _table(self, needed: int, device: torch.device, dtype: torch.dtype) -> Rotation:
         table = self._tables.get((device, dtype))
@@ -194,14 +215,38 @@ def rope_table(length: int, head_dim: int, theta: float, device: torch.device,
     """cos and sin of position / theta^(2i/H), angles in float32 as the published models compute them."""
     exponent_h = torch.arange(0, head_dim, 2, device=device).float() / head_dim
     angle_Th = torch.arange(length, device=device).float()[:, None] * (1.0 / theta**exponent_h)
-    return angle_Th.cos().to(dtype), angle_Th.sin().to(dtype)
+    cos_Th, sin_Th = angle_Th.cos().to(dtype), angle_Th.sin().to(dtype)
+    return torch.cat([cos_Th, cos_Th], -1), torch.cat([-sin_Th, sin_Th], -1)
 
 
-def rotate(x_BNTH: Float[Tensor, "B N T H"], rotation: Rotation) -> Float[Tensor, "B N T H"]:
-    """Turns the pairs (i, i + H/2) by their angles."""
-    cos, sin = rotation
-    a, b = x_BNTH.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+def rotate(x_BTNH: Float[Tensor, "B T N H"], rotation: Rotation) -> Float[Tensor, "B T N H"]:
+    """Turns the pairs (i, i + H/2) by their angles: x · cos + (x with its halves exchanged) · sin.
+
+    Tokens come before heads, as the projections leave them: every pass then runs over one piece of memory.
+    """
+    cos, sin = (part.unsqueeze(-2) for part in rotation)
+    if torch.compiler.is_compiling() or not x_BTNH.requires_grad:
+        return _turn(x_BTNH, cos, sin)
+    return _Rotate.apply(x_BTNH, cos, sin)  # type: ignore[return-value]
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int = 1) -> Tensor:
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin, value=sign)
+
+
+class _Rotate(torch.autograd.Function):
+    """The way back is the turn by the opposite angle; nothing of x is kept."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor):
+        cos, sin = ctx.saved_tensors
+        return _turn(gradient, cos, sin, sign=-1), None, None
 
 
 class Sinusoidal(Position):
@@ -225,10 +270,25 @@ class ALiBi(Position):
         self.slopes = alibi_slopes(num_heads)
 
     def bias(self, span: Span) -> Float[Tensor, "N T S"]:
-        index_S = torch.arange(span.end, device=span.device)
-        distance_TS = index_S - index_S[span.length:, None]
-        slope_N11 = torch.tensor(self.slopes, device=span.device)[:, None, None]
-        return slope_N11 * distance_TS.float()
+        return _linear_bias(self.slopes, span)
+
+
+class RoPEALiBi(RoPE):
+    """RoPE's rotation with ALiBi's bias."""
+
+    def __init__(self, head_dim: int, *, theta: float, slopes: list[float]) -> None:
+        super().__init__(head_dim, theta=theta)
+        self.slopes = slopes
+
+    def bias(self, span: Span) -> Float[Tensor, "N T S"]:
+        return _linear_bias(self.slopes, span)
+
+
+def _linear_bias(slopes: list[float], span: Span) -> Float[Tensor, "N T S"]:
+    """-slope · distance for every head, query and key."""
+    index_S = torch.arange(span.end, device=span.device)
+    distance_TS = index_S - index_S[span.length:, None]
+    return torch.tensor(slopes, device=span.device)[:, None, None] * distance_TS.float()
 
 
 def alibi_slopes(num_heads: int) -> list[float]:

@@ -11,6 +11,7 @@ import torch
 
 from dougong.core.config import config
 from dougong.core.errors import ConfigError
+from dougong.runtime.allocator import keep_freed_memory
 
 _BF16_GAIN = 1.3   # bf16 must beat fp32 by this much on matrix products, or its coarser rounding is not worth it
 
@@ -61,6 +62,8 @@ class Runtime:
         threads = section.threads or usable_cores()
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(section.deterministic)
+        if name == "cpu":
+            keep_freed_memory()
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, None: torch.float32}[section.precision]
         return cls(device=torch.device(name), dtype=dtype, threads=threads,
                    compile=bool(section.compile), deterministic=section.deterministic)
@@ -78,18 +81,22 @@ def usable_cores() -> int:
 
 
 def matmul_flops_per_s(device: torch.device, dtype: torch.dtype, *, width: int = 1024, seconds: float = 0.25) -> float:
-    """Measured peak of a square matrix product: best of the repeats that fit in `seconds`."""
+    """Measured peak of a square matrix product: best of the repeats that fit in `seconds`.
+
+    Draws from a generator of its own: measuring must not move the random numbers of a run.
+    """
     width = width if device.type == "cpu" else 8 * width
-    a = torch.randn(width, width, device=device, dtype=dtype)
-    b = torch.randn(width, width, device=device, dtype=dtype)
+    own = torch.Generator(device).manual_seed(0)
+    a = torch.randn(width, width, device=device, dtype=dtype, generator=own)
+    b = torch.randn(width, width, device=device, dtype=dtype, generator=own)
     sync = {"cuda": torch.cuda.synchronize, "mps": getattr(torch.mps, "synchronize", None)}.get(device.type)
-    a @ b
+    torch.mm(a, b)
     best, begin = float("inf"), time.perf_counter()
     while time.perf_counter() - begin < seconds:
         if sync:
             sync()
         start = time.perf_counter()
-        a @ b
+        torch.mm(a, b)
         if sync:
             sync()
         best = min(best, time.perf_counter() - start)

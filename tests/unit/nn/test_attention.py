@@ -1,17 +1,19 @@
 """Attention's kernels against float64, and what its config accepts."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
 from dougong.core.errors import ConfigError
 from dougong.nn.attention import AttentionConfig
-from dougong.nn.attention_kernels import EXPLICIT_UP_TO, choose_kernel, explicit, fused
+from dougong.nn.attention_kernels import BLOCKS_UP_TO, blocked, choose_kernel, explicit, fused
 from dougong.nn.mask import Mask, build_mask
 from dougong.nn.position import ALiBi, Span
 
 B, T, H = 2, 13, 16
+KERNELS = {"fused": fused, "explicit": explicit, "blocks of 4": partial(blocked, block=4), "blocked": blocked}
 CPU = torch.device("cpu")
 SEGMENT = torch.tensor([[0] * 4 + [1] * 9, [3] * 11 + [4] * 2])
 MASKS = {
@@ -67,7 +69,7 @@ def sample(N, K):
 
 
 @pytest.mark.parametrize("name", MASKS)
-@pytest.mark.parametrize("kernel", [fused, explicit])
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
 @pytest.mark.parametrize(("N", "K"), [(4, 4), (6, 2), (3, 1)])
 def test_each_kernel_is_attention_by_its_definition(name, kernel, N, K):
     *inputs, weight = sample(N, K)
@@ -91,11 +93,11 @@ def test_kernels_round_no_worse_than_the_plainest_one(dtype, name):
     exact = run(explicit, inputs, mask_of(name, 6, torch.float64), weight)
     low = [x.to(dtype) for x in inputs]
     plainest = run(_plainest, low, mask_of(name, 6, dtype), weight)
-    for kernel in (fused, explicit):
+    for label, kernel in KERNELS.items():
         for mine, plain, truth in zip(run(kernel, low, mask_of(name, 6, dtype), weight), plainest, exact):
             assert mine.dtype == dtype and torch.isfinite(mine).all()
             error, allowed = (mine - truth).norm(), 2 * (plain - truth).norm()
-            assert error <= allowed, (kernel.__name__, error / truth.norm(), allowed / truth.norm())
+            assert error <= allowed, (label, error / truth.norm(), allowed / truth.norm())
 
 
 def _plainest(q, k, v, mask, dropout=0.0):
@@ -109,23 +111,23 @@ def _plainest(q, k, v, mask, dropout=0.0):
 
 
 def test_the_rule_chooses_by_device_precision_and_length():
-    def chosen(dtype, S, device="cpu"):
-        q = torch.empty(1, 2, 4, 8, dtype=dtype, device=device)
+    def chosen(dtype, S, device="cpu", T=None):
+        q = torch.empty(1, 2, T or S, 8, dtype=dtype, device=device)
         return choose_kernel(q, torch.empty(1, 2, S, 8, dtype=dtype, device=device))
 
-    assert chosen(torch.bfloat16, EXPLICIT_UP_TO) is explicit
-    assert chosen(torch.bfloat16, EXPLICIT_UP_TO + 1) is fused
-    assert chosen(torch.float32, 64) is fused
+    assert chosen(torch.bfloat16, 64) is blocked and chosen(torch.float32, BLOCKS_UP_TO) is blocked
+    assert chosen(torch.bfloat16, BLOCKS_UP_TO + 1) is fused
+    assert chosen(torch.bfloat16, 64, T=1) is fused     # one token that continues a cache
     assert chosen(torch.bfloat16, 64, "meta") is fused
 
 
-@pytest.mark.parametrize("kernel", [fused, explicit])
+@pytest.mark.parametrize("kernel", [fused, explicit, partial(blocked, block=16)], ids=["fused", "explicit", "blocks"])
 def test_attention_dropout_keeps_the_mean(kernel):
-    q = torch.zeros(1, 1, 64, 8)
-    v = torch.ones(1, 1, 64, 8)
-    y = torch.stack([kernel(q, q, v, Mask(), dropout=0.25) for _ in range(50)])
+    q, v = torch.zeros(1, 1, 64, 8), torch.ones(1, 1, 64, 8)
+    # The last query reads all keys, however the kernel cuts its work.
+    y = torch.stack([kernel(q, q, v, Mask(causal=True), dropout=0.25)[:, :, -1:] for _ in range(3200)])
     # 64 keys of weight 1/64, each kept with probability 0.75 and scaled by 4/3: mean 1, variance 1/(3·64).
-    assert abs(y.mean().item() - 1) < 5 * math.sqrt(1 / (3 * 64) / (50 * 64))
+    assert abs(y.mean().item() - 1) < 5 * math.sqrt(1 / (3 * 64) / 3200)
     assert abs(y[..., 0].var().item() * 3 * 64 - 1) < 0.2
 
 

@@ -49,7 +49,7 @@ def test_statistics_of_bf16_are_taken_in_float32(norm):
     x = torch.randn(4, 512).bfloat16()
     exact = norm(x.double(), torch.ones(512).double())
     error = (norm(x, torch.ones(512)).double() - exact).abs()
-    assert (error <= 2 * 2**-9 * exact.abs() + 1e-6).all(), "worse than rounding to bf16 twice"
+    assert (error <= 2 * 2**-8 * exact.abs() + 1e-6).all(), "worse than rounding to bf16 twice"
 
 
 def test_norms_without_parameters_have_none():
@@ -103,7 +103,7 @@ def test_rope_tables_made_in_inference_mode_serve_training():
     rope = RoPE(8, theta=100.0)
     with torch.inference_mode():
         rope.rotation(Span(T=5, device=CPU), torch.float32)
-    x = torch.randn(1, 1, 5, 8, requires_grad=True)
+    x = torch.randn(1, 5, 1, 8, requires_grad=True)
     rotate(x, rope.rotation(Span(T=5, device=CPU), torch.float32)).sum().backward()
     assert torch.isfinite(x.grad).all()
 
@@ -145,10 +145,21 @@ def test_positions_that_do_not_fit_are_explained():
 def test_dropout_keeps_the_mean_and_rests_in_evaluation():
     part, x = Dropout(0.3), torch.ones(200_000)
     y = part(x)
-    assert y.unique().tolist() == pytest.approx([0.0, 1 / 0.7])
+    share = 77 / 256    # 0.3 to the nearest 1/256
+    assert y.unique().tolist() == pytest.approx([0.0, 1 / (1 - share)])
     # The share of zeros is binomial: standard deviation sqrt(0.21 / n) = 0.001.
-    assert abs((y == 0).double().mean().item() - 0.3) < 0.005
+    assert abs((y == 0).double().mean().item() - share) < 0.005
     assert part.eval()(x) is x and Dropout(0.0)(x) is x
+
+
+def test_dropout_drops_the_same_elements_on_the_way_back_and_again_after_a_restored_state():
+    part, x = Dropout(0.5), torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    state = torch.get_rng_state()
+    y = part(x)
+    y.sum().backward()
+    assert torch.equal(x.grad == 0, y == 0) and torch.equal(y.detach(), x.detach() * x.grad)
+    torch.set_rng_state(state)
+    assert torch.equal(part(x), y)
 
 
 def test_x0_residual_mixes_with_its_scalars():
