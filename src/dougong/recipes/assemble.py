@@ -75,7 +75,6 @@ def assemble(recipe: Recipe, corpus: Any, *, runtime: Runtime | None = None) -> 
 
     Raises ConfigError for parts that do not fit together.
     """
-    from dougong.train.gradient_checkpointing import checkpoint_blocks
     from dougong.train.memory import choose_micro_rows
     from dougong.train.shadow import Shadow
     from dougong.train.state import TrainState
@@ -85,7 +84,10 @@ def assemble(recipe: Recipe, corpus: Any, *, runtime: Runtime | None = None) -> 
     seed_all(derive(recipe.seed, "training"))
     model = build_model(recipe, runtime)
     if recipe.train.gradient_checkpointing:
-        checkpoint_blocks(model)
+        if not hasattr(getattr(model, "stack", None), "checkpoint_activations"):
+            raise ConfigError("train.gradient_checkpointing=true has no effect on a model without a stack of layers.\n"
+                              "Leave it out, or lower train.micro_rows to save memory.")
+        model.stack.checkpoint_activations = True
     if runtime.compile:
         compile_blocks(model)
     objective = recipe.objective.build()

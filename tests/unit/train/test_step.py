@@ -1,6 +1,5 @@
 """Accumulation, groups, clipping, skipping: one step seen from all sides; gradients are compared."""
 
-import copy
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +20,6 @@ from dougong.core.errors import ConfigError, DougongError
 from dougong.data.batch import Batch
 from dougong.objectives import OBJECTIVES
 from dougong.optim.build import SGDConfig
-from dougong.train.gradient_checkpointing import checkpoint_blocks
 from dougong.train.loop import fit
 from dougong.train.state import TrainState
 from dougong.train.step import check_additive, plain_gradients, take_step
@@ -172,24 +170,6 @@ def test_the_schedule_multiplies_each_groups_own_rate():
     for step, _ in enumerate(fit(state, OBJECTIVE, RUNTIME, tiny_config(10))):
         for group in state.optimizer.param_groups:
             assert group["lr"] == group["initial_lr"] * state.schedule(step)
-
-
-def test_gradient_checkpointing_changes_no_gradient_even_with_dropout():
-    plain = TinyLM(dropout=0.3)
-    recomputed = copy.deepcopy(plain)
-    assert checkpoint_blocks(recomputed) == 2
-    batch = next(iter(CountingLoader()))
-    gradients = []
-    for model in (plain, recomputed):
-        torch.manual_seed(7)
-        gradients.append(mean_gradients(model, [batch], 3.0))
-    assert_same(*gradients)
-    assert [n for n, _ in plain.named_parameters()] == [n for n, _ in recomputed.named_parameters()]
-
-
-def test_gradient_checkpointing_without_blocks_is_an_error():
-    with pytest.raises(ConfigError, match="no effect"):
-        checkpoint_blocks(nn.Linear(2, 2))
 
 
 def test_training_learns_and_a_stop_ends_it_after_the_step():
