@@ -1,6 +1,7 @@
 """`dougong generate`: let a run's model continue a text."""
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -52,4 +53,4 @@ def generate(
             out.write(f"\n{'─' * 72}\n{result.prompt}{result.text}\n")
     if streaming:
         out.write("\n")
-    emit([result.to_dict() for result in results], as_json)
+    emit({"generations": [{**asdict(result), "tokens_per_s": result.tokens_per_s} for result in results]}, as_json)

@@ -10,6 +10,7 @@ import typer
 
 from dougong.cli import data, demo, evaluate, generate, recipes, report, show, train
 from dougong.core.errors import DougongError
+from dougong.core.files import explained_disk_errors
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
                   context_settings={"help_option_names": ["-h", "--help"]},
@@ -37,7 +38,8 @@ def _root(version: bool = typer.Option(False, "--version", help="Print the versi
 def main() -> None:
     """Entry point: user errors go to standard error as one screen, with exit code 2 and no traceback."""
     try:
-        app()
+        with explained_disk_errors("the output"):
+            app()
     except DougongError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         sys.exit(2)

@@ -13,4 +13,4 @@ def recipes(as_json: Json = False) -> None:
         out.print(f"[bold]{row['name']:<22}[/]{row['about']}")
     out.print("\nLook at one with `dougong show NAME`, start it with `dougong train NAME`.\n"
               "Your own: a YAML file with `base: NAME` and what you change.", style="dim")
-    emit(rows, as_json)
+    emit({"recipes": rows}, as_json)

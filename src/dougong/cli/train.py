@@ -24,19 +24,15 @@ def train(
     if resume:
         from dougong.recipes.train import resume_run
 
-        if run is None and recipe is not None and "=" not in recipe:
-            run = Path("runs") / recipe
-        if run is None:
-            raise ConfigError("--resume continues a run: name it, as in `dougong train --resume --run runs/first`.")
-        if overrides:
-            raise ConfigError(f"--resume continues the run's own recipe; {overrides[0]!r} would change it.\n"
-                              "Start a new run to change something, or leave the override out.")
-        emit(_summary(resume_run(run, progress=progress), out), as_json)
+        path = _run_to_resume(recipe, overrides, run, other="--dry-run" if dry_run else "--seeds" if seeds > 1 else "")
+        emit(_summary(resume_run(path, progress=progress), out), as_json)
         return
     from dougong.recipes.recipe import load_recipe
 
     if recipe is None:
         raise ConfigError("name a recipe, as in `dougong train first`; `dougong recipes` lists them.")
+    if dry_run and (seeds > 1 or run is not None):
+        raise ConfigError("--dry-run makes no run, so --run and --seeds have no effect beside it. Leave them out.")
     asked, base = load_recipe(recipe, overrides)
     if dry_run:
         from dougong.recipes.dry_run import dry_run as predict
@@ -52,12 +48,34 @@ def train(
         emit(_summary(train_run(asked, base, path=run, progress=progress), out), as_json)
 
 
+def _run_to_resume(recipe: str | None, overrides: list[str] | None, run: Path | None, *, other: str) -> Path:
+    """The run that `--resume` means. Raises ConfigError for whatever would ask for another run than that."""
+    from dougong.core.errors import ConfigError
+
+    changes = [argument for argument in [recipe, *(overrides or [])] if argument and "=" in argument]
+    if changes:
+        raise ConfigError(f"--resume continues the run's own recipe; {changes[0]!r} would change it.\n"
+                          "Start a new run to change something, or leave the override out.")
+    if other:
+        raise ConfigError(f"--resume continues one run as it is; {other} has no place beside it. Leave it out.")
+    if recipe is not None and run is not None:
+        raise ConfigError(f"--resume continues the recipe inside {run}, so {recipe!r} has no effect. Leave it out, or "
+                          f"start a new run: dougong train {recipe} --run {run}")
+    if recipe is None and run is None:
+        raise ConfigError("--resume continues a run: name it, as in `dougong train --resume --run runs/first`.")
+    return run or Path("runs") / Path(str(recipe)).stem
+
+
 def _summary(finished, out) -> dict:
     """Writes the report, prints where the run is and what to do with it; returns the JSON payload."""
     from dougong.recipes.scoring import print_result
     from dougong.report import write_report
 
     path = finished.directory.path
+    if finished.was_done:
+        out.print(f"{path} is already finished ({finished.reason} at step {finished.step:,}); nothing was changed.\n"
+                  "To train longer, start a new run with more steps.")
+        return finished.to_dict()
     write_report([finished.directory], finished.directory.report)
     if finished.reason == "interrupted":
         out.print(f"\nStopped at step {finished.step:,}; everything is saved.\n"

@@ -2,8 +2,10 @@
 
 from dougong.evaluate.accuracy import Accuracy, accuracy
 from dougong.evaluate.bits_per_byte import BitsPerByte, bits_per_byte, token_nats
+from dougong.evaluate.classical import classical_rivals, paired_accuracy
 from dougong.evaluate.comparison import Comparison, evaluate_split
 from dougong.evaluate.compressors import xz_concatenated, xz_per_document
+from dougong.evaluate.frechet import frechet_distance
 from dougong.evaluate.kneser_ney import KneserNey
 from dougong.evaluate.scores import DocumentScores
 from dougong.evaluate.statistics import (
@@ -15,5 +17,6 @@ from dougong.evaluate.statistics import (
 )
 
 __all__ = ["Accuracy", "BitsPerByte", "Comparison", "DocumentScores", "KneserNey", "Spread", "accuracy",
-           "bits_per_byte", "bootstrap_ratio", "evaluate_split", "paired_difference", "seed_spread",
-           "token_nats", "wilson_interval", "xz_concatenated", "xz_per_document"]
+           "bits_per_byte", "bootstrap_ratio", "classical_rivals", "evaluate_split", "frechet_distance",
+           "paired_accuracy", "paired_difference", "seed_spread", "token_nats", "wilson_interval",
+           "xz_concatenated", "xz_per_document"]

@@ -15,13 +15,18 @@ Rate = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Average = Annotated[float, Field(ge=0, lt=1)]
 
+USUAL_RATE = 1e-3           # of AdamW and Adam where no size says better
+MUON_RATE = 0.02            # the post's; Muon's update has the same size at every width
+MUON_ADAMW_RATE = 3e-3      # of what is no matrix, beside Muon
+
 
 @config
 class AdamWConfig:
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv:1711.05101)."""
 
     kind: Literal["adamw"] = "adamw"
-    lr: Rate = 1e-3
+    lr: Rate | None = None
+    """derived: from the size dial; 0.001 where there is none"""
     betas: tuple[Average, Average] = (0.9, 0.95)
     eps: Rate = 1e-8
     weight_decay: NotNegative = 0.1
@@ -41,7 +46,8 @@ class AdamConfig:
     """Adam (Kingma and Ba 2015, arXiv:1412.6980); `weight_decay` is the coupled L2 penalty."""
 
     kind: Literal["adam"] = "adam"
-    lr: Rate = 1e-3
+    lr: Rate | None = None
+    """derived: from the size dial; 0.001 where there is none"""
     betas: tuple[Average, Average] = (0.9, 0.999)
     eps: Rate = 1e-8
     weight_decay: NotNegative = 0.0
@@ -104,8 +110,8 @@ class MuonConfig:
     """Muon for the hidden matrices, AdamW for embeddings, head, convolutions, vectors and scalars."""
 
     kind: Literal["muon"] = "muon"
-    lr: Rate = 0.02
-    """of the matrices"""
+    lr: Rate | None = None
+    """of the matrices; derived: 0.02 at every size"""
     momentum: Average = 0.95
     nesterov: bool = True
     steps: Annotated[int, Field(ge=1, le=20)] = 5
@@ -117,7 +123,8 @@ class MuonConfig:
     """of the matrices"""
     cautious: bool = False
     """decay only entries that the update shrinks too"""
-    adamw_lr: Rate = 3e-3
+    adamw_lr: Rate | None = None
+    """of the rest; derived: from the size dial, at most 0.003"""
     betas: tuple[Average, Average] = (0.9, 0.95)
     eps: Rate = 1e-8
     adamw_weight_decay: NotNegative = 0.0
@@ -137,12 +144,13 @@ class MuonConfig:
             raise ConfigError("optim.kind=muon found no hidden matrix in this model, so it would be AdamW "
                               "alone.\n"
                               "Try optim.kind=adamw.")
-        muon = parameter_groups({n: p for n, p in names.items() if n in matrices}, rules, lr=self.lr,
+        muon = parameter_groups({n: p for n, p in names.items() if n in matrices}, rules,
+                                lr=self.lr or MUON_RATE,
                                 weight_decay=self.weight_decay, algorithm="muon", momentum=self.momentum,
                                 nesterov=self.nesterov, steps=self.steps, scale=self.scale,
                                 cautious=self.cautious)
         rest = parameter_groups({n: p for n, p in names.items() if n not in matrices}, rules,
-                                lr=self.adamw_lr,
+                                lr=self.adamw_lr or MUON_ADAMW_RATE,
                                 weight_decay=self.adamw_weight_decay, algorithm="adamw", betas=self.betas,
                                 eps=self.eps)
         return Muon([*muon, *rest], dtype=getattr(model, "compute_dtype", torch.float32))
@@ -151,7 +159,7 @@ class MuonConfig:
 def _groups(section: Any, model: nn.Module, **options: Any) -> list[dict[str, Any]]:
     rules = GroupRules(no_decay=section.no_decay, rates=section.rates)
     check_patterns(model, rules)
-    return parameter_groups(trainable(model), rules, lr=section.lr, weight_decay=section.weight_decay,
+    return parameter_groups(trainable(model), rules, lr=section.lr or USUAL_RATE, weight_decay=section.weight_decay,
                             **options)
 
 

@@ -14,6 +14,7 @@ import torch
 from dougong.core.config import from_dict, to_dict
 from dougong.core.errors import ConfigError, DougongError
 from dougong.models import FAMILIES, count
+from dougong.optim.build import MUON_ADAMW_RATE, MUON_RATE, USUAL_RATE
 from dougong.recipes.recipe import Recipe, with_values
 from dougong.runtime.device import best_device, matmul_flops_per_s, measure_precision, usable_cores
 
@@ -67,14 +68,19 @@ def resolve(recipe: Recipe) -> tuple[Recipe, list[Derived]]:
     """Fills in what follows from the recipe and the machine alone."""
     notes = _Notes(recipe)
     _runtime(notes)
+    size = parse_size(recipe.size) if recipe.size else None
     if recipe.is_language_model:
-        size = parse_size(recipe.size) if recipe.size else None
         if size:
             _vocabulary(notes, size)
             _shape(notes, size)
         _batch(notes, size)
-        _rates(notes, size)
         _horizon(notes, size)
+    elif recipe.size:
+        raise ConfigError(f"size={recipe.size} sets the shape of a language model, and this recipe has none "
+                          f"(model.kind={recipe.model.kind}). Leave size out.")
+    else:
+        _horizon(notes, None)
+    _rates(notes, size)
     return notes.recipe, notes.items
 
 
@@ -95,6 +101,7 @@ def fit_to_time(recipe: Recipe, seconds_per_step: float) -> tuple[Recipe, list[D
     notes = _Notes(recipe)
     if notes.recipe.train.steps is None:
         minutes = recipe.train.minutes
+        assert minutes, "`resolve` refuses a recipe without steps and minutes"
         steps = max(10, round(minutes * 60 / seconds_per_step))
         notes.set("train.steps", steps,
                   f"{minutes:g} minutes at {seconds_per_step * 1000:.0f} ms a step, measured here")
@@ -202,20 +209,25 @@ def _batch(notes: _Notes, size: int | None) -> None:
 
 
 def _rates(notes: _Notes, size: int | None) -> None:
-    ladder = 0.00235 * ((size or 10e6) / 108e6) ** (-1 / 3)
+    optim = notes.recipe.optim
+    ladder = round(0.00235 * ((size or 1e8) / 108e6) ** (-1 / 3), 5)
     reason = "OLMo's ladder, 0.00235 × (size/108M)^(-1/3); a prior, ±2×"
-    if notes.recipe.optim.kind == "muon":
-        notes.set("optim.adamw_lr", round(min(ladder, 0.01), 5), reason)
-        notes.set("optim.lr", 0.02, "Muon's update has the same size at every width")
-    else:
-        notes.set("optim.lr", round(ladder, 5), reason)
+    if optim.kind == "muon":
+        notes.set("optim.lr", MUON_RATE, "Muon's update has the same size at every width")
+        if size and ladder < MUON_ADAMW_RATE:
+            notes.set("optim.adamw_lr", ladder, reason)
+        notes.set("optim.adamw_lr", MUON_ADAMW_RATE, "usual beside Muon; only models above 50M take less")
+    elif size:
+        notes.set("optim.lr", ladder, reason)
+    notes.set("optim.lr", USUAL_RATE, "usual where no size says better")
 
 
 def _horizon(notes: _Notes, size: int | None) -> None:
     train = notes.recipe.train
     if train.steps is None and train.minutes is None:
         if size is None:
-            raise ConfigError("how long to train? Give train.steps or train.minutes (or size, which sets a horizon).")
+            more = " (or size, which sets a horizon)" if notes.recipe.is_language_model else ""
+            raise ConfigError(f"how long to train? Give train.steps or train.minutes{more}.")
         tokens_per_step = notes.value("train.rows") * (notes.value("model.context") or 256)
         notes.set("train.steps", max(10, round(_TOKENS_PER_PARAMETER * size / tokens_per_step)),
                   f"{_TOKENS_PER_PARAMETER} tokens per parameter (nanochat's compute-optimal ratio)")

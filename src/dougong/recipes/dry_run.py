@@ -2,13 +2,17 @@
 
 from typing import Any
 
+import torch
+
 from dougong.core.config import to_dict
 from dougong.models import count
+from dougong.nn.attention_kernels import choose_kernel, fused
 from dougong.plan import estimate
 from dougong.recipes.assemble import assemble
 from dougong.recipes.probe import measure_step
 from dougong.recipes.recipe import Recipe
-from dougong.recipes.train import settle
+from dougong.recipes.train import given, settle
+from dougong.runtime.device import Runtime
 
 _LOGIT_COPIES = 2   # the logits and their gradient
 
@@ -22,11 +26,11 @@ def dry_run(asked: Recipe, *, out: Any, progress: Any = None) -> dict[str, Any]:
     seconds = measure_step(built)
     parameters = count.parameters(recipe.model)
     if recipe.is_language_model:
-        figures = _language_model(recipe, parameters["total"], built.runtime.dtype)
+        figures = _language_model(recipe, parameters["total"], built.runtime)
     else:
         figures = {"parameters": parameters["total"]}
-    figures |= {"steps": recipe.train.steps, "seconds_per_step": seconds,
-                "training_seconds": seconds * recipe.train.steps}
+    figures |= {"steps": given(recipe.train.steps), "seconds_per_step": seconds,
+                "training_seconds": seconds * given(recipe.train.steps)}
     grid = Grid("derived", "value", "why", box=None, header_style="bold", pad_edge=False)
     for item in derived:
         grid.add_row(item.key, str(item.value), item.reason)
@@ -38,18 +42,25 @@ def dry_run(asked: Recipe, *, out: Any, progress: Any = None) -> dict[str, Any]:
             "data": corpus.facts}
 
 
-def _language_model(recipe: Recipe, total: int, dtype: Any) -> dict[str, Any]:
-    context, rows = recipe.model.context, recipe.train.micro_rows or recipe.train.rows
+def _language_model(recipe: Recipe, total: int, runtime: Runtime) -> dict[str, Any]:
+    context, rows = recipe.model.context, given(recipe.train.micro_rows)
     logits = min(rows * context * recipe.model.vocab_size, getattr(recipe.objective, "chunk_logits", 1 << 62))
     planned = estimate(
         parameters=total, flops_per_token=count.flops_per_token(recipe.model, context) or 0,
-        tokens_per_step=recipe.train.rows * context, steps=recipe.train.steps, optimizer=recipe.optim.kind,
+        tokens_per_step=given(recipe.train.rows) * context, steps=given(recipe.train.steps),
+        optimizer=recipe.optim.kind,
         ema=recipe.train.ema is not None, checkpoints_kept=recipe.train.keep_last + recipe.train.keep_best,
-        activations_bytes=count.activation_bytes(recipe.model, rows=rows, context=context, dtype=dtype,
+        activations_bytes=count.activation_bytes(recipe.model, rows=rows, context=context, dtype=runtime.dtype,
                                                  checkpoint_activations=recipe.train.gradient_checkpointing,
-                                                 fused_attention=recipe.runtime.device != "cpu"),
+                                                 fused_attention=_fuses_attention(context, runtime)),
         logits_bytes=_LOGIT_COPIES * logits * 4)
     return planned.to_dict()
+
+
+def _fuses_attention(context: int, runtime: Runtime) -> bool:
+    """Whether attention over a whole context keeps no T × S weights here."""
+    query = torch.empty(1, 1, context, 1, dtype=runtime.dtype, device=runtime.device)
+    return choose_kernel(query, query) is fused
 
 
 def _table(figures: dict[str, Any]) -> Any:

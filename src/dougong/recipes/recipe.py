@@ -1,8 +1,8 @@
 """The `Recipe`: one frozen value that says what to build, and how it is read from a name, a file and overrides."""
 
-import dataclasses
+import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field
@@ -24,7 +24,7 @@ Positive = Annotated[int, Field(gt=0)]
 class EvaluateConfig:
     """How the held-out text is scored: in training on a part of the validation split, at the end on all of a split."""
 
-    split: str = "test"
+    split: Literal["validation", "test"] = "test"
     """the split scored at the end: validation or test (validation where the data has no test split)"""
     tokens: Positive = 65_536
     """tokens of the validation split scored at each evaluation during training; the whole split when it holds fewer"""
@@ -76,8 +76,18 @@ def load_recipe(source: str, overrides: list[str] | None = None) -> tuple[Recipe
     changes. Raises ConfigError for unknown recipes, keys and values.
     """
     base = _base_of(source)
-    values = merge(to_dict(base), _read_file(source)) if _is_file(source) else to_dict(base)
-    return from_dict(Recipe, merge(values, parse_overrides(overrides or []))), base
+    values = to_dict(base)
+    for changes in (_read_file(source) if _is_file(source) else {}, parse_overrides(overrides or [])):
+        values = merge(values, _one_horizon(changes))
+    return from_dict(Recipe, values), base
+
+
+def _one_horizon(changes: dict[str, Any]) -> dict[str, Any]:
+    """Whoever says how many steps (or minutes) to train takes back the minutes (or steps) of the base."""
+    train = changes.get("train")
+    if isinstance(train, dict) and ("steps" in train) != ("minutes" in train):
+        return merge(changes, {"train": {"minutes" if "steps" in train else "steps": None}})
+    return changes
 
 
 def recipe_from_run(path: Path) -> tuple[Recipe, dict[str, Any]]:
@@ -111,7 +121,7 @@ def _read_file(source: str) -> dict[str, Any]:
     values = _parse(Path(source))
     values.pop("base", None)
     values.pop("resolved", None)
-    return {"name": Path(source).stem, **values}
+    return {"name": re.sub(r"[^\w.\-]+", "-", Path(source).stem), **values}
 
 
 def _parse(path: Path) -> dict[str, Any]:
@@ -119,6 +129,8 @@ def _parse(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"no recipe file at {path}.") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {str(error).splitlines()[0]}.") from None
     if not isinstance(values, dict):
@@ -136,7 +148,3 @@ def with_values(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
             section = section[parent]
         section[leaf] = value
     return from_dict(Recipe, values)
-
-
-def field_names(section: Any) -> set[str]:
-    return {field.name for field in dataclasses.fields(section)}

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from dougong.core.errors import ConfigError
+from dougong.recipes import array_scores
 from dougong.recipes.recipe import Recipe
 from dougong.runtime.device import Runtime
 
@@ -29,15 +30,15 @@ def final_score(recipe: Recipe, corpus: Any, model: nn.Module, runtime: Runtime,
                 progress: Any = None) -> dict[str, Any]:
     """The whole split: bits per byte beside the baselines, or the objective's own measure."""
     split = _existing(split or recipe.evaluate.split, corpus, asked=split is not None)
+    wanted = recipe.evaluate.baselines if baselines is None else baselines
     if not recipe.is_language_model:
         if stride is not None:
             raise ConfigError("stride belongs to the windows of a language model; this run has none. Leave it out.")
         measure = _SPLIT_SCORES.get(recipe.objective.kind)
-        found = measure(recipe, corpus, model, runtime, split) if measure else {}
+        found = measure(recipe, corpus, model, runtime, split, baselines=wanted) if measure else {}
         return {"split": split, "weights": weights, **found}
     from dougong.evaluate import evaluate_split
 
-    wanted = recipe.evaluate.baselines if baselines is None else baselines
     comparison = evaluate_split(
         model, corpus.tokenizer, corpus.documents(split), context=recipe.model.context,
         stride=stride or recipe.evaluate.stride, split=split, weights=weights, runtime=runtime,
@@ -52,9 +53,7 @@ def print_result(result: dict[str, Any], out: Any) -> None:
     from rich.table import Table as Grid
 
     if "bits_per_byte" not in result:
-        for key, value in result.items():
-            if isinstance(value, int | float):
-                out.print(f"  {key:<24}{value:.4f}" if isinstance(value, float) else f"  {key:<24}{value:,}")
+        _print_measures(result, out)
         return
     grid = Grid(box=None, header_style="bold", pad_edge=False)
     for title in (f"{result['split']} split", "bits per byte", "95 % interval", "model − this (paired 95 %)"):
@@ -70,19 +69,39 @@ def print_result(result: dict[str, Any], out: Any) -> None:
               f"scored once, context {result['context']}, stride {result['stride']}.", style="dim")
 
 
+def _print_measures(result: dict[str, Any], out: Any) -> None:
+    """A model of arrays: its figures, and under the first of them those it is compared with."""
+    measures = {key: value for key, value in result.items() if isinstance(value, int | float)}
+    for number, (key, value) in enumerate(measures.items()):
+        form = ",d" if isinstance(value, int) else ".4f" if value >= 1e-3 or not value else ".1e"
+        out.print(f"  {key.replace('_', ' '):<28}{value:{form}}")
+        for row in result.get("baselines", []) if number == 0 else []:
+            gap = f"   model − it {row['difference']:+.4f} {_interval(row['interval'])}" if "difference" in row else ""
+            out.print(f"    {row['name']:<26}{row[key]:.4f}{gap}")
+
+
 def _interval(pair: list[float] | None) -> str:
     return f"[{pair[0]:.4f}, {pair[1]:.4f}]".replace("[", r"\[") if pair else "–"
 
 
+def held_out_splits(corpus: Any) -> list[str]:
+    """Which of validation and test hold anything."""
+    return [split for split in _filled(corpus) if split != "train"]
+
+
+def _filled(corpus: Any) -> list[str]:
+    return [name for name, values in corpus.facts["splits"].items() if values.get("documents", values.get("rows", 0))]
+
+
 def _existing(split: str, corpus: Any, *, asked: bool) -> str:
     """`split`, or validation where the data have no test split and none was asked for by name."""
-    facts = corpus.facts["splits"]
-    has = [name for name, values in facts.items() if values.get("documents", values.get("rows", 0))]
+    has = _filled(corpus)
     if split in has:
         return split
     if not asked and "validation" in has:
         return "validation"
-    raise ConfigError(f"there is no {split!r} split with anything in it. There are: {', '.join(has)}.")
+    raise ConfigError(f"there is no {split!r} split with anything in it. There are: {', '.join(has)}.\n"
+                      "data.split.fractions decides how much is held out, as in data.split.fractions=[0.9,0.05,0.05].")
 
 
 def _language_model(recipe: Recipe, corpus: Any, runtime: Runtime) -> Score | None:
@@ -124,39 +143,7 @@ def _coprime_stride(count: int) -> int:
     return next(step for step in range(max(1, round(count * 0.618)), count + 2) if gcd(step, count) == 1)
 
 
-def _classifier(recipe: Recipe, corpus: Any, runtime: Runtime) -> Score:
-    def measure(model: nn.Module) -> dict[str, Any]:
-        return {name: value for name, value in _accuracy(recipe, corpus, model, runtime, "validation").items()
-                if name in ("loss", "accuracy")}
-
-    return measure
-
-
-def _accuracy(recipe: Recipe, corpus: Any, model: nn.Module, runtime: Runtime, split: str) -> dict[str, Any]:
-    import torch
-
-    from dougong.evaluate import accuracy
-
-    arrays = corpus.arrays(split)
-    found = accuracy(model, torch.from_numpy(arrays["pixels"]), torch.from_numpy(arrays["labels"]), runtime=runtime)
-    return {"accuracy": found.accuracy, "interval": list(found.interval()), "loss": found.loss,
-            "examples": len(found.correct)}
-
-
-def _regression(recipe: Recipe, corpus: Any, runtime: Runtime) -> Score:
-    return lambda model: {"loss": _squared_error(recipe, corpus, model, runtime, "validation")["loss"]}
-
-
-def _squared_error(recipe: Recipe, corpus: Any, model: nn.Module, runtime: Runtime, split: str) -> dict[str, Any]:
-    import torch
-
-    arrays = corpus.arrays(split)
-    with torch.no_grad():
-        prediction = model(torch.from_numpy(arrays["features"]).to(runtime.device)).cpu()
-    error = (prediction - torch.from_numpy(arrays["targets"])).double().square().mean()
-    return {"loss": float(error) / 2, "mean_squared_error": float(error), "examples": len(prediction)}
-
-
-_SCORES: dict[str, Callable[..., Score | None]] = {"causal_lm": _language_model, "classify": _classifier,
-                                                   "regression": _regression}
-_SPLIT_SCORES = {"classify": _accuracy, "regression": _squared_error}
+_SCORES: dict[str, Callable[..., Score | None]] = {
+    "causal_lm": _language_model, "classify": array_scores.classifier, "regression": array_scores.regression}
+_SPLIT_SCORES: dict[str, Callable[..., dict[str, Any]]] = {
+    "classify": array_scores.accuracy_on, "regression": array_scores.squared_error_on, "gan": array_scores.likeness_to}

@@ -8,6 +8,8 @@ from dougong.core.errors import DougongError
 from dougong.recipes.recipe import Recipe
 from dougong.recipes.train import train_run
 
+_MEASURES = ("bits_per_byte", "accuracy", "frechet_distance", "loss")   # the first one that a result has
+
 
 def train_seeds(asked: Recipe, base: Recipe, *, count: int, path: Path | None, out: Any,
                 progress: Any) -> dict[str, Any]:
@@ -24,7 +26,7 @@ def train_seeds(asked: Recipe, base: Recipe, *, count: int, path: Path | None, o
         if finished.result is None:
             raise DougongError(f"stopped in seed {seed}; the finished runs are kept.")
         rows.append({"seed": seed, "run": str(finished.directory.path), "result": finished.result})
-    measure = next(name for name in ("bits_per_byte", "accuracy", "loss") if name in rows[0]["result"])
+    measure = next(name for name in _MEASURES if name in rows[0]["result"])
     values = [row["result"][measure] for row in rows]
     spread = seed_spread(values)
     grid = Grid("seed", measure.replace("_", " "), "run", box=None, header_style="bold", pad_edge=False)

@@ -1,5 +1,6 @@
 """The story of a run: resolve, prepare, settle, train, score. Also how a stopped run goes on."""
 
+import contextlib
 import hashlib
 import sys
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import torch
 
 from dougong import __version__
 from dougong.core.config import dump_yaml, replace, to_dict
-from dougong.core.errors import DougongError
+from dougong.core.errors import CheckpointError
 from dougong.core.events import EventLog, read_events
 from dougong.core.files import explained_disk_errors, lock, write_text
 from dougong.core.run import RunDirectory
@@ -21,7 +22,7 @@ from dougong.recipes.derive import Derived, fit_to_time, resolve
 from dougong.recipes.open_run import check_same_data, load_tokenizer, open_run, runtime_here
 from dougong.recipes.probe import measure_step
 from dougong.recipes.recipe import Recipe, recipe_from_run
-from dougong.recipes.scoring import final_score, quick_score
+from dougong.recipes.scoring import final_score, held_out_splits, quick_score
 from dougong.runtime.device import Runtime, machine_facts, matmul_flops_per_s, peak_memory_bytes
 from dougong.train import Checkpointer, fit, latest_valid, load_checkpoint
 from dougong.train.hooks import Evaluate, Hooks, Sample, SaveCheckpoints, stop_on_signals
@@ -34,13 +35,17 @@ _WATTS_PER_CORE, _WATTS_PER_GPU = 12.0, 700.0   # stated in the report beside th
 
 @dataclass(frozen=True)
 class Finished:
-    """How a run ended: `reason` is "done", "early stop" or "interrupted"; `result` the final scores, if it was done."""
+    """How a run ended: `reason` is "done", "early stop" or "interrupted"; `result` the final scores, if it was done.
+
+    `was_done`: the run had already ended before, so resuming it changed nothing.
+    """
 
     directory: RunDirectory
     step: int
     reason: str
     is_language_model: bool
     result: dict[str, Any] | None
+    was_done: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return {"run": str(self.directory.path), "step": self.step, "reason": self.reason, "result": self.result}
@@ -52,7 +57,7 @@ def train_run(asked: Recipe, base: Recipe, *, path: Path | None = None, progress
     path = path or Path("runs") / recipe.name
     with explained_disk_errors(f"the run {path}"):
         directory = RunDirectory.create(path.parent, path.name)
-    with lock(directory.lock, owner="dougong train"):
+    with explained_disk_errors(f"the run {directory.path}"), lock(directory.lock, owner="dougong train"):
         write_recipe(directory, recipe, corpus, base=base)
         if recipe.is_language_model:
             corpus.tokenizer.save(directory.tokenizer)
@@ -63,17 +68,30 @@ def resume_run(path: Path, *, progress: Any = None) -> Finished:
     """Goes on with a stopped run from its newest valid checkpoint, bit for bit as if it had not stopped.
 
     Nothing is measured again: precision, threads and steps are those of the recipe as saved. Raises CheckpointError
-    where there is no run, its data changed, or another process trains it.
+    where there is no run, its data changed, or another process trains it. A run that has ended is left as it is.
     """
     directory = RunDirectory.open(path)
-    with lock(directory.lock, owner="dougong train"):
+    if (done := _already_done(directory)) is not None:
+        return done
+    with explained_disk_errors(f"the run {path}"), lock(directory.lock, owner="dougong train"):
         recipe, recorded = recipe_from_run(directory.recipe)
         corpus = prepare_data(recipe, progress=progress)
         check_same_data(recorded, corpus, directory.path)
         tokenizer = load_tokenizer(directory)
         if tokenizer is not None and tokenizer.fingerprint != corpus.tokenizer.fingerprint:
-            raise DougongError(f"{directory.tokenizer} is not the tokenizer this run was trained with. Put it back.")
+            raise CheckpointError(f"{directory.tokenizer} is not the tokenizer this run was trained with. Put it back.")
         return _train(directory, recipe, corpus, [], resumed=latest_valid(directory))
+
+
+def _already_done(directory: RunDirectory) -> Finished | None:
+    """How the run ended, if its last event says that it did and nothing is left to do."""
+    events = read_events(directory.events)
+    end = events[-1] if events and events[-1]["event"] == "end" else {}
+    if end.get("reason") not in ("done", "early stop"):
+        return None
+    recipe, _ = recipe_from_run(directory.recipe)
+    return Finished(directory, end["step"], end["reason"], recipe.is_language_model, last_result(directory),
+                    was_done=True)
 
 
 def settle(asked: Recipe, *, progress: Any = None) -> tuple[Recipe, list[Derived], Any]:
@@ -110,47 +128,50 @@ def _train(directory: RunDirectory, recipe: Recipe, corpus: Any, derived: list[D
         load_checkpoint(resumed.path, state, recipe_hash=recipe_hash)
     reporter.listeners += open_trackers(config.trackers, directory.tensorboard, run_name=directory.path.name,
                                         recipe=to_dict(recipe), step=state.step)
-    view = open_view(directory.path.name, config.steps, bytes_per_token=corpus.facts.get("bytes_per_token"))
+    view = open_view(directory.path.name, given(config.steps), bytes_per_token=corpus.facts.get("bytes_per_token"))
     reporter.listeners.append(view)
     try:
         peak = _announce(reporter, built, derived, state.step, resumed)
         for problem in problems:
             reporter.write("warning", message=f"checkpoint passed over: {problem}")
         hooks = _hooks(reporter, built, directory, recipe_hash, peak)
-        try:
-            with stop_on_signals(state), explained_disk_errors(f"the run {directory.path}"):
-                for result in fit(state, built.objective, runtime, config, directory=directory.path):
-                    hooks.run(result)
-                hooks.finish(state)
-        except BaseException as error:
-            _end(reporter, built, "failed", error=f"{type(error).__name__}: {error}"[:500])
-            raise
+        with stop_on_signals(state):
+            for result in fit(state, built.objective, runtime, config, directory=directory.path):
+                hooks.run(result)
+            hooks.finish(state)
         reason = state.stop or "done"
         final = None
         if reason != "interrupted":
             view.close()
             final = _score_final(directory, reporter, corpus)
         _end(reporter, built, reason)
-    finally:
-        reporter.close()
+    except BaseException as error:
+        with contextlib.suppress(OSError):   # on a full disk this cannot be written either; the first error is told
+            _end(reporter, built, "failed", error=f"{type(error).__name__}: {error}"[:500])
+        with contextlib.suppress(OSError):
+            reporter.close()
+        raise
+    reporter.close()
     return Finished(directory, state.step, reason, recipe.is_language_model, final)
 
 
 def _hooks(reporter: Reporter, built: Assembly, directory: RunDirectory, recipe_hash: str, peak: float) -> Hooks:
     recipe, state, config = built.recipe, built.state, built.recipe.train
-    hooks: list[Any] = [StepMeter(reporter, every=config.log_every, total_steps=config.steps,
+    total_steps = given(config.steps)
+    hooks: list[Any] = [StepMeter(reporter, every=config.log_every, total_steps=total_steps,
                                   device=built.runtime.device, flops_per_token=built.flops_per_token,
                                   peak_flops_per_s=peak)]
     score = quick_score(recipe, built.corpus, built.runtime)
     if score is not None:
-        hooks.append(Evaluate(reporter, lambda state: score(state.model), every=config.evaluate_every,
-                              total_steps=config.steps, patience=config.patience))
+        hooks.append(Evaluate(reporter, lambda state: score(state.model), every=given(config.evaluate_every),
+                              total_steps=total_steps, patience=config.patience))
     if recipe.is_language_model and recipe.sample.prompts:
         hooks.append(Sample(reporter, lambda state: _write_samples(recipe, built, state.model),
-                            every=config.sample_every, total_steps=config.steps))
+                            every=given(config.sample_every), total_steps=total_steps))
     checkpointer = Checkpointer(directory, recipe_hash=recipe_hash, keep_last=config.keep_last,
                                 keep_best=config.keep_best)
-    hooks.append(SaveCheckpoints(reporter, checkpointer, every=config.checkpoint_every, total_steps=config.steps))
+    hooks.append(SaveCheckpoints(reporter, checkpointer, every=given(config.checkpoint_every),
+                                 total_steps=total_steps))
     return Hooks(state, hooks)
 
 
@@ -158,9 +179,8 @@ def _write_samples(recipe: Recipe, built: Assembly, model: Any) -> list[tuple[st
     from dougong.generate import SamplingConfig, generate
 
     sample = recipe.sample
-    drawing = {"top_p": sample.top_p} if sample.temperature else {}
     sampling = SamplingConfig(max_tokens=sample.tokens, temperature=sample.temperature, seed=recipe.seed,
-                              long_prompt="truncate", **drawing)
+                              top_p=sample.top_p if sample.temperature else None, long_prompt="truncate")
     written = generate(model, built.corpus.tokenizer, sample.prompts, sampling, runtime=built.runtime)
     return [(one.prompt, one.text) for one in written]
 
@@ -183,9 +203,12 @@ def _announce(reporter: Reporter, built: Assembly, derived: list[Derived], step:
     return peak
 
 
-def _score_final(directory: RunDirectory, reporter: Reporter, corpus: Any) -> dict[str, Any]:
-    """Scores the best checkpoint as it lies on disk, on the whole split."""
+def _score_final(directory: RunDirectory, reporter: Reporter, corpus: Any) -> dict[str, Any] | None:
+    """Scores the best checkpoint as it lies on disk, on the whole split; None where nothing was held out."""
     opened = open_run(directory.path)
+    if not held_out_splits(corpus):
+        reporter.write("warning", message="the data have no validation or test split, so there is no final score")
+        return None
     result = final_score(opened.recipe, corpus, opened.model, opened.runtime, weights=opened.weights)
     reporter.write("result", **result, step=opened.step)
     return {**result, "step": opened.step}
@@ -211,6 +234,12 @@ def versions() -> dict[str, str]:
 def last_result(directory: RunDirectory) -> dict[str, Any] | None:
     """The newest `result` event of a run."""
     return next((event for event in reversed(read_events(directory.events)) if event["event"] == "result"), None)
+
+
+def given(value: int | None) -> int:
+    """A value that `settle` has filled in."""
+    assert value is not None
+    return value
 
 
 def with_steps(recipe: Recipe, steps: int) -> Recipe:

@@ -9,7 +9,7 @@ from dougong.objectives.gan import GANObjectiveConfig
 from dougong.objectives.regression import RegressionConfig
 from dougong.optim.build import AdamConfig, AdamWConfig, SGDConfig
 from dougong.optim.schedules import ConstantConfig, CosineConfig
-from dougong.recipes.recipe import EvaluateConfig, Recipe
+from dougong.recipes.recipe import Recipe
 from dougong.train import EMAConfig, TrainConfig
 
 
@@ -24,7 +24,6 @@ def linear_regression() -> Recipe:
         optim=SGDConfig(lr=0.3),
         schedule=ConstantConfig(),
         train=TrainConfig(steps=2000, rows=32, clip_norm=0, log_every=50, trackers=()),
-        evaluate=EvaluateConfig(baselines=False),
     )
 
 
