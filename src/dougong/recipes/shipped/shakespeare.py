@@ -4,7 +4,16 @@ Both want `data.path` to name the text (1,115,394 characters; nanoGPT's `data/sh
 and divide it as nanoGPT does: the first 90 % of characters for training, the rest for validation.
 """
 
-from dougong.recipes.recipe import SampleConfig
+from dougong.data.dedup import DedupConfig
+from dougong.data.prepare import TextData
+from dougong.data.split import SplitConfig
+from dougong.data.tokenizer import CharactersConfig
+from dougong.models.families.nano import NanoConfig
+from dougong.objectives.causal_lm import CausalLMConfig
+from dougong.optim.build import MuonConfig
+from dougong.optim.schedules import WSDConfig
+from dougong.recipes.recipe import EvaluateConfig, Recipe, SampleConfig
+from dougong.train import TrainConfig
 
 _SAMPLE = SampleConfig(prompts=("ROMEO:\n", "First Citizen:\n"), tokens=300)
 _EVALUATE = EvaluateConfig(split="validation", tokens=200_000, baselines=False)
