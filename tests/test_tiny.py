@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -127,7 +128,7 @@ def test_every_verb_works_on_the_run(whole):
     assert made[0].code == 0 and made[0].json["generations"][0]["text"] == made[1].json["generations"][0]["text"]
     assert 1 <= len(made[0].json["generations"][0]["tokens"]) <= 12
     page = dougong("report", whole.path, "--json")
-    assert page.code == 0 and open(page.json["report"], encoding="utf-8").read().lstrip().startswith("<!")
+    assert page.code == 0 and Path(page.json["report"]).read_text(encoding="utf-8").lstrip().startswith("<!")
 
 
 def test_resuming_a_finished_run_says_so_and_changes_nothing(whole):

@@ -98,7 +98,8 @@ def explained_disk_errors(what: str) -> Iterator[None]:
     except OSError as error:
         reasons = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up",
                    errno.EROFS: "the file system is read-only", errno.EACCES: "permission was denied",
-                   errno.EPERM: "permission was denied"}
+                   errno.EPERM: "permission was denied", errno.ENOTDIR: "a part of the path is a file, not a folder",
+                   errno.ENAMETOOLONG: "the name is too long"}
         if error.errno not in reasons:
             raise
         raise DougongError(f"cannot write {what}: {reasons[error.errno]} ({error.filename or 'no file named'}).\n"
