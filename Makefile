@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# as the command line sets it: torch's threads sleep while they wait (see cli/main.py)
+export GOMP_SPINCOUNT ?= 10000
 
 .PHONY: help install demo demo-short test test-slow test-gpu check bench bench-full docs clean
 

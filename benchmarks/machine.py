@@ -1,6 +1,7 @@
 """What every benchmark prints and writes: machine, versions, command; medians with their spread."""
 
 import json
+import os
 import statistics
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ def header() -> dict[str, Any]:
 
     facts = {"command": ["python", *sys.argv], "dougong": __version__, "torch": torch.__version__,
              "python": platform.python_version(), "threads": torch.get_num_threads(),
+             "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT"),   # the command line sets 10000, as `make bench` does
              "machine": machine_facts(torch.device("cuda" if torch.cuda.is_available() else "cpu"))}
     print(f"{facts['machine']['processor']}, {facts['machine']['cores']} cores, {facts['threads']} threads, "
           f"torch {facts['torch']}, dougong {__version__}\n{' '.join(facts['command'])}\n", flush=True)

@@ -201,7 +201,7 @@ def _batch(notes: _Notes, size: int | None) -> None:
               "short contexts leave more documents per step while a model is small")
     context = notes.value("model.context") or 256
     if recipe.runtime.device == "cpu":
-        tokens, reason = 8192, "about 8k tokens: on CPU more, smaller steps beat fewer, larger ones"
+        tokens, reason = 4096, "4,096 tokens: on a CPU twice as many half as large steps learned more in a minute"
     else:
         tokens = round(327_680 * ((size or 1e8) / 108e6) ** (2 / 3))
         reason = "OLMo's ladder, 327,680 tokens × (size/108M)^(2/3); a prior, ±2×"
