@@ -156,6 +156,7 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
             value = text
         for part in reversed(key.split(".")):
             value = {part: value}
+        assert isinstance(value, dict)
         nested = merge(nested, value)
     return nested
 
@@ -178,18 +179,29 @@ def _schema(cls: type, definitions: dict[str, Any]) -> dict[str, Any]:
     for name, definition in schema.pop("$defs", {}).items():
         definitions.setdefault(name, definition)
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        marker = next((m for m in getattr(field.type, "__metadata__", ()) if isinstance(m, chosen_from)), None)
-        if marker is None:
-            continue
-        options = []
-        for kind in marker.table:
-            option = marker.table[kind]
-            if option.__name__ not in definitions:
-                definitions[option.__name__] = {}
-                definitions[option.__name__] = _schema(option, definitions)
-            options.append({"$ref": f"#/$defs/{option.__name__}"})
-        schema["properties"][field.name] = {"anyOf": options}
+        place = schema["properties"].get(field.name, {})
+        if marker := _marker(field.type):
+            place.pop("type", None)
+            place["anyOf"] = [*_options(marker, definitions), *([{"type": "null"}] if marker.optional else [])]
+        for inner in getattr(field.type, "__args__", ()):
+            if marker := _marker(inner):   # a list of choices
+                place["items"] = {"anyOf": _options(marker, definitions)}
     return schema
+
+
+def _marker(annotation: Any) -> chosen_from | None:
+    return next((m for m in getattr(annotation, "__metadata__", ()) if isinstance(m, chosen_from)), None)
+
+
+def _options(marker: chosen_from, definitions: dict[str, Any]) -> list[dict[str, Any]]:
+    """A reference to each kind's definition, which is added where it is not there yet; or the kind alone."""
+    for kind in marker.table:
+        option = marker.table[kind]
+        if option.__name__ not in definitions:
+            definitions[option.__name__] = {}
+            definitions[option.__name__] = _schema(option, definitions)
+    return [*({"$ref": f"#/$defs/{marker.table[kind].__name__}"} for kind in marker.table),
+            {"enum": list(marker.table)}]
 
 
 def dump_yaml(value: Any) -> str:
