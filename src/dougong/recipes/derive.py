@@ -58,10 +58,12 @@ def parse_size(text: str) -> int:
     """`"2M"` → 2,000,000. Raises ConfigError for anything else than a number with K, M or B."""
     units = {"K": 1e3, "M": 1e6, "B": 1e9}
     try:
-        return int(float(text[:-1]) * units[text[-1].upper()])
-    except (KeyError, ValueError, IndexError):
-        raise ConfigError(f"size={text!r} is no model size. Write a number of parameters, such as 800K, 2M or 1B."
-                          ) from None
+        size = int(float(text[:-1]) * units[text[-1].upper()])
+    except (KeyError, ValueError, IndexError, OverflowError):
+        size = 0
+    if size < 1:
+        raise ConfigError(f"size={text!r} is no model size. Write a number of parameters, such as 800K, 2M or 1B.")
+    return size
 
 
 def resolve(recipe: Recipe) -> tuple[Recipe, list[Derived]]:
@@ -151,7 +153,7 @@ def _shape(notes: _Notes, size: int) -> None:
     shapes = [{**_proportions(kind, dim, layers), **given} for layers in range(2, 65) for dim in _widths(layers)]
 
     def misfit(shape: dict[str, Any]) -> float:
-        return (4 * abs(math.log(_about(kind, shape, vocabulary) / size))
+        return (8 * abs(math.log(_about(kind, shape, vocabulary) / size))
                 + abs(math.log(shape["dim"] / shape["num_layers"] / _LAYERS_TO_WIDTH)))
 
     best = {key: value for key, value in min(shapes, key=misfit).items() if key in asked}

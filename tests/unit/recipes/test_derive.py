@@ -1,0 +1,149 @@
+"""The dial: from a size to a whole recipe, every value with its reason, whatever is given left alone."""
+
+import dataclasses
+
+import pytest
+
+from dougong.core.config import to_dict
+from dougong.core.errors import ConfigError
+from dougong.models import count
+from dougong.recipes import RECIPES
+from dougong.recipes.assemble import settle_intervals
+from dougong.recipes.derive import fit_to_data, fit_to_time, parse_size, resolve
+from dougong.recipes.recipe import Recipe, load_recipe, recipe_from_run
+
+SIZES = ["600K", "1M", "2M", "5M", "20M", "124M", "350M", "1B"]
+HERE = ["runtime.device=cpu", "runtime.precision=fp32", "runtime.threads=1"]
+
+
+def resolved(*overrides, base="first"):
+    return resolve(load_recipe(base, [*HERE, *overrides])[0])
+
+
+def with_data(recipe):
+    """The dial's vocabulary taken as the data's: BPE reaches it."""
+    return fit_to_data(recipe, {"vocab_size": recipe.tokenizer.vocab_size})[0]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama", "gpt2", "nano"])
+@pytest.mark.parametrize("size", SIZES)
+def test_the_exact_count_is_near_the_size(family, size):
+    recipe, _ = resolved(f"model={family}", f"size={size}")
+    total = count.parameters(with_data(recipe).model)["total"]
+    assert abs(total / parse_size(size) - 1) < 0.15, f"{total:,}"
+    model = recipe.model
+    assert 20 <= model.dim / model.num_layers <= 160, "a usual proportion"
+
+
+@pytest.mark.parametrize(("text", "value"), [("800K", 800_000), ("2M", 2_000_000), ("1.5b", 1_500_000_000)])
+def test_sizes_are_read(text, value):
+    assert parse_size(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "M", "2", "2X", "-1M", "0M", "nanM", "infB"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ConfigError, match="2M"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("model.dim", 192), ("model.num_layers", 3), ("model.context", 64), ("tokenizer.vocab_size", 700),
+    ("train.rows", 5), ("train.steps", 77), ("optim.lr", 0.5), ("optim.adamw_lr", 0.25), ("model.num_heads", 3)])
+def test_what_is_given_stays_and_is_not_called_derived(key, value):
+    recipe, derived = resolved(f"{key}={value}")
+    section, leaf = key.split(".")
+    assert getattr(getattr(recipe, section), leaf) == value
+    assert key not in {item.key for item in derived}
+
+
+@pytest.mark.parametrize("overrides", [[], ["model=llama", "optim=adamw"], ["model=gpt2", "size=20M"],
+                                       ["model=nano", "train.minutes=null"], ["optim=adam"]])
+def test_every_derived_value_is_filled_before_training(overrides):
+    recipe, derived = resolved(*overrides)
+    recipe, more = fit_to_time(with_data(recipe), 0.1)
+    recipe, intervals = settle_intervals(recipe, 0.1)
+    open_keys = [f"{name}.{key}" for name, section in sections(recipe) for key in must_be_filled(section)
+                 if getattr(section, key) is None]
+    # found by a probe of the memory, or read as "the context"
+    assert set(open_keys) <= {"train.micro_rows", "evaluate.stride"}, open_keys
+    derived += more + intervals
+    assert len({item.key for item in derived}) == len(derived), "a value was derived twice"
+    for item in derived:
+        section, _, leaf = item.key.rpartition(".")
+        assert getattr(getattr(recipe, section), leaf) == item.value and item.reason
+
+
+def sections(recipe):
+    return [(f.name, getattr(recipe, f.name)) for f in dataclasses.fields(recipe)
+            if dataclasses.is_dataclass(getattr(recipe, f.name))]
+
+
+def must_be_filled(section):
+    """Fields whose description says that they are derived."""
+    return [name for name, field in type(section).__pydantic_fields__.items()
+            if "derived:" in (field.description or "")]
+
+
+def test_the_fields_that_say_derived_are_found():
+    recipe = RECIPES["first"]()
+    found = {f"{name}.{key}" for name, section in sections(recipe) for key in must_be_filled(section)}
+    assert {"model.dim", "optim.lr", "optim.adamw_lr", "train.rows", "train.steps", "runtime.threads"} <= found
+
+
+def test_the_rate_falls_with_the_size():
+    rates = [resolved("optim=adamw", f"size={size}")[0].optim.lr for size in SIZES]
+    assert rates == sorted(rates, reverse=True) and rates[0] > 3 * rates[-1]
+    beside_muon = [resolved(f"size={size}")[0].optim.adamw_lr for size in SIZES]
+    assert beside_muon[0] == 3e-3 and beside_muon[-1] < 1.5e-3
+
+
+def test_whoever_gives_steps_takes_back_the_minutes_and_the_other_way_round():
+    assert load_recipe("first", ["train.steps=9"])[0].train.minutes is None
+    digits = load_recipe("digits_cnn", ["train.minutes=1"])[0].train
+    assert digits.steps is None and digits.minutes == 1
+    both = load_recipe("first", ["train.steps=9", "train.minutes=2"])[0].train
+    assert (both.steps, both.minutes) == (9, 2)
+
+
+def test_minutes_become_steps_once():
+    recipe, derived = fit_to_time(resolved("train.minutes=2")[0], 0.25)
+    assert recipe.train.steps == 480 and "250 ms" in derived[0].reason
+    assert fit_to_time(recipe, 99.0) == (recipe, [])
+
+
+@pytest.mark.parametrize("overrides", [["size=2M", "model=cnn"], ["size=1K", "model.dim=2048"],
+                                       ["model.num_heads=7", "model.dim=128", "model.num_layers=2"]])
+def test_a_shape_that_cannot_be_is_refused_or_built(overrides):
+    """Never an exception of our own making: either it fits or the error says what does not."""
+    try:
+        recipe, _ = resolved(*overrides)
+        count.parameters(with_data(recipe).model)
+    except ConfigError as error:
+        assert len(str(error)) > 20
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused():
+    recipe, _ = resolved("model.vocab_size=100", "tokenizer.vocab_size=512")
+    with pytest.raises(ConfigError, match="smaller than the tokenizer's 512"):
+        fit_to_data(recipe, {"vocab_size": 512})
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_every_shipped_recipe_is_told_about_resolves_and_survives_its_file(name, tmp_path):
+    from dougong.core.config import dump_yaml
+
+    recipe, _ = resolve(load_recipe(name, [*HERE, "data.path=/texts"] if name.startswith("shakes") else HERE)[0])
+    assert recipe.name == name and recipe.about
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_yaml(recipe) + dump_yaml({"resolved": {"base": name}}))
+    again, recorded = recipe_from_run(path)
+    assert again == recipe and recorded == {"base": name} and isinstance(again, Recipe)
+    assert to_dict(again) == to_dict(recipe)
+
+
+def test_a_file_may_stand_on_another_file(tmp_path):
+    (tmp_path / "a.yaml").write_text("base: first\nsize: 5M\n")
+    (tmp_path / "my own.yaml").write_text("base: a.yaml\ntrain: {steps: 7}\n")
+    recipe, base = load_recipe(str(tmp_path / "my own.yaml"))
+    assert (recipe.name, recipe.size, recipe.train.steps, recipe.train.minutes) == ("my-own", "5M", 7, None)
+    assert base.size == "5M"
