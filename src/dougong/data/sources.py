@@ -25,8 +25,8 @@ class Source(ABC):
 
     # described in Field, not below it: the schema does not inherit attribute docstrings
     kind: str
-    name: str | None = Field(None, description="what reports call it; None: the last part of its path")
-    weight: float = Field(1.0, gt=0, description="how often it is drawn from, relative to the other sources")
+    name: str | None = Field(default=None, description="what reports call it; None: the last part of its path")
+    weight: float = Field(default=1.0, gt=0, description="how often it is drawn from, relative to the other sources")
 
     @property
     @abstractmethod

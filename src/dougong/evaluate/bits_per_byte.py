@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -149,7 +149,7 @@ class _Window(NamedTuple):
 class _Reader:
     """Scores windows of many sequences in batches of similar length."""
 
-    def __init__(self, model: nn.Module, runtime: Runtime, context: int, stride: int,
+    def __init__(self, model: Any, runtime: Runtime, context: int, stride: int,
                  batch_tokens: int) -> None:
         self.model, self.runtime = model, runtime
         self.context, self.stride, self.batch_tokens = context, stride, batch_tokens

@@ -38,7 +38,7 @@ def classical_rivals(train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarra
         raise MissingExtraError("scikit-learn", "vision", "comparing with a random forest and a linear SVM") from None
     inputs, labels = train[0].reshape(len(train[0]), -1), train[1]
     asked, truth = test[0].reshape(len(test[0]), -1), test[1]
-    return [Rival(name, made.fit(inputs, labels).predict(asked) == truth)
+    return [Rival(name, np.equal(made.fit(inputs, labels).predict(asked), truth))
             for name, made in (("random forest", RandomForestClassifier(random_state=seed)),
                                ("linear SVM", LinearSVC(C=0.1, max_iter=10_000, random_state=seed)))]
 

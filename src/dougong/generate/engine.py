@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ class Engine:
 
     def __init__(self, model: nn.Module, runtime: Runtime = Runtime()) -> None:  # noqa: B008 (a frozen value)
         self.runtime = runtime
-        self.model = _for_inference(model, runtime)
+        self.model: Any = _for_inference(model, runtime)   # a LanguageModel and a Module, which no type says
         self.context: int | None = getattr(getattr(model, "config", None), "context", None)
 
     def start(self, prompts: Sequence[Sequence[int]], config: SamplingConfig, *, stop_ids: Iterable[int] = (),
@@ -125,6 +125,7 @@ class Decoding:
             if not self._rows:
                 raise StopIteration
             self._advance()
+        assert self._logits is not None
         logits_BV = self._logits[:, :self.vocab_size]
         uniforms = [row.draws.next() for row in self._rows] if self.config.temperature else None
         ids_B = choose(logits_BV, self.config, uniforms, self._seen)
@@ -138,15 +139,16 @@ class Decoding:
             held.done |= held.index == row
 
     def _record(self, ids_B: Tensor, logits_BV: Tensor) -> list[Token]:
-        ids, logprobs, ranked = ids_B.tolist(), None, None
+        ids = ids_B.tolist()
+        told: list[tuple[Any, Any]] = [(None, None)] * len(ids)
         if self.config.logprobs is not None:
-            logprobs, ranked = log_probabilities(logits_BV, ids_B, self.config.logprobs)
+            told = list(zip(*log_probabilities(logits_BV, ids_B, self.config.logprobs)))
         step = []
         for b, (row, id) in enumerate(zip(self._rows, ids)):
             row.tokens.append(id)
             finish = self._finish(row)
             row.done = finish is not None
-            step.append(Token(row.index, id, finish, logprobs and logprobs[b], ranked and ranked[b]))
+            step.append(Token(row.index, id, finish, *told[b]))
         return step
 
     def _finish(self, row: _Row) -> Finish | None:
@@ -166,6 +168,7 @@ class Decoding:
         place = {tokens: i for i, tokens in enumerate(different)}
         copies = [place[tuple(row.tokens)] for row in self._rows]
         self._prefill([list(tokens) for tokens in different])
+        assert self._logits is not None
         if copies != list(range(len(different))):
             self._cache.keep(copies)
             self._logits = self._logits[torch.tensor(copies, device=self._logits.device)]
@@ -190,6 +193,7 @@ class Decoding:
         """
         full = [row for row in self._rows if self._full(row)]
         for row in full:
+            assert self.engine.context is not None
             row.window = len(row.tokens) - (self.engine.context + 1) // 2
         if full:
             self._prefill([row.read for row in self._rows])
@@ -222,7 +226,7 @@ def _for_inference(model: nn.Module, runtime: Runtime) -> nn.Module:
     for parameter in model.parameters():
         ready = parameter.detach().to(runtime.device, runtime.dtype)
         memo[id(parameter)] = nn.Parameter(ready, requires_grad=False)
-    copied = copy.deepcopy(model, memo).eval()
+    copied: Any = copy.deepcopy(model, memo).eval()
     if getattr(copied, "compute_dtype", runtime.dtype) != runtime.dtype:
         copied.compute_dtype = runtime.dtype
     return fuse(copied)

@@ -44,8 +44,9 @@ class Product(nn.Module):
 
     def __init__(self, *parts: Linear) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.cat([part.weight for part in parts]), requires_grad=False)
-        biases = [part.bias for part in parts if part.bias is not None]
+        weights: list[Tensor] = [part.weight for part in parts]
+        biases: list[Tensor] = [part.bias for part in parts if part.bias is not None]
+        self.weight = nn.Parameter(torch.cat(weights), requires_grad=False)
         self.bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
         self.sizes = [part.out_features for part in parts]
         self._by_input: Tensor | None = None
@@ -94,6 +95,7 @@ class FusedAttention(nn.Module):
         self.norm_eps = part.query_norm.eps if isinstance(part.query_norm, RMSNorm) else None
         self.norm_scale: Tensor | None = None
         if isinstance(part.query_norm, RMSNorm) and part.query_norm.weight is not None:
+            assert isinstance(part.key_norm, RMSNorm) and part.key_norm.weight is not None
             scales = [part.query_norm.weight.detach()] * self.num_heads
             scales += [part.key_norm.weight.detach()] * self.num_kv_heads
             self.norm_scale = torch.stack(scales)   # (N + K, H)

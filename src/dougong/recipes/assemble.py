@@ -84,10 +84,11 @@ def assemble(recipe: Recipe, corpus: Any, *, runtime: Runtime | None = None) -> 
     seed_all(derive(recipe.seed, "training"))
     model = build_model(recipe, runtime)
     if recipe.train.gradient_checkpointing:
-        if not hasattr(getattr(model, "stack", None), "checkpoint_activations"):
+        stack: Any = getattr(model, "stack", None)
+        if not hasattr(stack, "checkpoint_activations"):
             raise ConfigError("train.gradient_checkpointing=true has no effect on a model without a stack of layers.\n"
                               "Leave it out, or lower train.micro_rows to save memory.")
-        model.stack.checkpoint_activations = True
+        stack.checkpoint_activations = True
     if runtime.compile:
         compile_blocks(model)
     objective = recipe.objective.build()

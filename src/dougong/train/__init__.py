@@ -18,7 +18,8 @@ _LAZY = Table("name in dougong.train", {
     "save_checkpoint": "dougong.train.checkpoint:save_checkpoint",
 })
 
-__all__ = ["EMAConfig", "TrainConfig", *_LAZY]
+__all__ = ["Checkpointer", "EMAConfig", "Shadow", "StepResult", "TrainConfig", "TrainState", "best_valid", "fit",
+           "latest_valid", "load_checkpoint", "save_checkpoint"]
 
 
 def __getattr__(name: str) -> Any:
