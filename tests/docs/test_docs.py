@@ -1,8 +1,11 @@
 """The documentation is true where a machine can tell: links resolve, commands parse, recipes load, code runs."""
 
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,10 +66,9 @@ def test_every_page_has_its_twin():
 
 @pytest.mark.parametrize("name", sorted(page.name for page in (ROOT / "docs/en").glob("*.md")))
 def test_twins_show_the_same_commands_and_code(name):
-    """Prose may differ between the languages; what a reader copies may not, but for the prompts inside it."""
+    """Prose differs between the languages; what a reader copies does not."""
     def copied(language):
-        return [(block.language, re.sub(r"sample\.prompts=\S+( \w+)*", "", block.text))
-                for block in blocks_of(ROOT / "docs" / language / name)
+        return [(block.language, block.text) for block in blocks_of(ROOT / "docs" / language / name)
                 if block.language in ("sh", "python", "yaml")]
 
     assert copied("en") == copied("zh")
@@ -115,7 +117,9 @@ def commands() -> list[str]:
 
 
 def yaml_blocks() -> list[Block]:
-    return [block for block in BLOCKS if block.language == "yaml" and "base:" in block.text]
+    """Whole recipes; but for that of the page whose test adds the family it names."""
+    return [block for block in BLOCKS if block.language == "yaml" and "base:" in block.text
+            and block.page.name != "add-an-architecture.md"]
 
 
 def parse(line: str):
@@ -152,7 +156,7 @@ def test_commands_parse_and_their_keys_exist(line, recipes_of_the_docs):
 
 @pytest.mark.parametrize("line", ["dougong trian first", "dougong train first --steps 3", "dougong data peek"])
 def test_wrong_commands_are_caught(line):
-    with pytest.raises((AssertionError, Exception), match="trian|steps|peek"):
+    with pytest.raises(Exception, match=r"trian|steps|peek"):
         parse(line)
 
 
@@ -177,6 +181,7 @@ def test_shipped_recipes_are_listed_in_both_languages():
 
 # ---- Python
 
+_ONE_CORE = "import os\nif hasattr(os, 'sched_setaffinity'): os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
 PYTHON = [block for block in BLOCKS if block.language == "python"]
 
 
@@ -186,15 +191,18 @@ def test_python_compiles(block):
 
 
 @pytest.mark.parametrize("block", named([b for b in PYTHON if "run" in b.words], key=lambda block: block.text))
-def test_python_runs(block, tmp_path, monkeypatch, capsys):
-    """Blocks marked `python run` run as they are, beside a folder `texts`; `exact` ones print what the page says."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DOUGONG_CACHE", str(tmp_path / "cache"))
+def test_python_runs(block, tmp_path):
+    """Blocks marked `python run` run as they are, beside a folder `texts`; `exact` ones print what the page says.
+
+    In a process of their own on one core, as two threads on a busy machine mostly wait for each other.
+    """
     library = Path(sysconfig.get_path("stdlib"))
     for package in ("asyncio", "email", "json"):
         shutil.copytree(library / package, tmp_path / "texts" / package, ignore=shutil.ignore_patterns("__pycache__"))
-    exec(compile(block.text, block.page.name, "exec"), {"__name__": "__main__"})
+    done = subprocess.run([sys.executable, "-c", _ONE_CORE + block.text], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "DOUGONG_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
     if "exact" in block.words:
         following = blocks_of(block.page)
         shown = following[following.index(block) + 1]
-        assert capsys.readouterr().out.strip() == shown.text.strip()
+        assert done.stdout.strip() == shown.text.strip()
