@@ -5,9 +5,10 @@ import platform
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 
 from dougong.core.config import config
 from dougong.core.errors import ConfigError
@@ -24,7 +25,7 @@ class RuntimeConfig:
     """derived: CUDA, then MPS, then CPU"""
     precision: Literal["fp32", "bf16"] | None = None
     """derived: bf16 where its matrix products are at least 1.3 times as fast; master weights stay fp32"""
-    threads: int | None = None
+    threads: Annotated[int, Field(ge=1)] | None = None
     """derived: the cores this process may use"""
     compile: bool | None = None
     """torch.compile each block; derived: on for CUDA, off where its start-up time does not pay"""

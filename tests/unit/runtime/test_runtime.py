@@ -1,0 +1,96 @@
+"""Device, seeds and sums: named, saved, put back, and measured without moving a run."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from dougong.core.config import from_dict
+from dougong.core.errors import ConfigError
+from dougong.runtime.collectives import all_sum
+from dougong.runtime.device import (
+    Runtime,
+    RuntimeConfig,
+    machine_facts,
+    matmul_flops_per_s,
+    measure_precision,
+    peak_memory_bytes,
+)
+from dougong.runtime.seeds import derive, rng_state, seed_all, set_rng_state
+
+CPU = torch.device("cpu")
+
+
+def drawn():
+    return [random.random(), float(np.random.random()), float(torch.rand(())), float(torch.randn(()))]
+
+
+def test_derived_seeds_are_stable_and_unrelated():
+    assert derive(0, "model") == derive(0, "model") == 3211678333516522061
+    names = [derive(seed, name) for seed in range(50) for name in ("model", "order", "training")]
+    assert len(set(names)) == len(names) and all(0 <= seed < 2**63 for seed in names)
+    assert derive(1, "2/3") == derive(1, "2", 3), "parts are joined by a slash"
+
+
+def test_every_generator_is_seeded_and_put_back():
+    seed_all(5)
+    first = drawn()
+    seed_all(5)
+    assert drawn() == first
+    state = rng_state()
+    expected = [drawn() for _ in range(3)]
+    seed_all(99)
+    set_rng_state(state)
+    assert [drawn() for _ in range(3)] == expected
+
+
+def test_measuring_does_not_move_the_random_numbers():
+    seed_all(1)
+    expected = drawn()
+    seed_all(1)
+    assert matmul_flops_per_s(CPU, torch.float32, width=64, seconds=0.01) > 1e6
+    measure_precision(CPU)
+    assert drawn() == expected
+
+
+def test_precision_is_chosen_by_what_is_measured(monkeypatch):
+    for bf16, chosen in ((1.0, "fp32"), (1.29, "fp32"), (1.31, "bf16")):
+        monkeypatch.setattr("dougong.runtime.device.matmul_flops_per_s",
+                            lambda device, dtype, bf16=bf16: (bf16 if dtype == torch.bfloat16 else 1.0) * 1e9)
+        assert measure_precision(CPU)[0] == chosen
+
+
+def test_a_runtime_is_what_its_section_says():
+    before = torch.get_num_threads()
+    runtime = Runtime.start(RuntimeConfig(device="cpu", precision="bf16", threads=1, compile=False))
+    assert (runtime.device, runtime.dtype, runtime.threads, runtime.compile) == (CPU, torch.bfloat16, 1, False)
+    torch.set_num_threads(before)
+
+
+def test_an_absent_device_and_several_processes_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"runtime\.device=cuda is not available here\. Available: cpu"):
+        Runtime.start(RuntimeConfig(device="cuda"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="2 processes"):
+        Runtime.start(RuntimeConfig(device="cpu"))
+
+
+@pytest.mark.parametrize("threads", [0, -2])
+def test_threads_are_at_least_one(threads):
+    with pytest.raises(ConfigError, match="threads"):
+        from_dict(RuntimeConfig, {"threads": threads})
+
+
+def test_the_sum_over_one_process_is_the_value_itself():
+    value = torch.tensor([1.5, 2.0])
+    assert all_sum(value, Runtime()) is value
+
+
+def test_facts_are_of_this_machine():
+    facts = machine_facts(CPU)
+    assert facts["cores"] >= 1 and facts["memory_bytes"] > 2**28 and facts["processor"] and facts["device"] == "cpu"
+    held = peak_memory_bytes(CPU)
+    ballast = torch.ones(40_000_000)
+    assert peak_memory_bytes(CPU) >= held + 0.5 * ballast.nbytes or held > 1e9
