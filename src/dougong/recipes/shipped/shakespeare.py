@@ -36,7 +36,7 @@ def shakespeare_char_cpu() -> Recipe:
         objective=CausalLMConfig(),
         optim=MuonConfig(lr=0.04, momentum=0.9, adamw_lr=0.015, betas=(0.9, 0.99)),
         schedule=WSDConfig(warmup=0, decay=0.65),
-        train=TrainConfig(steps=130, rows=8, clip_norm=0.0),
+        train=TrainConfig(steps=160, rows=8, clip_norm=0.0),
         evaluate=_EVALUATE,
         sample=_SAMPLE,
     )
