@@ -23,10 +23,13 @@ def generate(
     seed: Annotated[int, typer.Option(help="The same seed writes the same text.")] = 0,
     samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Continuations of each prompt.")] = 1,
     logprobs: Annotated[int | None, typer.Option(min=0, help="Also give the n likeliest tokens of each step.")] = None,
+    truncate: Annotated[bool, typer.Option("--truncate", help="Of a prompt longer than the context, keep its end.")
+                        ] = False,
     checkpoint: Annotated[str, typer.Option("--checkpoint", help="best, last, or a step.")] = "best",
     as_json: Json = False,
 ) -> None:
     """Continue one or more texts; one prompt streams as it is written."""
+    from dougong.core.config import from_dict
     from dougong.generate import SamplingConfig
     from dougong.recipes.open_run import open_run
 
@@ -35,9 +38,10 @@ def generate(
     texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in asked]
     if top_p is None and temperature:
         top_p = 0.95
-    sampling = SamplingConfig(max_tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-                              repetition_penalty=repetition_penalty, stop=tuple(stop or ()), seed=seed, n=samples,
-                              logprobs=logprobs)
+    sampling = from_dict(SamplingConfig, {
+        "max_tokens": tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+        "repetition_penalty": repetition_penalty, "stop": tuple(stop or ()), "seed": seed, "n": samples,
+        "logprobs": logprobs, "long_prompt": "truncate" if truncate else "error"})
     out = sys.stderr if as_json else sys.stdout
     streaming = len(texts) == 1 and samples == 1
 

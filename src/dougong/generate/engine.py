@@ -84,7 +84,7 @@ class Engine:
             return tokens
         if config.long_prompt == "error":
             raise ConfigError(f"a prompt has {len(tokens)} tokens; the model reads at most {self.context}. "
-                              "Shorten it, or keep its end with long_prompt=truncate.")
+                              "Shorten it, or keep its end with long_prompt=truncate (--truncate).")
         return tokens[-self.context:]
 
     @torch.inference_mode()

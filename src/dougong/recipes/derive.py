@@ -163,6 +163,10 @@ def _shape(notes: _Notes, size: int) -> None:
     except DougongError as error:
         raise ConfigError(f"no shape of {kind} near size {notes.recipe.size} fits what `model` gives: {error}\n"
                           "Leave some of them out.") from None
+    if not any(asked[name] is None for name in ("dim", "num_layers")) and not 0.5 < total / size < 2:
+        raise ConfigError(f"size={notes.recipe.size} does not fit the model given: it has {total:,} parameters.\n"
+                          "Give its true size, or let the size set the shape: model.dim=null model.num_layers=null "
+                          "model.num_heads=null model.ffn_dim=null")
     reason = f"nearest to size {notes.recipe.size}, about {_LAYERS_TO_WIDTH} width per layer ({total:,} parameters)"
     for name, value in best.items():
         notes.set(f"model.{name}", value, reason if name in ("dim", "num_layers") else "follows from the width")

@@ -117,17 +117,22 @@ def test_a_dry_run_counts_and_leaves_nothing(made, tmp_path, monkeypatch):
 
 def test_prompts_of_every_kind(made):
     assert dougong("generate", made / "run", "", "--tokens", 4).code == 0
-    long = dougong("generate", made / "run", "ab " * 200, "--tokens", 4, "--json")
-    assert long.code in (0, 2) and "Traceback" not in long.err
+    long = ["generate", made / "run", "ab " * 200, "--tokens", 4]
+    refused = dougong(*long)
+    assert refused.code == 2 and "601 tokens" in refused.err and "--truncate" in refused.err
+    assert dougong(*long, "--truncate").code == 0
+    for option, value in (("--top-p", 0), ("--min-p", 2), ("--temperature", "nan")):
+        assert (wrong := dougong("generate", made / "run", "ab", option, value)).code == 2, option
+        assert "Traceback" not in wrong.err
     assert dougong("generate", made / "run", "斗拱", "--tokens", 4).code == 0
 
 
-def test_unknown_characters_of_a_characters_tokenizer_are_told(made, tmp_path):
+def test_characters_that_a_characters_tokenizer_never_saw_are_spelt_in_bytes(made, tmp_path):
     recipe = write_recipe(tmp_path / "chars.yaml", made / "texts", tokenizer="characters")
     trained = dougong("train", recipe, "train.steps=4", "evaluate.baselines=false", "--run", tmp_path / "run")
     assert trained.code == 0, trained.err
     written = dougong("generate", tmp_path / "run", "Aß斗", "--tokens", 4)
-    assert "Traceback" not in written.err and written.code in (0, 2)
+    assert written.code == 0 and written.out.startswith("Aß斗")
 
 
 def test_samples_whose_prompts_the_tokenizer_does_not_know_do_not_stop_training(made, tmp_path):

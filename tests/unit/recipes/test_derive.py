@@ -122,6 +122,15 @@ def test_a_shape_that_cannot_be_is_refused_or_built(overrides):
         assert len(str(error)) > 20
 
 
+def test_a_size_that_is_not_the_given_shapes_is_refused():
+    with pytest.raises(ConfigError, match="size=10M does not fit the model given"):
+        resolved("size=10M", base="gpt2_124m")
+    freed = ["model.dim=null", "model.num_layers=null", "model.num_heads=null", "model.ffn_dim=null",
+             "tokenizer.vocab_size=4096"]
+    recipe, _ = resolved("size=10M", *freed, base="gpt2_124m")
+    assert abs(count.parameters(with_data(recipe).model)["total"] / 10e6 - 1) < 0.15
+
+
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused():
     recipe, _ = resolved("model.vocab_size=100", "tokenizer.vocab_size=512")
     with pytest.raises(ConfigError, match="smaller than the tokenizer's 512"):
