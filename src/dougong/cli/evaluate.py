@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dougong.cli.output import Json, console, emit, progress_bar
+from dougong.cli.output import Json, console, emit, progress_bar, tell_passed_over
 
 
 def evaluate(
@@ -24,5 +24,8 @@ def evaluate(
 
     opened = open_run(run, checkpoint=checkpoint)
     result = score(opened, split=split, stride=stride, baselines=not no_baselines, progress=progress_bar(as_json))
-    print_result(result, console(as_json))
-    emit(result, as_json)
+    tell_passed_over(opened)
+    out = console(as_json)
+    out.print(f"{run}, step {opened.step:,} ({opened.weights} weights)", style="dim")
+    print_result(result, out)
+    emit({**result, "step": opened.step}, as_json)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dougong.cli.output import Json, emit
+from dougong.cli.output import Json, emit, tell_passed_over
 
 
 def generate(
@@ -34,6 +34,7 @@ def generate(
     from dougong.recipes.open_run import open_run
 
     opened = open_run(run, checkpoint=checkpoint)
+    tell_passed_over(opened)
     asked = prompts or opened.recipe.sample.prompts or [""]
     texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in asked]
     if top_p is None and temperature:

@@ -25,6 +25,12 @@ def emit(value: Any, as_json: bool) -> None:
         sys.stdout.flush()
 
 
+def tell_passed_over(opened: Any) -> None:
+    """Says on standard error which damaged checkpoints were not used."""
+    for problem in opened.passed_over:
+        print(f"warning: checkpoint passed over: {problem}", file=sys.stderr)
+
+
 def progress_bar(as_json: bool = False) -> Any:
     """A callable `(done, total, what)` that draws one bar with an ETA per `what` on standard error."""
     from rich.console import Console

@@ -131,12 +131,12 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
     merged = dict(base)
     for key, value in changes.items():
         old = merged.get(key)
-        if isinstance(old, Mapping) and isinstance(value, str) and "kind" in old:
+        if isinstance(old, Mapping) and isinstance(value, str):
             value = {"kind": value}
         if isinstance(old, str) and isinstance(value, Mapping):
             old = {"kind": old}   # `optim=muon optim.lr=0.02`
         if isinstance(old, Mapping) and isinstance(value, Mapping):
-            same_kind = value.get("kind", old.get("kind")) == old.get("kind")
+            same_kind = "kind" not in old or value.get("kind", old["kind"]) == old["kind"]
             merged[key] = merge(old if same_kind else {}, value)
         else:
             merged[key] = value

@@ -98,6 +98,9 @@ def assemble(recipe: Recipe, corpus: Any, *, runtime: Runtime | None = None) -> 
         model, recipe.optim.build(model), recipe.schedule.build(recipe.train.steps or 1),
         corpus.loader("train", rows=recipe.train.rows, seed=derive(recipe.seed, "order")),
         shadow=_shadow(model, recipe.train.ema, Shadow))
+    if (recipe.train.micro_rows or 0) > recipe.train.rows:
+        raise ConfigError(f"train.micro_rows={recipe.train.micro_rows} is more than the {recipe.train.rows} rows of a "
+                          "step (train.rows). Leave it out: it is derived.")
     if recipe.train.micro_rows is None:
         rows, reason = choose_micro_rows(state, objective, runtime, _one_batch(state.loader))
         recipe = replace(recipe, train=replace(recipe.train, micro_rows=rows))

@@ -16,7 +16,7 @@ from dougong.core.errors import ConfigError, DougongError
 from dougong.models import FAMILIES, count
 from dougong.optim.build import MUON_ADAMW_RATE, MUON_RATE, USUAL_RATE
 from dougong.recipes.recipe import Recipe, with_values
-from dougong.runtime.device import best_device, matmul_flops_per_s, measure_precision, usable_cores
+from dougong.runtime.device import best_device, check_device, matmul_flops_per_s, measure_precision, usable_cores
 
 _LAYERS_TO_WIDTH = 56        # width / depth of published small models: 40 (nanoGPT CPU) to 64 (nanochat)
 _TOKENS_PER_PARAMETER = 12   # nanochat's compute-optimal ratio, 10.5 to 12 tokens per parameter
@@ -121,6 +121,7 @@ def measured_peak() -> float:
 def _runtime(notes: _Notes) -> None:
     runtime = notes.recipe.runtime
     notes.set("runtime.device", best_device(), "the fastest kind of device found here")
+    check_device(notes.value("runtime.device"))
     device = torch.device(notes.value("runtime.device"))
     if runtime.threads is None:
         notes.set("runtime.threads", usable_cores(), "cores this process may use")

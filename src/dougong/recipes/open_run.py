@@ -28,6 +28,8 @@ class OpenRun:
     step: int
     weights: str
     recorded: dict[str, Any]
+    passed_over: list[str]
+    """what was wrong with newer or better checkpoints than the one loaded"""
 
     @cached_property
     def corpus(self) -> Any:
@@ -64,13 +66,13 @@ def open_run(path: Path | str, *, checkpoint: str = "best") -> OpenRun:
         checkpoint, path = path.name.removeprefix("step-").lstrip("0") or "0", path.parent.parent
     directory = RunDirectory.open(path)
     recipe, recorded = recipe_from_run(directory.recipe)
-    found = _find(directory, checkpoint)
+    found, passed_over = _find(directory, checkpoint)
     runtime = Runtime.start(runtime_here(recipe.runtime))
     weights = "ema" if recipe.train.ema else "raw"
     model = build_model(recipe, runtime)
     load_weights(model, load_model_tensors(found, weights=weights))
     return OpenRun(directory, recipe, runtime, model.eval(), load_tokenizer(directory), int(found.name[5:]), weights,
-                   recorded)
+                   recorded, passed_over)
 
 
 def runtime_here(section: RuntimeConfig) -> RuntimeConfig:
@@ -97,7 +99,8 @@ def check_same_data(recorded: dict[str, Any], corpus: Any, path: Path) -> None:
                               f"{corpus.fingerprint[:12]}).\nPut the files back as they were, or start a new run.")
 
 
-def _find(directory: RunDirectory, checkpoint: str) -> Path:
+def _find(directory: RunDirectory, checkpoint: str) -> tuple[Path, list[str]]:
+    """The checkpoint asked for, and what was wrong with those passed over."""
     from dougong.train.checkpoint import best_valid, latest_valid, problems
 
     if checkpoint in ("best", "last"):
@@ -109,7 +112,7 @@ def _find(directory: RunDirectory, checkpoint: str) -> Path:
             raise CheckpointError(f"{directory.path} has no valid checkpoint." + (f"\n  {wrong}" if wrong else "")
                                   + "\nTraining may not have reached its first one: "
                                   f"dougong train --resume --run {directory.path}")
-        return found.path
+        return found.path, found.problems
     steps = directory.checkpoint_steps()
     if not checkpoint.isdigit() or int(checkpoint) not in steps:
         raise CheckpointError(f"{directory.path} has no checkpoint {checkpoint!r}. There are: best, last, "
@@ -117,4 +120,4 @@ def _find(directory: RunDirectory, checkpoint: str) -> Path:
     wrong = problems(directory.checkpoint(int(checkpoint)))
     if wrong:
         raise CheckpointError(f"checkpoint {checkpoint} is damaged: {'; '.join(wrong)}.\nTry --checkpoint last.")
-    return directory.checkpoint(int(checkpoint))
+    return directory.checkpoint(int(checkpoint)), []

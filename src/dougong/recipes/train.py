@@ -1,7 +1,6 @@
 """The story of a run: resolve, prepare, settle, train, score. Also how a stopped run goes on."""
 
 import contextlib
-import hashlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from dougong import __version__
 from dougong.core.config import dump_yaml, replace, to_dict
 from dougong.core.errors import CheckpointError
 from dougong.core.events import EventLog, read_events
-from dougong.core.files import explained_disk_errors, lock, write_text
+from dougong.core.files import explained_disk_errors, lock, sha256, write_text
 from dougong.core.run import RunDirectory
 from dougong.models import count
 from dougong.optim.groups import describe
@@ -27,7 +26,7 @@ from dougong.runtime.device import Runtime, machine_facts, matmul_flops_per_s, p
 from dougong.train import Checkpointer, fit, latest_valid, load_checkpoint
 from dougong.train.hooks import Evaluate, Hooks, Sample, SaveCheckpoints, stop_on_signals
 from dougong.train.metrics import Reporter, StepMeter
-from dougong.train.trackers import open_trackers
+from dougong.train.trackers import check_trackers, open_trackers
 from dougong.train.view import open_view
 
 _WATTS_PER_CORE, _WATTS_PER_GPU = 12.0, 700.0   # stated in the report beside the estimate
@@ -97,6 +96,7 @@ def _already_done(directory: RunDirectory) -> Finished | None:
 def settle(asked: Recipe, *, progress: Any = None) -> tuple[Recipe, list[Derived], Any]:
     """Everything that is decided before the first step: derived values, data, measured speed, steps, intervals."""
     recipe, derived = resolve(asked)
+    check_trackers(recipe.train.trackers)
     corpus = prepare_data(recipe, progress=progress)
     if progress:
         progress(0, None, "measuring a few steps")
@@ -120,7 +120,7 @@ def _train(directory: RunDirectory, recipe: Recipe, corpus: Any, derived: list[D
     runtime = Runtime.start(recipe.runtime if resumed is None else runtime_here(recipe.runtime))
     built = assemble(recipe, corpus, runtime=runtime)
     state, config = built.state, built.recipe.train
-    recipe_hash = hashlib.sha256(dump_yaml(recipe).encode()).hexdigest()
+    recipe_hash = sha256(directory.recipe)
     log = EventLog(directory.events)
     reporter = Reporter(log)
     problems = resumed.problems if resumed else []

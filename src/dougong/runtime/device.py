@@ -56,10 +56,7 @@ class Runtime:
             raise ConfigError(f"{world_size} processes were launched; this version trains in one process.\n"
                               "Start without torchrun.")
         name = section.device or best_device()
-        available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-        if not available[name]:
-            raise ConfigError(f"runtime.device={name} is not available here. "
-                              f"Available: {', '.join(d for d, there in available.items() if there)}.")
+        check_device(name)
         threads = section.threads or usable_cores()
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(section.deterministic)
@@ -68,6 +65,14 @@ class Runtime:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, None: torch.float32}[section.precision]
         return cls(device=torch.device(name), dtype=dtype, threads=threads,
                    compile=bool(section.compile), deterministic=section.deterministic)
+
+
+def check_device(name: str) -> None:
+    """Raises ConfigError where this machine has no such device."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available[name]:
+        raise ConfigError(f"runtime.device={name} is not available here. "
+                          f"Available: {', '.join(device for device, there in available.items() if there)}.")
 
 
 def best_device() -> Literal["cpu", "cuda", "mps"]:

@@ -24,9 +24,7 @@ def open_trackers(names: tuple[Tracker, ...], directory: Path, *, run_name: str,
                   step: int = 0) -> list[Track]:
     """Opens the named trackers; `step` is where this attempt begins. Raises MissingExtraError, before
     anything starts, for one that is not installed."""
-    for name in names:
-        if importlib.util.find_spec(name) is None:
-            raise MissingExtraError(name, name, f"train.trackers={name}")
+    check_trackers(names)
     opened: list[Track] = []
     for name in names:
         if name == "tensorboard":
@@ -34,6 +32,13 @@ def open_trackers(names: tuple[Tracker, ...], directory: Path, *, run_name: str,
         else:
             opened.append({"wandb": WandB, "mlflow": MLflow}[name](run_name, recipe, directory.parent))
     return opened
+
+
+def check_trackers(names: tuple[Tracker, ...]) -> None:
+    """Raises MissingExtraError for a tracker that is not installed."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise MissingExtraError(name, name, f"train.trackers={name}")
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:

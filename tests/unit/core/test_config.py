@@ -100,3 +100,8 @@ def test_the_schema_spells_out_every_choice():
     assert schema["$defs"]["Slow"]["properties"]["lr"]["description"] == "the rate"
     assert {"$ref": "#/$defs/Fast"} in schema["properties"]["optim"]["anyOf"]
     assert schema["additionalProperties"] is False
+
+
+def test_a_kind_given_after_its_keys_keeps_them():
+    assert override("optim.betas=[0.5, 0.6]", "optim.kind=fast").optim == Fast(betas=(0.5, 0.6))
+    assert override("optim.betas=[0.5, 0.6]", "optim=fast").optim == Fast(betas=(0.5, 0.6))
