@@ -1,0 +1,58 @@
+"""What only a CUDA device can show: `make test-gpu`."""
+
+import pytest
+import torch
+
+from dougong.data.batch import Batch
+from dougong.models.families.qwen3 import Qwen3Config
+from dougong.objectives.causal_lm import CausalLMConfig
+from dougong.optim.build import MuonConfig
+from dougong.recipes.assemble import compile_blocks
+from dougong.runtime.device import Runtime
+from dougong.train.state import TrainState
+from dougong.train.step import take_step
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+CONFIG = Qwen3Config(vocab_size=97, context=64, dim=64, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=32,
+                     ffn_dim=128)
+
+
+def random_batch(*, rows: int, context: int, vocab_size: int) -> Batch:
+    """Random tokens, each to be followed by the next."""
+    tokens = torch.randint(vocab_size, (rows, context + 1), generator=torch.Generator().manual_seed(0))
+    return Batch(tokens=tokens[:, :-1], targets=tokens[:, 1:], weight=torch.ones(rows, context))
+
+
+def model_on(device: str) -> torch.nn.Module:
+    with torch.device("meta"):
+        model = CONFIG.build()
+    model = model.to_empty(device=device)
+    model.initialise(0)
+    return model
+
+
+def test_logits_and_gradients_on_cuda_equal_those_on_the_cpu():
+    batch = random_batch(rows=3, context=64, vocab_size=97)
+    found = {}
+    for device in ("cpu", "cuda"):
+        model = model_on(device)
+        losses = CausalLMConfig().build().losses(model, batch.to(torch.device(device)))
+        losses.sums["model"].backward()
+        found[device] = {name: p.grad.cpu() for name, p in model.named_parameters()}
+    for name, gradient in found["cpu"].items():
+        assert torch.isfinite(found["cuda"][name]).all()
+        torch.testing.assert_close(found["cuda"][name], gradient, rtol=2e-3, atol=2e-3 * gradient.abs().max().item())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_batch_is_learned_by_heart_in_bf16(compiled):
+    runtime = Runtime(device=torch.device("cuda"), dtype=torch.bfloat16)
+    model = model_on("cuda")
+    model.compute_dtype = torch.bfloat16
+    if compiled:
+        compile_blocks(model)
+    state = TrainState(model, MuonConfig().build(model), lambda step: 1.0, loader=None)
+    objective, batch = CausalLMConfig().build(), random_batch(rows=4, context=64, vocab_size=97)
+    losses = [take_step(state, objective, batch, runtime, micro_rows=2, clip_norm=1.0,
+                        weight=objective.weight(batch)).metrics["loss"] for _ in range(60)]
+    assert losses[-1] < 0.5 * losses[0]
