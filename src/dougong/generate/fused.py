@@ -1,11 +1,10 @@
-"""Forms of the model's parts for decoding, where a token costs few large operations instead of many small
-ones.
+"""Forms of the model's parts for decoding, where a token costs few large operations instead of many small ones.
 
-At one token a step the matrices are read once and little is computed, so the number of operations decides.
-The engine owns a copy of the module tree; here some of its parts are replaced by parts that give the same
-result: queries, keys and values from one product and normalised and turned together, gate and up from one
-product, norms in one call. What has no such form (an architecture of your own, value embeddings) stays as it
-is.
+At one token a step the matrices are read once and little is computed, so the order of the matrices in memory and the
+number of operations decide. The engine owns a copy of the module tree; here some of its parts are replaced by parts that
+give the same result: queries, keys and values from one product and normalised and turned together, gate and up from one
+product, norms in one call, matrices packed for the CPU. What has no such form (an architecture of your own, value
+embeddings) stays as it is.
 """
 
 import torch
@@ -13,9 +12,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dougong.models.heads import Head, TiedHead, soften
 from dougong.nn.attention import Attention, Cache
 from dougong.nn.attention_kernels import choose_kernel
-from dougong.nn.feed_forward import SwiGLU
+from dougong.nn.feed_forward import FeedForward, SwiGLU
 from dougong.nn.linear import Linear
 from dougong.nn.mask import Mask
 from dougong.nn.norm import RMSNorm
@@ -30,34 +30,72 @@ def fuse(model: nn.Module) -> nn.Module:
                 module._modules[name] = FusedAttention(part)
             elif type(part) is SwiGLU:
                 module._modules[name] = FusedSwiGLU(part)
+            elif type(part) is FeedForward:
+                module._modules[name] = FusedFeedForward(part)
             elif type(part) is RMSNorm:
                 module._modules[name] = FusedRMSNorm(part)
+            elif isinstance(part, Head | TiedHead):
+                module._modules[name] = FusedHead(part)
     return model
 
 
 class Product(nn.Module):
     """The products of one input with several matrices, as one.
 
-    A CPU multiplies a single fp32 vector faster when the matrix lies input by input, a batch when it lies
-    output by output; so fp32 on a CPU keeps both, the first made when it is first needed.
+    On a CPU the matrix lies in oneDNN's own order, made once. For 2304 x 768 on one thread that is 2.5 times as fast as
+    the plain order for one row in bf16 and 1.6 times for 16 rows; in fp32 1.7 and 2.5 times.
     """
 
-    def __init__(self, *parts: Linear) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
-        weights: list[Tensor] = [part.weight for part in parts]
+        self.bias = nn.Parameter(bias, requires_grad=False) if bias is not None else None
+        self.packed: Tensor | None = None
+        self.weight: nn.Parameter | None = None
+        if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16) and _can_pack():
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 1)
+        else:
+            self.weight = nn.Parameter(weight, requires_grad=False)
+
+    @classmethod
+    def of(cls, *parts: Linear) -> "Product":
+        """One product for all parts; either all of them have a bias or none has."""
         biases: list[Tensor] = [part.bias for part in parts if part.bias is not None]
-        self.weight = nn.Parameter(torch.cat(weights), requires_grad=False)
-        self.bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
-        self.sizes = [part.out_features for part in parts]
-        self._by_input: Tensor | None = None
-        self._turns = self.weight.device.type == "cpu" and self.weight.dtype == torch.float32
+        weights: list[Tensor] = [part.weight for part in parts]
+        return cls(torch.cat(weights), torch.cat(biases) if biases else None)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        if not self._turns or x.numel() != x.shape[-1]:
+        if self.packed is None:
+            assert self.weight is not None
             return F.linear(x, self.weight, self.bias)
-        if self._by_input is None:
-            self._by_input = self.weight.t().contiguous().t()
-        return F.linear(x, self._by_input, self.bias)
+        rows = torch.ops.mkldnn._linear_pointwise(x.flatten(0, -2), self.packed, self.bias, "none", [], "")
+        return rows.unflatten(0, x.shape[:-1])
+
+
+def _can_pack() -> bool:
+    """Whether this PyTorch has oneDNN's packed product (its compiler uses it too)."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+class FusedHead(nn.Module):
+    """A head over a packed copy of its matrix."""
+
+    def __init__(self, part: Head | TiedHead) -> None:
+        super().__init__()
+        self.product, self.soft_cap = Product(part.weight.detach()), part.soft_cap
+
+    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:
+        return soften(self.product(x), self.soft_cap)
+
+
+class FusedFeedForward(nn.Module):
+    """`FeedForward` over packed matrices."""
+
+    def __init__(self, part: FeedForward) -> None:
+        super().__init__()
+        self.up, self.activation, self.down = Product.of(part.up), part.activation, Product.of(part.down)
+
+    def forward(self, x_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        return self.down(self.activation(self.up(x_BTD)))
 
 
 class FusedRMSNorm(nn.Module):
@@ -76,7 +114,7 @@ class FusedSwiGLU(nn.Module):
 
     def __init__(self, part: SwiGLU) -> None:
         super().__init__()
-        self.gate_up, self.down = Product(part.gate, part.up), Product(part.down)
+        self.gate_up, self.down = Product.of(part.gate, part.up), Product.of(part.down)
 
     def forward(self, x_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         gate_BTF, up_BTF = self.gate_up(x_BTD).chunk(2, -1)
@@ -90,8 +128,8 @@ class FusedAttention(nn.Module):
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = part.num_heads, part.num_kv_heads, part.head_dim
         self.layer, self.kernel = part.layer, part.kernel
-        self.query_key_value = Product(part.query, part.key, part.value)
-        self.output = Product(part.output)
+        self.query_key_value = Product.of(part.query, part.key, part.value)
+        self.output = Product.of(part.output)
         self.norm_eps = part.query_norm.eps if isinstance(part.query_norm, RMSNorm) else None
         self.norm_scale: Tensor | None = None
         if isinstance(part.query_norm, RMSNorm) and part.query_norm.weight is not None:
