@@ -1,8 +1,8 @@
 """Forms of the model's parts for decoding, where a token costs few large operations instead of many small ones.
 
 At one token a step the matrices are read once and little is computed, so the order of the matrices in memory and the
-number of operations decide. The engine owns a copy of the module tree; here some of its parts are replaced by parts that
-give the same result: queries, keys and values from one product and normalised and turned together, gate and up from one
+number of operations decide. The engine owns a copy of the module tree; here some of its parts are replaced by parts
+that give the same result: queries, keys and values from one product and normalised and turned together, gate and up from one
 product, norms in one call, matrices packed for the CPU. What has no such form (an architecture of your own, value
 embeddings) stays as it is.
 """
