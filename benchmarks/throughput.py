@@ -26,6 +26,7 @@ def hugging_face(dropout: float) -> Any:
 
     torch.manual_seed(0)
     return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_positions=CONTEXT, n_embd=384, n_layer=6, n_head=6,
+                                      bos_token_id=None, eos_token_id=None,
                                       embd_pdrop=dropout, resid_pdrop=dropout, attn_pdrop=dropout)).train()
 
 

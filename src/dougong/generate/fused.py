@@ -2,9 +2,9 @@
 
 At one token a step the matrices are read once and little is computed, so the order of the matrices in memory and the
 number of operations decide. The engine owns a copy of the module tree; here some of its parts are replaced by parts
-that give the same result: queries, keys and values from one product and normalised and turned together, gate and up from one
-product, norms in one call, matrices packed for the CPU. What has no such form (an architecture of your own, value
-embeddings) stays as it is.
+that give the same result: queries, keys and values from one product and normalised and turned together, gate and up
+from one product, norms in one call, matrices packed for the CPU. What has no such form (an architecture of your own,
+value embeddings) stays as it is.
 """
 
 import torch

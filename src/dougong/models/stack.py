@@ -28,9 +28,9 @@ class Block(nn.Module):
                 rotation: Rotation | None = None, value_BTE: Float[Tensor, "B T E"] | None = None,
                 cache: Cache | None = None) -> Float[Tensor, "B T D"]:
         x = self.residual(x_BTD, x0_BTD)
-        x = x + self.dropout(self.attention(self.attention_norm(x), mask=mask, rotation=rotation,
-                                            value_BTE=value_BTE, cache=cache))
-        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+        x = self.dropout(self.attention(self.attention_norm(x), mask=mask, rotation=rotation, value_BTE=value_BTE,
+                                        cache=cache), onto=x)
+        return self.dropout(self.feed_forward(self.feed_forward_norm(x)), onto=x)
 
 
 class PostNormBlock(Block):
@@ -40,9 +40,9 @@ class PostNormBlock(Block):
                 rotation: Rotation | None = None, value_BTE: Float[Tensor, "B T E"] | None = None,
                 cache: Cache | None = None) -> Float[Tensor, "B T D"]:
         x = self.residual(x_BTD, x0_BTD)
-        x = self.attention_norm(x + self.dropout(self.attention(x, mask=mask, rotation=rotation,
-                                                                value_BTE=value_BTE, cache=cache)))
-        return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
+        x = self.attention_norm(self.dropout(self.attention(x, mask=mask, rotation=rotation, value_BTE=value_BTE,
+                                                            cache=cache), onto=x))
+        return self.feed_forward_norm(self.dropout(self.feed_forward(x), onto=x))
 
 
 BLOCKS = {"pre": Block, "post": PostNormBlock}

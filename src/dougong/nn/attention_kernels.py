@@ -90,12 +90,14 @@ class _Attention(torch.autograd.Function):
             w = torch.baddbmm(bias[..., start:end, :seen], q[:, start:end], k[:, :seen].transpose(1, 2), alpha=scale)
             weights.append(w := w.softmax(-1))
             if noise is not None:
-                w = kept(noise[:, start:end, :seen], dropout, w.dtype).mul_(kept_scale(dropout)).mul_(w)
+                w = kept(noise[:, start:end, :seen], dropout, w.dtype).mul_(w)
             y = torch.bmm(w, v[:, :seen])
             if out is None:
                 out = y
             else:
                 out[:, start:end] = y
+        if noise is not None:
+            out.mul_(kept_scale(dropout))   # T × H numbers instead of T × S
         ctx.save_for_backward(q, k, v, noise, *weights)
         ctx.dropout, ctx.block = dropout, block
         return out
@@ -105,13 +107,15 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         q, k, v, noise, *weights = ctx.saved_tensors
         T, scale = q.shape[1], q.shape[2] ** -0.5
+        if noise is not None:
+            gradient = gradient * kept_scale(ctx.dropout)
         dq, dk, dv = torch.empty_like(q), None, None
         for (start, end, seen), w in reversed(list(zip(_blocks(T, k.shape[1], ctx.block), weights))):
             g = gradient[:, start:end]
             dw = torch.bmm(g, v[:, :seen].transpose(1, 2))
             dropped = w
             if noise is not None:
-                keep = kept(noise[:, start:end, :seen], ctx.dropout, w.dtype).mul_(kept_scale(ctx.dropout))
+                keep = kept(noise[:, start:end, :seen], ctx.dropout, w.dtype)
                 dw.mul_(keep)
                 dropped = keep.mul_(w)
             ds = torch._softmax_backward_data(dw, w, -1, w.dtype)

@@ -57,6 +57,22 @@ class _Dropout(torch.autograd.Function):
         return kept(noise, ctx.p, gradient.dtype).mul_(kept_scale(ctx.p)).mul_(gradient), None, None
 
 
+class _DropoutOnto(torch.autograd.Function):
+    """`onto + dropout(x)`."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, onto: Tensor, noise: Tensor, p: float) -> Tensor:
+        ctx.save_for_backward(noise)
+        ctx.p = p
+        return torch.addcmul(onto, x, kept(noise, p, x.dtype), value=kept_scale(p))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor):
+        (noise,) = ctx.saved_tensors
+        return kept(noise, ctx.p, gradient.dtype).mul_(gradient).mul_(kept_scale(ctx.p)), gradient, None, None
+
+
 class Dropout(nn.Module):
     """`dropout` as a part."""
 
@@ -64,8 +80,13 @@ class Dropout(nn.Module):
         super().__init__()
         self.p = p
 
-    def forward(self, x: Tensor) -> Tensor:
-        return dropout(x, self.p, training=self.training)
+    def forward(self, x: Tensor, *, onto: Tensor | None = None) -> Tensor:
+        """The rest of `x`, added to `onto` where that is given (in the same pass on a CPU)."""
+        if onto is None:
+            return dropout(x, self.p, training=self.training)
+        if not self.training or self.p == 0.0 or x.device.type in ("cuda", "mps"):
+            return onto + dropout(x, self.p, training=self.training)
+        return _DropoutOnto.apply(x, onto, random_bytes(x.shape, x.device), self.p)  # type: ignore[return-value]
 
     def extra_repr(self) -> str:
         return f"p={self.p}"

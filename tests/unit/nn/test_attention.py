@@ -9,6 +9,7 @@ import torch
 from dougong.core.errors import ConfigError
 from dougong.nn.attention import AttentionConfig
 from dougong.nn.attention_kernels import BLOCKS_UP_TO, blocked, choose_kernel, explicit, fused
+from dougong.nn.dropout import random_bytes
 from dougong.nn.mask import Mask, build_mask
 from dougong.nn.position import ALiBi, Span
 
@@ -152,3 +153,18 @@ def test_heads_that_do_not_fit_are_explained(values, dim, words):
 def test_a_head_width_of_its_own_frees_the_width_of_the_model():
     attention = AttentionConfig(num_heads=6, head_dim=10).build(dim=32)
     assert attention.query.weight.shape == (60, 32) and attention.output.weight.shape == (32, 60)
+
+
+@pytest.mark.parametrize("block", [4, 16])
+def test_dropped_weights_have_the_gradients_that_autograd_finds(block):
+    q, k, v, weight = (torch.randn(2, 3, 16, 8, dtype=torch.float64, requires_grad=True) for _ in range(4))
+    state = torch.get_rng_state()
+    mine = blocked(q, k, v, Mask(causal=True), dropout=0.25, block=block)
+    found = torch.autograd.grad((mine * weight).sum(), (q, k, v))
+    torch.set_rng_state(state)
+    keep = (random_bytes((6, 16, 16), CPU) >= 64).double().view(2, 3, 16, 16) * 256 / 192
+    scores = (q @ k.transpose(-1, -2) / math.sqrt(8)).masked_fill(torch.ones(16, 16).triu(1).bool(), float("-inf"))
+    exact = (scores.softmax(-1) * keep) @ v
+    assert torch.allclose(mine, exact, atol=1e-12)
+    for a, b in zip(found, torch.autograd.grad((exact * weight).sum(), (q, k, v))):
+        assert torch.isfinite(a).all() and torch.allclose(a, b, atol=1e-12)

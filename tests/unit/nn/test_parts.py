@@ -160,6 +160,11 @@ def test_dropout_drops_the_same_elements_on_the_way_back_and_again_after_a_resto
     assert torch.equal(x.grad == 0, y == 0) and torch.equal(y.detach(), x.detach() * x.grad)
     torch.set_rng_state(state)
     assert torch.equal(part(x), y)
+    stream, again = torch.ones_like(x, requires_grad=True), x.detach().clone().requires_grad_()
+    torch.set_rng_state(state)
+    added = part(again, onto=stream)
+    added.sum().backward()
+    assert torch.allclose(added, 1 + y) and torch.equal(again.grad, x.grad) and torch.equal(stream.grad, stream)
 
 
 def test_x0_residual_mixes_with_its_scalars():
