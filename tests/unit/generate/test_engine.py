@@ -194,3 +194,20 @@ def test_bf16_decoding_equals_bf16_forwards():
         pieces = torch.cat([engine.model(tokens[:, a:a + 1], cache=cache) for a in range(30)], 1)
         error, allowed = (pieces - exact).square().mean(), (model(tokens) - exact).square().mean()
     assert error <= 2 * allowed   # cached bf16 is no further from float64 than a plain bf16 forward
+
+
+def test_one_bf16_query_attends_as_pytorch_s_kernel_does():
+    import torch.nn.functional as F
+
+    from dougong.generate.fused import _one_query
+
+    q, k, v = (torch.randn(3, 2, n, 16).bfloat16() for n in (1, 9, 9))
+    hidden = torch.arange(9) < torch.tensor([0, 2, 5])[:, None, None, None]
+    bias = torch.zeros(3, 1, 1, 9).masked_fill(hidden, -torch.inf)
+    for mask in (None, bias.bfloat16()):
+        wide = None if mask is None else mask.double()
+        exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=wide)
+        theirs = (F.scaled_dot_product_attention(q, k, v, attn_mask=mask).double() - exact).norm()
+        mine = (_one_query(q, k, v, attn_mask=mask).double() - exact).norm()
+        # Rounds the scores and the weights where the kernel keeps them in float32: a few roundings of bf16 (2^-8).
+        assert torch.isfinite(mine) and mine <= max(4 * theirs, 4 * 2**-8 * exact.norm())
