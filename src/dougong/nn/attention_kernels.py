@@ -96,6 +96,7 @@ class _Attention(torch.autograd.Function):
                 out = y
             else:
                 out[:, start:end] = y
+        assert out is not None, "a sequence has at least one token"
         if noise is not None:
             out.mul_(kept_scale(dropout))   # T × H numbers instead of T × S
         ctx.save_for_backward(q, k, v, noise, *weights)
