@@ -46,16 +46,17 @@ def generate(
     out = sys.stderr if as_json else sys.stdout
     streaming = len(texts) == 1 and samples == 1
 
+    unwritten = texts[:1] if streaming else []    # the prompt waits for the first piece: what is refused prints nothing
+
     def show(_row: int, piece: str) -> None:
-        out.write(piece)
+        out.write("".join(unwritten) + piece)
+        unwritten.clear()
         out.flush()
 
-    if streaming:
-        out.write(texts[0])
     results = opened.generate(texts, sampling, stream=show if streaming else None)
     for result in results:
         if not streaming:
             out.write(f"\n{'─' * 72}\n{result.prompt}{result.text}\n")
     if streaming:
-        out.write("\n")
+        out.write("".join(unwritten) + "\n")
     emit({"generations": [{**asdict(result), "tokens_per_s": result.tokens_per_s} for result in results]}, as_json)

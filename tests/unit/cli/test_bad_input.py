@@ -49,6 +49,7 @@ def refused(*arguments, says):
     text = outcome.err
     assert outcome.code == 2, f"exit code {outcome.code}\n{outcome.out}\n{text}"
     assert "Traceback" not in text and "error:" in text.lower()
+    assert not outcome.out.strip(), f"a refusal prints nothing to standard output:\n{outcome.out}"
     message = text[text.lower().rindex("error:"):]
     assert len(message.splitlines()) <= ONE_SCREEN, message
     for word in says:
@@ -290,3 +291,9 @@ def test_a_pipe_that_closes_early_is_no_error(made):
     process.stdout.close()
     assert "Traceback" not in process.stderr.read()
     assert process.wait() in (0, 1)
+
+
+def test_a_run_without_words_cannot_write_and_echoes_nothing(tmp_path):
+    run = str(tmp_path / "line")
+    assert dougong("train", "linear_regression", "train.steps=5", "runtime.threads=1", "--run", run).code == 0
+    refused("generate", run, "hi", says=["holds no language model", "model.kind=linear"])
