@@ -21,6 +21,9 @@ class Token(nn.Module):
     def hidden(self, tokens_BT, *, segment_BT=None, cache=None):
         return self.embedding(tokens_BT).tanh()
 
+    def head_parameters(self):
+        return list(self.head.parameters())
+
 
 class Game(nn.Module):
     def __init__(self):

@@ -142,14 +142,22 @@ class Decoder(Initialised):
         `segment_BT` numbers the documents packed into a row; tokens see only their own. With a `cache` the
         tokens continue what it holds, and it holds them afterwards.
         """
-        span = Span(T=tokens_BT.shape[1], device=tokens_BT.device, segment_BT=segment_BT,
-                    length=cache.length if cache else 0, start_B=cache.start_B if cache else None)
+        span = self.span(tokens_BT, segment_BT, cache)
         x_BTD = self.stem(tokens_BT, self.position.embed(span), self.compute_dtype)
         values = self.stem.value_embeddings(tokens_BT, self.compute_dtype)
         x_BTD = self.norm(self.stack(x_BTD, span, self.position, values=values, cache=cache))
         if cache is not None:
             cache.advance(span.T)
         return x_BTD
+
+    def span(self, tokens_BT: Int[Tensor, "B T"], segment_BT: Int[Tensor, "B T"] | None, cache: Cache | None) -> Span:
+        """Where the tokens stand."""
+        return Span(T=tokens_BT.shape[1], device=tokens_BT.device, segment_BT=segment_BT,
+                    length=cache.length if cache else 0, start_B=cache.start_B if cache else None)
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """What the head computes with: its own parameters, or the embedding that it is tied to."""
+        return list(self.head.parameters()) or [self.stem.tokens.weight]
 
     def forward(self, tokens_BT: Int[Tensor, "B T"], *, segment_BT: Int[Tensor, "B T"] | None = None,
                 cache: Cache | None = None) -> Float[Tensor, "B T V"]:

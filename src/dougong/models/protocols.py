@@ -40,6 +40,10 @@ class LanguageModel(Model, Protocol):
         """The stream after the final norm, B T D."""
         ...
 
+    def head_parameters(self) -> list[nn.Parameter]:
+        """Those that the head computes with, a tied embedding included."""
+        ...
+
     def __call__(self, tokens_BT: Tensor, *, segment_BT: Tensor | None = None,
                  cache: Cache | None = None) -> Tensor:
         """Logits, B T V: `head(hidden(…))`."""

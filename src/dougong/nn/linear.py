@@ -2,24 +2,25 @@
 
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, empty, nn
+from torch import Tensor, nn
 
 from dougong.nn.init import ZEROS, FanIn, Init
 
 
-class Linear(nn.Module):
+class Linear(nn.Linear):
     """`y = x Wᵀ + b` in the precision of `x`; an explicit cast instead of autocast.
 
-    `init` is the rule of the weight (default: `FanIn`); a bias begins at 0.
+    `init` is the rule of the weight (default: `FanIn`); a bias begins at 0. It is torch's class underneath, so that
+    whatever knows `nn.Linear` (tensor parallelism, quantisation) knows this one; torch's first values are not drawn.
     """
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = False,
                  init: Init | None = None) -> None:
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.weight = nn.Parameter(empty(out_features, in_features))
-        self.bias = nn.Parameter(empty(out_features)) if bias else None
+        super().__init__(in_features, out_features, bias=bias)
         self.init = {"weight": init or FanIn(), "bias": ZEROS}
+
+    def reset_parameters(self) -> None:
+        """Nothing: values come from `init`, and drawing here would move the random numbers of a run."""
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         bias = None if self.bias is None else self.bias.to(x.dtype)

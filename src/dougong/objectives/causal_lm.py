@@ -47,7 +47,7 @@ class CausalLM:
     def losses(self, model: Any, batch: Batch) -> Losses:
         x_BTD = model.hidden(batch["tokens"], segment_BT=batch.get("segment"))
         sums = head_cross_entropy(model.head, x_BTD.flatten(0, 1), batch["targets"].flatten(),
-                                  batch["weight"].flatten(), model.parameters(), model.config.vocab_size,
+                                  batch["weight"].flatten(), model.head_parameters(), model.config.vocab_size,
                                   self.settings)
         metrics = {"loss": sums.nll, "accuracy": sums.correct}
         if self.settings.z_loss:

@@ -13,6 +13,9 @@ from pydantic import Field
 from dougong.core.config import config
 from dougong.core.errors import ConfigError
 from dougong.runtime.allocator import keep_freed_memory
+from dougong.runtime.layout import LayoutConfig
+from dougong.runtime.mesh import Mesh
+from dougong.runtime.processes import join, process_rank
 
 _BF16_GAIN = 1.3   # bf16 must beat fp32 by this much on matrix products, or its coarser rounding is not worth it
 
@@ -42,19 +45,21 @@ class Runtime:
     threads: int = 1
     compile: bool = False
     deterministic: bool = False
-    rank: int = 0
-    world_size: int = 1
+    mesh: Mesh = field(default_factory=Mesh)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that writes and speaks for all."""
+        return self.mesh.devices is None or process_rank() == 0
 
     @classmethod
-    def start(cls, section: RuntimeConfig) -> "Runtime":
+    def start(cls, section: RuntimeConfig, layout: LayoutConfig | None = None) -> "Runtime":
         """Applies a resolved section to torch (threads, determinism) and returns the value.
 
-        Raises ConfigError when the device is absent or several processes were launched.
+        With a layout, joins the processes that were launched together and arranges them by it; without one, this
+        process computes by itself. Raises ConfigError when the device is absent or the layout does not fit the number
+        of processes.
         """
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        if world_size > 1:
-            raise ConfigError(f"{world_size} processes were launched; this version trains in one process.\n"
-                              "Start without torchrun.")
         name = section.device or best_device()
         check_device(name)
         threads = section.threads or usable_cores()
@@ -62,9 +67,14 @@ class Runtime:
         torch.use_deterministic_algorithms(section.deterministic)
         if name == "cpu":
             keep_freed_memory()
+        mesh = Mesh()
+        if layout is not None:
+            join(name)
+            mesh = Mesh.start(layout, name)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, None: torch.float32}[section.precision]
-        return cls(device=torch.device(name), dtype=dtype, threads=threads,
-                   compile=bool(section.compile), deterministic=section.deterministic)
+        device = torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+        return cls(device=device, dtype=dtype, threads=threads,
+                   compile=bool(section.compile), deterministic=section.deterministic, mesh=mesh)
 
 
 def check_device(name: str) -> None:

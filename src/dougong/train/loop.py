@@ -10,6 +10,7 @@ from dougong.core.errors import DougongError
 from dougong.objectives.objective import Objective
 from dougong.runtime.collectives import all_sum
 from dougong.runtime.device import Runtime
+from dougong.runtime.layout import DATA
 from dougong.train.config import TrainConfig
 from dougong.train.safetensors_file import write_tensors
 from dougong.train.state import TrainState
@@ -33,7 +34,7 @@ def fit(state: TrainState, objective: Objective, runtime: Runtime, config: Train
         batch = next(batches)
         check_additive(state.model, objective, batch.rows, config.micro_rows)
         weight = torch.tensor(objective.weight(batch), dtype=torch.float64)
-        weight = float(all_sum(weight, runtime))
+        weight = float(all_sum(weight, runtime.mesh.group(*DATA)))
 
         result = take_step(state, objective, batch, runtime, micro_rows=config.micro_rows,
                            clip_norm=config.clip_norm, weight=weight, gradients=gradients)

@@ -17,6 +17,7 @@ from dougong.runtime.device import (
     measure_precision,
     peak_memory_bytes,
 )
+from dougong.runtime.layout import AXES
 from dougong.runtime.seeds import derive, rng_state, seed_all, set_rng_state
 
 CPU = torch.device("cpu")
@@ -68,13 +69,10 @@ def test_a_runtime_is_what_its_section_says():
     torch.set_num_threads(before)
 
 
-def test_an_absent_device_and_several_processes_are_refused(monkeypatch):
+def test_an_absent_device_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=r"runtime\.device=cuda is not available here\. Available: cpu"):
         Runtime.start(RuntimeConfig(device="cuda"))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="2 processes"):
-        Runtime.start(RuntimeConfig(device="cpu"))
 
 
 @pytest.mark.parametrize("threads", [0, -2])
@@ -85,7 +83,7 @@ def test_threads_are_at_least_one(threads):
 
 def test_the_sum_over_one_process_is_the_value_itself():
     value = torch.tensor([1.5, 2.0])
-    assert all_sum(value, Runtime()) is value
+    assert all_sum(value, Runtime().mesh.group(*AXES)) is value
 
 
 def test_facts_are_of_this_machine():

@@ -42,6 +42,9 @@ class TinyLM(nn.Module):
     def forward(self, tokens_BT, *, segment_BT=None, cache=None):
         return self.head(self.hidden(tokens_BT))
 
+    def head_parameters(self):
+        return list(self.head.parameters())
+
 
 class CountingLoader:
     """Batch number n depends on n alone; a few targets weigh nothing."""
