@@ -135,7 +135,7 @@ class Decoder(Initialised):
         self.head = (TiedHead(self.stem.tokens, soft_cap=section.soft_cap) if section.tied else
                      Head(section.dim, section.vocab_size, soft_cap=section.soft_cap, init=matrix(head_std)))
 
-    def hidden(self, tokens_BT: Int[Tensor, "B T"], *, segment_BT: Int[Tensor, "B T"] | None = None,
+    def hidden(self, tokens_BT: Int[Tensor, "B T"], *, segment_BT: Int[Tensor, "B row"] | None = None,
                cache: Cache | None = None) -> Float[Tensor, "B T D"]:
         """The stream after the final norm, in `compute_dtype`.
 
@@ -150,16 +150,16 @@ class Decoder(Initialised):
             cache.advance(span.T)
         return x_BTD
 
-    def span(self, tokens_BT: Int[Tensor, "B T"], segment_BT: Int[Tensor, "B T"] | None, cache: Cache | None) -> Span:
+    def span(self, tokens_BT: Int[Tensor, "B T"], segment_BT: Int[Tensor, "B row"] | None, cache: Cache | None) -> Span:
         """Where the tokens stand."""
-        return Span(T=tokens_BT.shape[1], device=tokens_BT.device, segment_BT=segment_BT,
+        return Span(T=tokens_BT.shape[1], device=tokens_BT.device, segment_BS=segment_BT,
                     length=cache.length if cache else 0, start_B=cache.start_B if cache else None)
 
     def head_parameters(self) -> list[nn.Parameter]:
         """What the head computes with: its own parameters, or the embedding that it is tied to."""
         return list(self.head.parameters()) or [self.stem.tokens.weight]
 
-    def forward(self, tokens_BT: Int[Tensor, "B T"], *, segment_BT: Int[Tensor, "B T"] | None = None,
+    def forward(self, tokens_BT: Int[Tensor, "B T"], *, segment_BT: Int[Tensor, "B row"] | None = None,
                 cache: Cache | None = None) -> Float[Tensor, "B T V"]:
         """Logits of the token after each token, in `compute_dtype`."""
         return self.head(self.hidden(tokens_BT, segment_BT=segment_BT, cache=cache))

@@ -64,8 +64,9 @@ class Stack(nn.ModuleDict):
     def forward(self, x_BTD: Float[Tensor, "B T D"], span: Span, position: Position, *,
                 values: Mapping[str, Tensor] | None = None,
                 cache: Cache | None = None) -> Float[Tensor, "B T D"]:
-        rotation, bias = position.rotation(span, x_BTD.dtype), position.bias(span)
-        masks = {window: build_mask(span, window=window, position_bias=bias, dtype=x_BTD.dtype)
+        rotation, seen = position.rotation(span, x_BTD.dtype), span.in_attention()
+        bias = position.bias(seen)
+        masks = {window: build_mask(seen, window=window, position_bias=bias, dtype=x_BTD.dtype)
                  for window in set(self.windows)}
         again = self.checkpoint_activations and self.training and torch.is_grad_enabled()
         x0_BTD = x_BTD.view_as(x_BTD)   # another object, or compile takes the first layer for another kind

@@ -30,9 +30,9 @@ def build_mask(span: Span, *, window: int | None = None, position_bias: Float[Te
     segment. A query always reads its own key, so padding before `start_B` yields finite rubbish instead of
     NaN.
     """
-    start_B, segment_BT = span.start_B, span.segment_BT
+    start_B = span.start_B
     windowed = window is not None and window < span.end
-    if start_B is None and segment_BT is None and position_bias is None and not windowed:
+    if start_B is None and span.segment_BS is None and position_bias is None and not windowed:
         if span.length == 0:
             return Mask(causal=True)
         if span.T == 1:
@@ -44,9 +44,9 @@ def build_mask(span: Span, *, window: int | None = None, position_bias: Float[Te
         visible = visible & (q_T1 - s_S < window)
     if start_B is not None:
         visible = visible & ((s_S >= start_B[:, None, None, None]) | (s_S == q_T1))
-    if segment_BT is not None:
-        assert span.length == 0, "packed segments and a cache do not mix: cached keys have no segments"
-        visible = visible & (segment_BT[:, :, None] == segment_BT[:, None, :])[:, None]
+    if span.segment_BS is not None:
+        segment_BS = span.segments()
+        visible = visible & (segment_BS[:, span.length:, None] == segment_BS[:, None, :])[:, None]
     zero = torch.zeros((), device=span.device, dtype=dtype)
     bias = zero if position_bias is None else position_bias.to(dtype)[None]
     return Mask(bias=torch.where(visible, bias, float("-inf")))

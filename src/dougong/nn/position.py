@@ -29,11 +29,12 @@ class Span:
     T: int
     device: torch.device
     length: int = 0
-    """tokens a cache holds before them"""
+    """tokens of their row before them: held by a cache, or by other processes"""
     start_B: Tensor | None = None
     """first valid index of each row, for left-padded batches"""
-    segment_BT: Tensor | None = None
-    """document of each token, where rows are packed; equal numbers stand side by side"""
+    segment_BS: Tensor | None = None
+    """document of each token of the row, from its first to these T and possibly further, where rows are packed; equal
+    numbers stand side by side"""
 
     @property
     def end(self) -> int:
@@ -47,11 +48,23 @@ class Span:
     def index_in_document(self) -> Int[Tensor, "*b T"]:
         """`index`, but restarting with each packed document, as the document would be read alone."""
         index = self.index()
-        if self.segment_BT is None:
+        if self.segment_BS is None:
             return index
-        begins = torch.ones_like(self.segment_BT, dtype=torch.bool)
-        begins[:, 1:] = self.segment_BT[:, 1:] != self.segment_BT[:, :-1]
-        return index - torch.where(begins, index, 0).cummax(-1).values
+        segment_BS = self.segments()
+        begins_BS = torch.ones_like(segment_BS, dtype=torch.bool)
+        begins_BS[:, 1:] = segment_BS[:, 1:] != segment_BS[:, :-1]
+        index_S = torch.arange(self.end, device=self.device)
+        return index - torch.where(begins_BS, index_S, 0).cummax(-1).values[:, self.length:]
+
+    def segments(self) -> Int[Tensor, "B S"]:
+        """Documents of the row's tokens up to the end of these T."""
+        assert self.segment_BS is not None and self.start_B is None and self.segment_BS.shape[1] >= self.end, \
+            "packed segments and a cache do not mix: cached keys have no segments"
+        return self.segment_BS[:, :self.end]
+
+    def in_attention(self) -> "Span":
+        """Where the tokens stand that meet in attention: these, unless processes exchange them (`parallel.context`)."""
+        return self
 
 
 class Position(nn.Module):

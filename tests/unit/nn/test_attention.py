@@ -20,10 +20,10 @@ SEGMENT = torch.tensor([[0] * 4 + [1] * 9, [3] * 11 + [4] * 2])
 MASKS = {
     "causal": lambda N: ({}, None),
     "window": lambda N: ({"window": 5}, None),
-    "segments": lambda N: ({"segment_BT": SEGMENT}, None),
+    "segments": lambda N: ({"segment_BS": SEGMENT}, None),
     "padded, windowed": lambda N: ({"start_B": torch.tensor([4, 0]), "window": 7}, None),
     "alibi": lambda N: ({}, ALiBi(N)),
-    "alibi, segments": lambda N: ({"segment_BT": SEGMENT}, ALiBi(N)),
+    "alibi, segments": lambda N: ({"segment_BS": SEGMENT}, ALiBi(N)),
 }
 
 
@@ -48,7 +48,7 @@ def naive(q, k, v, name, *, N):
                         if s == t or (
                             t - s < values.get("window", T)
                             and s >= (values["start_B"][b] if "start_B" in values else 0)
-                            and ("segment_BT" not in values or SEGMENT[b, s] == SEGMENT[b, t]))]
+                            and ("segment_BS" not in values or SEGMENT[b, s] == SEGMENT[b, t]))]
                 scores = torch.stack([q[b, n, t] @ k[b, kv, s] / math.sqrt(H)
                                       - (alibi.slopes[n] * (t - s) if alibi else 0) for s in keys])
                 outputs.append(scores.softmax(0) @ v[b, kv, keys])

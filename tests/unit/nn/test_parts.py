@@ -128,7 +128,7 @@ def test_alibi_slopes_are_the_published_ones():
 
 def test_positions_restart_with_each_document_and_count_from_a_row_s_start():
     segment = torch.tensor([[5, 5, 5, 2, 2, 9], [1, 1, 1, 1, 1, 1]])
-    span = Span(T=6, device=CPU, segment_BT=segment)
+    span = Span(T=6, device=CPU, segment_BS=segment)
     assert span.index_in_document().tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]]
     padded = Span(T=3, length=2, device=CPU, start_B=torch.tensor([0, 3]))
     assert padded.index().tolist() == [[2, 3, 4], [0, 0, 1]]
