@@ -10,7 +10,7 @@ import sys
 import typer
 
 from dougong.cli import data, demo, evaluate, generate, recipes, report, show, train
-from dougong.core.errors import DougongError
+from dougong.core.errors import ConfigError, DougongError
 from dougong.core.files import explained_disk_errors
 
 WAIT_SPINS = "10000"
@@ -33,12 +33,16 @@ app.add_typer(data.app, name="data")
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: bool = typer.Option(False, "--version", help="Print the version.")) -> None:
+def _root(context: typer.Context, version: bool = typer.Option(False, "--version", help="Print the version.")) -> None:
     if version:
         from dougong import __version__
 
         print(f"dougong {__version__}")
         raise typer.Exit
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1" and context.invoked_subcommand != "train":
+        raise ConfigError(f"{processes} processes were launched, and `dougong {context.invoked_subcommand}` is work "
+                          "for one. Start it without torchrun; only `dougong train` divides its work.")
 
 
 def main() -> None:
@@ -48,7 +52,8 @@ def main() -> None:
         with explained_disk_errors("the output"):
             app()
     except DougongError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")   # the first process says it whole, the others in a line
+        print(f"\nerror: {error}" if rank == "0" else f"process {rank}: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped.", file=sys.stderr)

@@ -1,6 +1,7 @@
 """What every command prints: text for people on standard output, or one JSON object on its last line."""
 
 import json
+import os
 import sys
 from typing import Annotated, Any
 
@@ -11,16 +12,21 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
                                                        help="Changes, such as optim.lr=3e-4 or data.path=~/texts.")]
 
 
+def is_first_process() -> bool:
+    """Whether this process speaks: of those that torchrun started together, the first."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def console(as_json: bool = False) -> Any:
     """A rich console for people: on standard output, or on standard error when that belongs to JSON."""
     from rich.console import Console
 
-    return Console(stderr=as_json, highlight=False)
+    return Console(stderr=as_json, highlight=False, quiet=not is_first_process())
 
 
 def emit(value: Any, as_json: bool) -> None:
     """Prints the JSON object if it was asked for."""
-    if as_json:
+    if as_json and is_first_process():
         print(json.dumps(value, ensure_ascii=False, allow_nan=False))
         sys.stdout.flush()
 
@@ -42,7 +48,7 @@ def progress_bar(as_json: bool = False) -> Any:
     tasks: dict[str, Any] = {}
 
     def report(done: int, total: int | None, what: str) -> None:
-        if not terminal.is_terminal:
+        if not terminal.is_terminal or not is_first_process():
             return
         if not tasks:
             bar.start()

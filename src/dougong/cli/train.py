@@ -1,11 +1,11 @@
 """`dougong train`: recipe in, run out."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from dougong.cli.output import Json, Overrides, console, emit, progress_bar
+from dougong.cli.output import Json, Overrides, console, emit, is_first_process, progress_bar
 
 
 def train(
@@ -24,8 +24,9 @@ def train(
     if resume:
         from dougong.recipes.train import resume_run
 
-        path = _run_to_resume(recipe, overrides, run, other="--dry-run" if dry_run else "--seeds" if seeds > 1 else "")
-        emit(_summary(resume_run(path, progress=progress), out), as_json)
+        path, layout = _run_to_resume(recipe, overrides, run,
+                                      other="--dry-run" if dry_run else "--seeds" if seeds > 1 else "")
+        emit(_summary(resume_run(path, layout=layout, progress=progress), out), as_json)
         return
     from dougong.recipes.recipe import load_recipe
 
@@ -48,14 +49,18 @@ def train(
         emit(_summary(train_run(asked, base, path=run, progress=progress), out), as_json)
 
 
-def _run_to_resume(recipe: str | None, overrides: list[str] | None, run: Path | None, *, other: str) -> Path:
-    """The run that `--resume` means. Raises ConfigError for whatever would ask for another run than that."""
+def _run_to_resume(recipe: str | None, overrides: list[str] | None, run: Path | None, *,
+                   other: str) -> tuple[Path, Any]:
+    """The run that `--resume` means, and the layout if another one is asked for. Raises ConfigError for whatever would
+    ask for another run than that."""
     from dougong.core.errors import ConfigError
 
     changes = [argument for argument in [recipe, *(overrides or [])] if argument and "=" in argument]
-    if changes:
-        raise ConfigError(f"--resume continues the run's own recipe; {changes[0]!r} would change it.\n"
-                          "Start a new run to change something, or leave the override out.")
+    others = [change for change in changes if not change.startswith("layout")]
+    if others:
+        raise ConfigError(f"--resume continues the run's own recipe; {others[0]!r} would change it.\n"
+                          "Only the layout may be another (layout.shard=4). Start a new run to change something else.")
+    recipe = None if recipe in changes else recipe
     if other:
         raise ConfigError(f"--resume continues one run as it is; {other} has no place beside it. Leave it out.")
     if recipe is not None and run is not None:
@@ -63,7 +68,16 @@ def _run_to_resume(recipe: str | None, overrides: list[str] | None, run: Path | 
                           f"start a new run: dougong train {recipe} --run {run}")
     if recipe is None and run is None:
         raise ConfigError("--resume continues a run: name it, as in `dougong train --resume --run runs/first`.")
-    return run or Path("runs") / Path(str(recipe)).stem
+    return run or Path("runs") / Path(str(recipe)).stem, _layout(changes)
+
+
+def _layout(changes: list[str]) -> Any:
+    """The layout that overrides spell, whole; None without any."""
+    from dougong.core.config import from_dict, parse_overrides
+    from dougong.runtime.layout import LayoutConfig
+
+    asked = parse_overrides(changes).get("layout")
+    return from_dict(LayoutConfig, asked, where="layout") if isinstance(asked, dict) else asked
 
 
 def _summary(finished, out) -> dict:
@@ -72,6 +86,8 @@ def _summary(finished, out) -> dict:
     from dougong.report import write_report
 
     path = finished.directory.path
+    if not is_first_process():
+        return finished.to_dict()
     if finished.was_done:
         out.print(f"{path} is already finished ({finished.reason} at step {finished.step:,}); nothing was changed.\n"
                   "To train longer, start a new run with more steps.")

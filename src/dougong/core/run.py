@@ -27,6 +27,10 @@ class RunDirectory:
     report = property(lambda self: self.path / "report.html")
     lock = property(lambda self: self.path / ".lock")
 
+    def events_of(self, rank: int) -> Path:
+        """The event log of one process: events.jsonl for the first, events-rank-00003.jsonl for the fourth."""
+        return self.events if rank == 0 else self.path / f"events-rank-{rank:05d}.jsonl"
+
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:06d}"
 

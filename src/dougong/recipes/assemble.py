@@ -1,5 +1,6 @@
 """From a recipe to the things it names: corpus, model, objective, optimiser, loader, state."""
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,8 +12,12 @@ from dougong.core.errors import ConfigError
 from dougong.models import count
 from dougong.objectives.objective import Objective
 from dougong.recipes.derive import Derived, fit_to_data
+from dougong.recipes.launch import micro_batches
 from dougong.recipes.recipe import Recipe
 from dougong.runtime.device import Runtime
+from dougong.runtime.layout import AXES, DATA
+from dougong.runtime.mesh import Mesh
+from dougong.runtime.processes import from_first
 from dougong.runtime.seeds import derive, seed_all
 from dougong.train import EMAConfig, TrainConfig
 
@@ -30,6 +35,20 @@ class Assembly:
     objective: Objective
     state: Any
     derived: list[Derived] = field(default_factory=list)
+    parallel: Any = None
+    """how several processes compute a step together (`parallel.Parallel`); None for one"""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this process holds every weight of the model."""
+        return self.runtime.mesh.size("pipeline", "shard", "expert", "tensor") == 1
+
+    @property
+    def gradients(self) -> Any:
+        """The gradient function of this run's steps."""
+        from dougong.train.step import plain_gradients
+
+        return self.parallel.gradients if self.parallel else plain_gradients
 
     @property
     def flops_per_token(self) -> float | None:
@@ -80,32 +99,96 @@ def assemble(recipe: Recipe, corpus: Any, *, runtime: Runtime | None = None) -> 
     from dougong.train.state import TrainState
 
     runtime = runtime or Runtime.start(recipe.runtime)
+    mesh = runtime.mesh
     recipe, derived = fit_to_data(recipe, data_shapes(recipe, corpus))
-    seed_all(derive(recipe.seed, "training"))
+    _check_rows(recipe)
+    objective = recipe.objective.build()
+    if mesh.devices is not None and recipe.train.micro_rows is None:
+        recipe, chosen = divided_micro_rows(recipe, runtime)
+        derived.append(chosen)
+    seed_all(derive(recipe.seed, "training", *_own_randomness(mesh)))
+    model, parallel = _divided_model(recipe, objective, runtime) if mesh.devices is not None else (
+        _whole_model(recipe, runtime), None)
+    state = TrainState(
+        model, recipe.optim.build(model), recipe.schedule.build(recipe.train.steps or 1),
+        corpus.loader("train", rows=recipe.train.rows, seed=derive(recipe.seed, "order"), rank=mesh.data_rank,
+                      world_size=mesh.data_size),
+        shadow=_shadow(model, recipe.train.ema, Shadow))
+    if recipe.train.micro_rows is None:
+        rows, reason = choose_micro_rows(state, objective, runtime, _one_batch(state.loader))
+        recipe = replace(recipe, train=replace(recipe.train, micro_rows=rows))
+        derived.append(Derived("train.micro_rows", rows, reason))
+    return Assembly(recipe, runtime, corpus, objective, state, derived, parallel)
+
+
+def _check_rows(recipe: Recipe) -> None:
+    if recipe.train.rows is None:
+        raise ConfigError("train.rows is not given and this recipe has no size to derive it from. Try train.rows=32.")
+    if (recipe.train.micro_rows or 0) > recipe.train.rows:
+        raise ConfigError(f"train.micro_rows={recipe.train.micro_rows} is more than the {recipe.train.rows} rows of a "
+                          "step (train.rows). Leave it out: it is derived.")
+
+
+def _whole_model(recipe: Recipe, runtime: Runtime) -> nn.Module:
     model = build_model(recipe, runtime)
+    _checkpoint_activations(model, recipe)
+    if runtime.compile:
+        compile_blocks(model)
+    return model
+
+
+def _divided_model(recipe: Recipe, objective: Objective, runtime: Runtime) -> tuple[nn.Module, Any]:
+    """This process's part of the model, filled with the values that the whole would have."""
+    from dougong.parallel.parallelize import parallelize
+
+    with torch.device("meta"):
+        whole = recipe.model.build()
+    _checkpoint_activations(whole, recipe)
+    whole.compute_dtype = runtime.dtype
+    parallel = parallelize(whole, objective, runtime, micro_batches=micro_batches(recipe, runtime.mesh.layout),
+                           compile=compile_blocks if runtime.compile else None)
+    model = parallel.model.to_empty(device=runtime.device)
+    model.initialise(derive(recipe.seed, "model"))
+    return model, parallel
+
+
+def _checkpoint_activations(model: nn.Module, recipe: Recipe) -> None:
     if recipe.train.gradient_checkpointing:
         stack: Any = getattr(model, "stack", None)
         if not hasattr(stack, "checkpoint_activations"):
             raise ConfigError("train.gradient_checkpointing=true has no effect on a model without a stack of layers.\n"
                               "Leave it out, or lower train.micro_rows to save memory.")
         stack.checkpoint_activations = True
-    if runtime.compile:
-        compile_blocks(model)
-    objective = recipe.objective.build()
-    if recipe.train.rows is None:
-        raise ConfigError("train.rows is not given and this recipe has no size to derive it from. Try train.rows=32.")
-    state = TrainState(
-        model, recipe.optim.build(model), recipe.schedule.build(recipe.train.steps or 1),
-        corpus.loader("train", rows=recipe.train.rows, seed=derive(recipe.seed, "order")),
-        shadow=_shadow(model, recipe.train.ema, Shadow))
-    if (recipe.train.micro_rows or 0) > recipe.train.rows:
-        raise ConfigError(f"train.micro_rows={recipe.train.micro_rows} is more than the {recipe.train.rows} rows of a "
-                          "step (train.rows). Leave it out: it is derived.")
-    if recipe.train.micro_rows is None:
-        rows, reason = choose_micro_rows(state, objective, runtime, _one_batch(state.loader))
-        recipe = replace(recipe, train=replace(recipe.train, micro_rows=rows))
-        derived.append(Derived("train.micro_rows", rows, reason))
-    return Assembly(recipe, runtime, corpus, objective, state, derived)
+
+
+def _own_randomness(mesh: Mesh) -> list[str]:
+    """What sets this process's random numbers apart: rows, stretches and layers do, parts of one product do not."""
+    return [f"{axis} {mesh.rank(axis)}" for axis in AXES if axis != "tensor" and mesh.rank(axis)]
+
+
+def divided_micro_rows(recipe: Recipe, runtime: Runtime) -> tuple[Recipe, Derived]:
+    """Rows that one process takes at once: two micro-batches for each pipeline stage, and what its memory holds.
+
+    From counts alone, since no process can run the divided model by itself; the same on every process.
+    """
+    from dougong.train.memory import available_bytes
+
+    layout = runtime.mesh.layout
+    rows = recipe.train.rows // layout.size(*DATA)
+    at_once = max(1, -(-rows // micro_batches(recipe, layout)))
+    reason = f"{rows} rows of each process in {rows // at_once} portions" if layout.pipeline > 1 else \
+        f"all {rows} rows of each process"
+    if recipe.is_language_model:
+        kept = count.activation_bytes(recipe.model, rows=1, context=recipe.model.context, dtype=runtime.dtype,
+                                      checkpoint_activations=bool(recipe.train.gradient_checkpointing))
+        per_row = kept / layout.size("tensor", "context", "pipeline")
+        neighbours = 1 if runtime.device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        free = from_first(available_bytes(runtime.device)) / neighbours / 2
+        fitting = [size for size in range(at_once, 0, -1) if rows % size == 0 and size * per_row <= free]
+        if fitting and fitting[0] < at_once:
+            at_once, reason = fitting[0], f"about {per_row / 1e6:,.0f} MB a row, and half of what is free holds no more"
+    changed = replace(recipe, train=replace(recipe.train, micro_rows=at_once))
+    return changed, Derived("train.micro_rows", at_once, reason)
 
 
 def compile_blocks(model: nn.Module) -> None:

@@ -6,6 +6,7 @@ minutes) are added later by `fit_to_data` and `fit_to_time`.
 """
 
 import math
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,7 +125,7 @@ def _runtime(notes: _Notes) -> None:
     check_device(notes.value("runtime.device"))
     device = torch.device(notes.value("runtime.device"))
     if runtime.threads is None:
-        notes.set("runtime.threads", usable_cores(), "cores this process may use")
+        notes.set("runtime.threads", *_threads())
     torch.set_num_threads(notes.value("runtime.threads"))
     if runtime.precision is None:
         if notes.recipe.is_language_model:
@@ -133,6 +134,13 @@ def _runtime(notes: _Notes) -> None:
             notes.set("runtime.precision", "fp32", "this model is too small for the precision to matter")
     notes.set("runtime.compile", device.type == "cuda",
               "torch.compile pays on GPUs; on CPU its start-up time is longer than it saves in minutes")
+
+
+def _threads() -> tuple[int, str]:
+    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if neighbours == 1:
+        return usable_cores(), "cores this process may use"
+    return max(1, usable_cores() // neighbours), f"{usable_cores()} cores for {neighbours} processes on this machine"
 
 
 def _vocabulary(notes: _Notes, size: int) -> None:

@@ -21,7 +21,7 @@ def dry_run(asked: Recipe, *, out: Any, progress: Any = None) -> dict[str, Any]:
     """Prints parameters, FLOPs, memory, disk and time of a recipe, and every derived value with its reason."""
     from rich.table import Table as Grid
 
-    recipe, derived, corpus = settle(asked, progress=progress)
+    recipe, derived, corpus, _ = settle(asked, progress=progress)
     built = assemble(recipe, corpus)
     seconds = measure_step(built)
     parameters = count.parameters(recipe.model)

@@ -17,5 +17,6 @@ def measure_step(built: Any, *, steps: int = _TIMED_STEPS) -> float:
     from dougong.recipes.train import with_steps
 
     config = with_steps(built.recipe, _WARM_STEPS + steps).train
-    seconds = [result.seconds for result in fit(built.state, built.objective, built.runtime, config)]
+    seconds = [result.seconds for result
+               in fit(built.state, built.objective, built.runtime, config, gradients=built.gradients)]
     return statistics.median(seconds[_WARM_STEPS:])

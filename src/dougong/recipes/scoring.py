@@ -13,8 +13,13 @@ from dougong.runtime.device import Runtime
 Score = Callable[[nn.Module], dict[str, Any]]
 
 
-def quick_score(recipe: Recipe, corpus: Any, runtime: Runtime) -> Score | None:
-    """What an evaluation during training computes, always on the same documents; None where the data allow none."""
+def quick_score(recipe: Recipe, corpus: Any, runtime: Runtime, *, divided: Any = None) -> Score | None:
+    """What an evaluation during training computes, always on the same documents; None where the data allow none.
+
+    `divided` (`parallel.Parallel`): the processes that share the model score together, each its rows.
+    """
+    if divided is not None and recipe.is_language_model:
+        return _divided_language_model(recipe, corpus, runtime, divided)
     return _SCORES.get(recipe.objective.kind, lambda *_: None)(recipe, corpus, runtime)
 
 
@@ -116,6 +121,17 @@ def _language_model(recipe: Recipe, corpus: Any, runtime: Runtime) -> Score | No
         return {"loss": found.nats_per_token, "bits_per_byte": found.bits_per_byte, "tokens": int(found.tokens.sum())}
 
     return measure
+
+
+def _divided_language_model(recipe: Recipe, corpus: Any, runtime: Runtime, divided: Any) -> Score | None:
+    from dougong.evaluate.together import bits_per_byte_together
+
+    documents = _documents_up_to(corpus, recipe.evaluate.tokens)
+    if not documents:
+        return None
+    rows = recipe.train.rows // runtime.mesh.data_size
+    return lambda _model: bits_per_byte_together(divided.losses, corpus.tokenizer, documents, rows=rows,
+                                                 context=recipe.model.context, runtime=runtime)
 
 
 def _documents_up_to(corpus: Any, tokens: int) -> list[Any]:

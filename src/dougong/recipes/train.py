@@ -1,10 +1,14 @@
-"""The story of a run: resolve, prepare, settle, train, score. Also how a stopped run goes on."""
+"""The story of a run: resolve, prepare, settle, train, score. Also how a stopped run goes on.
+
+Every process of a run goes through the same story. What is measured or drawn from the disk is process 0's, sent to all
+(`from_first`); process 0 alone makes the directory, speaks, and scores at the end.
+"""
 
 import contextlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -18,11 +22,14 @@ from dougong.models import count
 from dougong.optim.groups import describe
 from dougong.recipes.assemble import Assembly, assemble, prepare_data, settle_intervals
 from dougong.recipes.derive import Derived, fit_to_time, resolve
+from dougong.recipes.launch import lay_out, nearest, remember_launch, run_of_this_launch
 from dougong.recipes.open_run import check_same_data, load_tokenizer, open_run, runtime_here
 from dougong.recipes.probe import measure_step
 from dougong.recipes.recipe import Recipe, recipe_from_run
 from dougong.recipes.scoring import final_score, held_out_splits, quick_score
-from dougong.runtime.device import Runtime, machine_facts, matmul_flops_per_s, peak_memory_bytes
+from dougong.runtime.device import Runtime, best_device, machine_facts, matmul_flops_per_s, peak_memory_bytes
+from dougong.runtime.layout import LayoutConfig
+from dougong.runtime.processes import from_first, join, launched, process_rank, wait_for_all
 from dougong.train import Checkpointer, fit, latest_valid, load_checkpoint
 from dougong.train.hooks import Evaluate, Hooks, Sample, SaveCheckpoints, stop_on_signals
 from dougong.train.metrics import Reporter, StepMeter
@@ -51,35 +58,56 @@ class Finished:
 
 
 def train_run(asked: Recipe, base: Recipe, *, path: Path | None = None, progress: Any = None) -> Finished:
-    """Trains a recipe from its beginning in a new run directory (`path`, or runs/<name>; taken names get a number)."""
-    recipe, derived, corpus = settle(asked, progress=progress)
-    path = path or Path("runs") / recipe.name
-    with explained_disk_errors(f"the run {path}"):
-        directory = RunDirectory.create(path.parent, path.name)
-    with explained_disk_errors(f"the run {directory.path}"), lock(directory.lock, owner="dougong train"):
-        write_recipe(directory, recipe, corpus, base=base)
-        if recipe.is_language_model:
-            corpus.tokenizer.save(directory.tokenizer)
-        return _train(directory, recipe, corpus, derived, resumed=None)
+    """Trains a recipe from its beginning in a new run directory (`path`, or runs/<name>; taken names get a number).
+
+    Started again by torchrun after a failure, it goes on with the run that this launch began.
+    """
+    join(asked.runtime.device or best_device())
+    path = path or Path("runs") / asked.name
+    if (begun := from_first(run_of_this_launch(path.parent))) is not None:
+        return resume_run(Path(begun), layout=asked.layout, progress=progress)
+    recipe, derived, corpus, runtime = settle(asked, progress=progress)
+    with explained_disk_errors(f"the run {path}"), contextlib.ExitStack() as held:
+        directory = RunDirectory(from_first(_create(path, recipe, corpus, base, held) if process_rank() == 0 else None))
+        return _train(directory, recipe, corpus, derived, runtime, resumed=None)
 
 
-def resume_run(path: Path, *, progress: Any = None) -> Finished:
+def _create(path: Path, recipe: Recipe, corpus: Any, base: Recipe, held: contextlib.ExitStack) -> Path:
+    directory = RunDirectory.create(path.parent, path.name)
+    held.enter_context(lock(directory.lock, owner="dougong train"))
+    remember_launch(directory)
+    write_recipe(directory, recipe, corpus, base=base)
+    if recipe.is_language_model:
+        corpus.tokenizer.save(directory.tokenizer)
+    return directory.path
+
+
+def resume_run(path: Path, *, layout: LayoutConfig | Literal["auto"] | None = None, progress: Any = None) -> Finished:
     """Goes on with a stopped run from its newest valid checkpoint, bit for bit as if it had not stopped.
 
-    Nothing is measured again: precision, threads and steps are those of the recipe as saved. Raises CheckpointError
+    Nothing is measured again: precision, threads and steps are those of the recipe as saved. The number of processes
+    and the layout may be others: the samples and their order stay, results agree to rounding. Raises CheckpointError
     where there is no run, its data changed, or another process trains it. A run that has ended is left as it is.
     """
     directory = RunDirectory.open(path)
     if (done := _already_done(directory)) is not None:
         return done
-    with explained_disk_errors(f"the run {path}"), lock(directory.lock, owner="dougong train"):
+    with explained_disk_errors(f"the run {path}"), contextlib.ExitStack() as held:
         recipe, recorded = recipe_from_run(directory.recipe)
+        join(recipe.runtime.device or best_device())
+        if process_rank() == 0:
+            held.enter_context(lock(directory.lock, owner="dougong train"))
+            remember_launch(directory)
+        wait_for_all()
         corpus = prepare_data(recipe, progress=progress)
         check_same_data(recorded, corpus, directory.path)
         tokenizer = load_tokenizer(directory)
         if tokenizer is not None and tokenizer.fingerprint != corpus.tokenizer.fingerprint:
             raise CheckpointError(f"{directory.tokenizer} is not the tokenizer this run was trained with. Put it back.")
-        return _train(directory, recipe, corpus, [], resumed=latest_valid(directory))
+        runtime = Runtime.start(runtime_here(recipe.runtime),
+                                lay_out(recipe, layout or nearest(recipe.layout, launched()))[0])
+        found = from_first(latest_valid(directory) if runtime.is_first else None)
+        return _train(directory, recipe, corpus, [], runtime, resumed=found)
 
 
 def _already_done(directory: RunDirectory) -> Finished | None:
@@ -93,19 +121,21 @@ def _already_done(directory: RunDirectory) -> Finished | None:
                     was_done=True)
 
 
-def settle(asked: Recipe, *, progress: Any = None) -> tuple[Recipe, list[Derived], Any]:
+def settle(asked: Recipe, *, progress: Any = None) -> tuple[Recipe, list[Derived], Any, Runtime]:
     """Everything that is decided before the first step: derived values, data, measured speed, steps, intervals."""
-    recipe, derived = resolve(asked)
+    recipe, derived = from_first(resolve(asked) if process_rank() == 0 else None)
     check_trackers(recipe.train.trackers)
+    layout, laid_out = lay_out(recipe)
     corpus = prepare_data(recipe, progress=progress)
     if progress:
         progress(0, None, "measuring a few steps")
-    built = assemble(recipe, corpus)
-    recipe, derived = built.recipe, derived + built.derived
-    seconds = measure_step(built)
+    runtime = Runtime.start(recipe.runtime, layout)
+    built = assemble(recipe, corpus, runtime=runtime)
+    recipe, derived = built.recipe, derived + laid_out + built.derived
+    seconds = from_first(measure_step(built))
     recipe, from_time = fit_to_time(recipe, seconds)
     recipe, intervals = settle_intervals(recipe, seconds)
-    return recipe, derived + from_time + intervals, corpus
+    return recipe, derived + from_time + intervals, corpus, runtime
 
 
 def write_recipe(directory: RunDirectory, recipe: Recipe, corpus: Any, *, base: Recipe) -> None:
@@ -116,33 +146,31 @@ def write_recipe(directory: RunDirectory, recipe: Recipe, corpus: Any, *, base: 
     write_text(directory.recipe, dump_yaml(recipe) + dump_yaml({"resolved": resolved}))
 
 
-def _train(directory: RunDirectory, recipe: Recipe, corpus: Any, derived: list[Derived], *, resumed: Any) -> Finished:
-    runtime = Runtime.start(recipe.runtime if resumed is None else runtime_here(recipe.runtime))
+def _train(directory: RunDirectory, recipe: Recipe, corpus: Any, derived: list[Derived], runtime: Runtime, *,
+           resumed: Any) -> Finished:
     built = assemble(recipe, corpus, runtime=runtime)
     state, config = built.state, built.recipe.train
     recipe_hash = sha256(directory.recipe)
-    log = EventLog(directory.events)
-    reporter = Reporter(log)
+    reporter = Reporter(EventLog(directory.events_of(process_rank())))
     problems = resumed.problems if resumed else []
     if resumed and resumed.path:
         load_checkpoint(resumed.path, state, recipe_hash=recipe_hash)
-    reporter.listeners += open_trackers(config.trackers, directory.tensorboard, run_name=directory.path.name,
-                                        recipe=to_dict(recipe), step=state.step)
-    view = open_view(directory.path.name, given(config.steps), bytes_per_token=corpus.facts.get("bytes_per_token"))
-    reporter.listeners.append(view)
+    watchers = _watchers(directory, recipe, corpus, state.step) if runtime.is_first else []
+    reporter.listeners += watchers
     try:
         peak = _announce(reporter, built, derived, state.step, resumed)
         for problem in problems:
             reporter.write("warning", message=f"checkpoint passed over: {problem}")
         hooks = _hooks(reporter, built, directory, recipe_hash, peak)
         with stop_on_signals(state):
-            for result in fit(state, built.objective, runtime, config, directory=directory.path):
+            for result in fit(state, built.objective, runtime, config, gradients=built.gradients,
+                              directory=directory.path):
                 hooks.run(result)
             hooks.finish(state)
         reason = state.stop or "done"
         final = None
-        if reason != "interrupted":
-            view.close()
+        if reason != "interrupted" and runtime.is_first:
+            watchers[-1].close()
             final = _score_final(directory, reporter, corpus)
         _end(reporter, built, reason)
     except BaseException as error:
@@ -155,24 +183,41 @@ def _train(directory: RunDirectory, recipe: Recipe, corpus: Any, derived: list[D
     return Finished(directory, state.step, reason, recipe.is_language_model, final)
 
 
+def _watchers(directory: RunDirectory, recipe: Recipe, corpus: Any, step: int) -> list[Any]:
+    """Trackers and, last, the view for the person; they hear events and nothing else."""
+    trackers = open_trackers(recipe.train.trackers, directory.tensorboard, run_name=directory.path.name,
+                             recipe=to_dict(recipe), step=step)
+    view = open_view(directory.path.name, given(recipe.train.steps),
+                     bytes_per_token=corpus.facts.get("bytes_per_token"))
+    return [*trackers, view]
+
+
 def _hooks(reporter: Reporter, built: Assembly, directory: RunDirectory, recipe_hash: str, peak: float) -> Hooks:
     recipe, state, config = built.recipe, built.state, built.recipe.train
     total_steps = given(config.steps)
     hooks: list[Any] = [StepMeter(reporter, every=config.log_every, total_steps=total_steps,
                                   device=built.runtime.device, flops_per_token=built.flops_per_token,
                                   peak_flops_per_s=peak)]
-    score = quick_score(recipe, built.corpus, built.runtime)
+    score = quick_score(recipe, built.corpus, built.runtime, divided=built.parallel)
     if score is not None:
         hooks.append(Evaluate(reporter, lambda state: score(state.model), every=given(config.evaluate_every),
                               total_steps=total_steps, patience=config.patience))
     if recipe.is_language_model and recipe.sample.prompts:
-        hooks.append(Sample(reporter, lambda state: _write_samples(recipe, built, state.model),
-                            every=given(config.sample_every), total_steps=total_steps))
+        if built.is_whole:
+            sampler = (lambda state: _write_samples(recipe, built, state.model)) if built.runtime.is_first else _nothing
+            hooks.append(Sample(reporter, sampler, every=given(config.sample_every), total_steps=total_steps))
+        else:
+            reporter.write("warning", message="each process holds a part of the model, so nothing is sampled during "
+                                              f"training; afterwards: dougong generate {directory.path}")
     checkpointer = Checkpointer(directory, recipe_hash=recipe_hash, keep_last=config.keep_last,
                                 keep_best=config.keep_best)
     hooks.append(SaveCheckpoints(reporter, checkpointer, every=given(config.checkpoint_every),
                                  total_steps=total_steps))
     return Hooks(state, hooks)
+
+
+def _nothing(_state: Any) -> list[tuple[str, str]]:
+    return []
 
 
 def _write_samples(recipe: Recipe, built: Assembly, model: Any) -> list[tuple[str, str]]:

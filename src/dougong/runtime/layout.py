@@ -35,7 +35,7 @@ class LayoutConfig:
     """Processes along each axis. Their product is the number of processes; an axis of 1 costs nothing."""
 
     replicate: Count | None = None
-    """whole copies of the model, each with its rows; derived: processes / the other axes"""
+    """whole copies of the model, each with its rows; None: as many as the processes launched make"""
     shard: Count = 1
     """processes that share one copy: weights, gradients and optimiser state in parts (FSDP, ZeRO)"""
     gathered: Literal["layer", "step"] = "layer"

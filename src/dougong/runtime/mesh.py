@@ -13,7 +13,7 @@ SHARDS: tuple[Axis, ...] = ("shard", "expert", "context")
 """axes over which a sharded weight lies: those that hold the same weight, `replicate` apart"""
 LOSS: tuple[Axis, ...] = ("pipeline", *COPIES)
 """axes over which losses add up; along `tensor` each process knows the whole"""
-_TOGETHER = (DATA, COPIES, SHARDS, LOSS, ("shard", "context"), ("replicate", "context"),
+_TOGETHER = (AXES, DATA, COPIES, SHARDS, LOSS, ("shard", "context"), ("replicate", "context"),
              ("replicate", "shard", "context"))
 
 

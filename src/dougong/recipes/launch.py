@@ -1,0 +1,117 @@
+"""How a run meets the processes it was launched with: which layout they form, and which run a restart goes on with."""
+
+import math
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from dougong.core.config import replace
+from dougong.core.errors import ConfigError
+from dougong.core.files import write_text
+from dougong.core.run import RunDirectory
+from dougong.recipes.derive import Derived
+from dougong.recipes.recipe import Recipe
+from dougong.runtime.layout import LayoutConfig
+from dougong.runtime.processes import launched, process_rank
+
+_LAUNCH = ".launch"
+
+
+def lay_out(recipe: Recipe, asked: LayoutConfig | Literal["auto"] | None = None) -> tuple[LayoutConfig, list[Derived]]:
+    """The layout of a recipe on the processes launched, and what was derived for it.
+
+    `asked`: another layout for a run that goes on. Without one, a resumed run keeps what of its own still fits (an
+    elastic launch may have lost processes). Raises ConfigError where the layout does not fit processes or model.
+    """
+    processes, wanted = launched(), recipe.layout if asked is None else asked
+    if wanted == "auto":
+        from dougong.plan import choose_layout
+
+        layout, reason = choose_layout(recipe.model, recipe.train, recipe.runtime, recipe.optim, processes)
+        layout = layout.on(processes)
+        derived = [Derived("layout", str(layout), reason)]
+    else:
+        layout = wanted.on(processes)
+        derived = [] if processes == 1 or wanted.replicate else \
+            [Derived("layout.replicate", layout.replicate, f"{processes} processes; the layout is {layout}")]
+    if (reason := why_not(recipe, layout)) is not None:
+        raise ConfigError(f"the layout {layout} does not fit this recipe: {reason}")
+    return layout, derived
+
+
+def nearest(layout: LayoutConfig | Literal["auto"], processes: int) -> LayoutConfig | Literal["auto"]:
+    """What of a layout still fits another number of processes: copies first, then parts of the weights, make way."""
+    if layout == "auto":
+        return layout
+    fixed = math.prod(layout.size(axis) for axis in ("pipeline", "expert", "context", "tensor"))
+    if processes % fixed:
+        return layout       # `on` will say what fits
+    return replace(layout, replicate=None, shard=math.gcd(layout.shard, processes // fixed))
+
+
+def why_not(recipe: Recipe, layout: LayoutConfig) -> str | None:
+    """Why a recipe cannot be trained under a layout, with the nearest that works; None if it can."""
+    if layout.processes == 1:
+        return None
+    model, train = recipe.model, recipe.train
+    divided = [axis for axis in ("pipeline", "tensor", "context", "expert") if layout.size(axis) > 1]
+    if divided and not hasattr(model, "decoder"):
+        return f"only a decoder can be divided along {divided[0]}, not {model.kind}. Try layout.{divided[0]}=1."
+    if train.rows is not None and train.rows % layout.size("replicate", "shard", "expert"):
+        copies = layout.size("replicate", "shard", "expert")
+        return (f"train.rows={train.rows} cannot be shared by {copies} processes equally. "
+                f"Try train.rows={max(1, round(train.rows / copies)) * copies}.")
+    return next((reason for reason in _reasons(recipe, layout) if reason), None)
+
+
+def _reasons(recipe: Recipe, layout: LayoutConfig) -> Any:
+    """What each axis in use says, cheapest first; modules are loaded only for axes above 1."""
+    if layout.tensor > 1:
+        from dougong.parallel.tensor import why_not_tensor
+
+        yield why_not_tensor(recipe.model, layout.tensor)
+    if layout.context > 1:
+        from dougong.parallel.context import why_not_context
+
+        yield why_not_context(recipe.model, layout.context, layout.context_method)
+    if layout.expert > 1:
+        from dougong.parallel.expert import why_not_expert
+
+        yield why_not_expert(recipe.model, layout.expert)
+    if layout.pipeline > 1:
+        from dougong.parallel.pipeline import why_not_pipeline
+
+        yield why_not_pipeline(recipe.model, layout, micro_batches(recipe, layout))
+
+
+def micro_batches(recipe: Recipe, layout: LayoutConfig) -> int:
+    """Micro-batches of one process in a step: by `train.micro_rows`, else two for each pipeline stage."""
+    rows = (recipe.train.rows or layout.size("replicate", "shard", "expert")) // layout.size(
+        "replicate", "shard", "expert")
+    if recipe.train.micro_rows is not None:
+        return max(1, -(-rows // recipe.train.micro_rows))
+    if layout.pipeline == 1:
+        return 1
+    return next(number for number in range(min(rows, 2 * layout.pipeline), 0, -1) if rows % number == 0)
+
+
+def remember_launch(directory: RunDirectory) -> None:
+    """Notes in the run which launch trains it, so that a restart of the same launch goes on with it."""
+    if (name := _launch_name()) is not None:
+        write_text(directory.path / _LAUNCH, name)
+
+
+def run_of_this_launch(root: Path) -> str | None:
+    """The run under `root` that an earlier attempt of this launch began; process 0 looks, the others are told."""
+    name = _launch_name()
+    if name is None or process_rank() != 0 or not root.is_dir():
+        return None
+    return next((str(note.parent) for note in root.glob(f"*/{_LAUNCH}") if note.read_text() == name), None)
+
+
+def _launch_name() -> str | None:
+    """Stays the same when torchrun starts its processes again; None without torchrun."""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    if run_id is None:
+        return None
+    return run_id if run_id != "none" else f"agent {os.getppid()} at {os.environ.get('MASTER_PORT', '')}"
