@@ -1,0 +1,84 @@
+"""The one place that divides a model, in the one order."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from dougong.core.errors import ConfigError
+from dougong.data.batch import Batch
+from dougong.objectives.losses import Losses
+from dougong.objectives.objective import Objective
+from dougong.parallel.data import CopiedGradients, GradientSums, divide, divided_gradients
+from dougong.parallel.gradients import GradientFunction, plain_gradients, why_not_additive
+from dougong.runtime.device import Runtime
+from dougong.runtime.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """`model` is this process's part, to be filled (`to_empty`, then `initialise`) if it was built on meta; `gradients`
+    is what `take_step` calls."""
+
+    model: nn.Module
+    gradients: GradientFunction
+
+
+def parallelize(model: nn.Module, objective: Objective, runtime: Runtime, *, micro_batches: int = 1,
+                compile: Callable[[nn.Module], object] | None = None) -> Parallel:
+    """Divides `model` in place by the layout of `runtime.mesh`; in one process, nothing but `compile(model)`.
+
+    Raises ConfigError, with the reason, for what cannot be divided so.
+    """
+    mesh = runtime.mesh
+    if mesh.devices is None:
+        if compile is not None:
+            compile(model)
+        return Parallel(model, plain_gradients)
+    check_divisible(model, objective, mesh)
+    sums: list[GradientSums] = []
+    gradients: GradientFunction = divided_gradients
+    if mesh.size("pipeline") > 1:
+        from dougong.parallel.pipeline import pipeline_gradients, split
+
+        model = split(model, mesh)
+        gradients = pipeline_gradients(model, runtime, micro_batches=micro_batches)
+    if mesh.size("expert") > 1:
+        from dougong.parallel.expert import divide_experts
+
+        divide_experts(model, mesh)
+    if mesh.size("tensor") > 1:
+        from dougong.parallel.tensor import divide_matrices
+
+        sums.append(GradientSums(divide_matrices(model, mesh), mesh.group("tensor")))
+    if mesh.size("context") > 1:
+        from dougong.parallel.context import divide_context
+
+        divide_context(model, mesh)
+    if compile is not None:
+        compile(model)
+    if mesh.size("shard", "tensor", "expert", "pipeline") == 1:
+        return Parallel(model, CopiedGradients())
+    apart = {id(p) for p in divide(model, mesh, runtime.dtype)}
+    if apart and mesh.size("replicate") > 1:
+        sums.append(GradientSums([name for name, p in model.named_parameters() if id(p) in apart],
+                                 mesh.group("replicate")))
+    return Parallel(model, _then(gradients, sums) if sums else gradients)
+
+
+def check_divisible(model: nn.Module, objective: Objective, mesh: Mesh) -> None:
+    """Raises ConfigError where the loss of a batch is not the sum over its rows, so that processes cannot share it."""
+    if reason := why_not_additive(model, objective):
+        raise ConfigError(f"the layout ({mesh.layout}) shares each batch between processes, but {reason}.\n"
+                          "Train it in one process: launch without torchrun and leave the layout out.")
+
+
+def _then(gradients: GradientFunction, sums: Sequence[GradientSums]) -> GradientFunction:
+    def summed(model: nn.Module, objective: Objective, batches: Sequence[Batch], weight: float,
+               runtime: Runtime) -> Losses:
+        losses = gradients(model, objective, batches, weight, runtime)
+        for add_up in sums:
+            add_up(model)
+        return losses
+
+    return summed
