@@ -6,7 +6,16 @@ from processes import run_processes
 
 from dougong.runtime.layout import LayoutConfig
 
+PACKED = Case(packed=True, micro_batches=2)
+UNTIED = Case(model=decoder(tied=False, vocab_size=97, num_layers=3), checkpoint_activations="full")
 
-def test_replicas():
-    case = Case(packed=True, micro_batches=2)
-    check(reference(case), run_processes(2, divided, case, LayoutConfig(replicate=2)))
+
+@pytest.mark.parametrize(("case", "layout"), [
+    (PACKED, LayoutConfig(replicate=2)),
+    (PACKED, LayoutConfig(shard=2)),
+    (PACKED, LayoutConfig(shard=2, gathered="step")),
+    (UNTIED, LayoutConfig(shard=4)),
+    (PACKED, LayoutConfig(replicate=2, shard=2)),
+], ids=lambda value: str(value) if isinstance(value, LayoutConfig) else "")
+def test_rows_divided(case, layout):
+    check(reference(case), run_processes(layout.processes, divided, case, layout))

@@ -2,7 +2,8 @@
 
 So a weight depends on the seed and on its own path alone: not on the order of layers, on the device, or on
 what else the model contains. A module states its rules in `self.init`, a mapping from parameter name to one
-of the values below.
+of the values below. A parameter in parts on several processes gets the values that it would have as a whole: each
+process draws all of it, one parameter at a time, and keeps its part.
 """
 
 import math
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor, nn
 
+from dougong.runtime.parts import part_of
 from dougong.runtime.seeds import derive
 
 Init = Callable[[Tensor, Generator], None]
@@ -70,10 +72,24 @@ def initialise(model: nn.Module, seed: int) -> None:
             full_name = f"{path}.{name}" if path else name
             rules = getattr(module, "init", {})
             assert name in rules, f"{type(module).__name__} gives no initial value for {full_name}"
-            rules[name](parameter, Generator().manual_seed(derive(seed, full_name)))
+            _fill(parameter, rules[name], Generator().manual_seed(derive(seed, full_name)))
         reset_buffers = getattr(module, "reset_buffers", None)
         if callable(reset_buffers):
             reset_buffers()
+
+
+def _fill(parameter: Tensor, rule: Init, generator: Generator) -> None:
+    part = getattr(parameter, "_local_tensor", None)
+    if part is None:
+        rule(parameter, generator)
+    elif isinstance(rule, Constant):
+        rule(part, generator)
+    else:
+        whole = torch.empty(parameter.shape, dtype=parameter.dtype)
+        rule(whole, generator)
+        mine = whole[part_of(parameter)]
+        assert mine.shape == part.shape, f"{tuple(part.shape)} here, {tuple(mine.shape)} by its placement"
+        part.copy_(mine)
 
 
 class Initialised(nn.Module):
