@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from dougong.core.errors import ConfigError
@@ -18,10 +19,11 @@ from dougong.runtime.mesh import Mesh
 @dataclass(frozen=True)
 class Parallel:
     """`model` is this process's part, to be filled (`to_empty`, then `initialise`) if it was built on meta; `gradients`
-    is what `take_step` calls."""
+    is what `take_step` calls; `losses` is this process's share of a batch's sums, forward only, for evaluation."""
 
     model: nn.Module
     gradients: GradientFunction
+    losses: Callable[[Batch], Losses]
 
 
 def parallelize(model: nn.Module, objective: Objective, runtime: Runtime, *, micro_batches: int = 1,
@@ -34,10 +36,11 @@ def parallelize(model: nn.Module, objective: Objective, runtime: Runtime, *, mic
     if mesh.devices is None:
         if compile is not None:
             compile(model)
-        return Parallel(model, plain_gradients)
+        return Parallel(model, plain_gradients, forward_only(model, objective, runtime))
     check_divisible(model, objective, mesh)
     sums: list[GradientSums] = []
     gradients: GradientFunction = divided_gradients
+    losses = forward_only(model, objective, runtime)
     if mesh.size("pipeline") > 1:
         from dougong.parallel.pipeline import pipeline_gradients, split
 
@@ -58,12 +61,22 @@ def parallelize(model: nn.Module, objective: Objective, runtime: Runtime, *, mic
     if compile is not None:
         compile(model)
     if mesh.size("shard", "tensor", "expert", "pipeline") == 1:
-        return Parallel(model, CopiedGradients())
+        return Parallel(model, CopiedGradients(), forward_only(model, objective, runtime))
     apart = {id(p) for p in divide(model, mesh, runtime.dtype)}
     if apart and mesh.size("replicate") > 1:
         sums.append(GradientSums([name for name, p in model.named_parameters() if id(p) in apart],
                                  mesh.group("replicate")))
-    return Parallel(model, _then(gradients, sums) if sums else gradients)
+    return Parallel(model, _then(gradients, sums) if sums else gradients, losses)
+
+
+def forward_only(model: nn.Module, objective: Objective, runtime: Runtime) -> Callable[[Batch], Losses]:
+    """The objective's sums of a batch, without gradients."""
+
+    @torch.no_grad()
+    def losses(batch: Batch) -> Losses:
+        return objective.losses(model, batch.to(runtime.device))
+
+    return losses
 
 
 def check_divisible(model: nn.Module, objective: Objective, mesh: Mesh) -> None:
