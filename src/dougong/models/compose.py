@@ -1,5 +1,6 @@
 """The decoder: stem, stack and head arranged into a causal language model, every choice point a part."""
 
+from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from dougong.core.config import chosen_from, config
 from dougong.core.errors import ConfigError
 from dougong.models.heads import Head, TiedHead
-from dougong.models.stack import BLOCKS, Stack
+from dougong.models.stack import BLOCKS, Carry, Stack
 from dougong.models.stems import TokenStem
 from dougong.nn import FEED_FORWARDS, NORMS, POSITIONS, RESIDUALS
 from dougong.nn.attention import AttentionConfig, Cache
@@ -136,19 +137,31 @@ class Decoder(Initialised):
                      Head(section.dim, section.vocab_size, soft_cap=section.soft_cap, init=matrix(head_std)))
 
     def hidden(self, tokens_BT: Int[Tensor, "B T"], *, segment_BT: Int[Tensor, "B row"] | None = None,
-               cache: Cache | None = None) -> Float[Tensor, "B T D"]:
+               cache: Cache | None = None, carry: Carry | None = None) -> Float[Tensor, "B T D"]:
         """The stream after the final norm, in `compute_dtype`.
 
         `segment_BT` numbers the documents packed into a row; tokens see only their own. With a `cache` the
-        tokens continue what it holds, and it holds them afterwards.
+        tokens continue what it holds, and it holds them afterwards. `carry`: see `stream`.
+        """
+        return self.norm(self.stream(tokens_BT, segment_BT=segment_BT, cache=cache, carry=carry)[0])
+
+    def stream(self, tokens_BT: Int[Tensor, "B T"], *, segment_BT: Int[Tensor, "B row"] | None = None,
+               cache: Cache | None = None, carry: Carry | None = None,
+               layers: Collection[str] | None = None) -> Carry:
+        """The stream after these layers (None: all there are), and the embedded tokens that it began with.
+
+        Where earlier layers are in another decoder, `carry` is what they returned there; the stem, the final norm and
+        the head may then be absent too.
         """
         span = self.span(tokens_BT, segment_BT, cache)
-        x_BTD = self.stem(tokens_BT, self.position.embed(span), self.compute_dtype)
-        values = self.stem.value_embeddings(tokens_BT, self.compute_dtype)
-        x_BTD = self.norm(self.stack(x_BTD, span, self.position, values=values, cache=cache))
+        if carry is None:
+            x_BTD = self.stem(tokens_BT, self.position.embed(span), self.compute_dtype)
+            carry = x_BTD, x_BTD
+        values = self.stem.value_embeddings(tokens_BT, self.compute_dtype, layers)
+        after = self.stack(carry, span, self.position, values=values, cache=cache, layers=layers)
         if cache is not None:
             cache.advance(span.T)
-        return x_BTD
+        return after
 
     def span(self, tokens_BT: Int[Tensor, "B T"], segment_BT: Int[Tensor, "B row"] | None, cache: Cache | None) -> Span:
         """Where the tokens stand."""

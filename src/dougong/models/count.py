@@ -11,8 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dougong.models.compose import Decoder, DecoderConfig
+from dougong.models.stack import KEPT, Checkpointing
 from dougong.nn.attention import Attention
 from dougong.nn.attention_kernels import explicit
 from dougong.nn.embedding import Embedding
@@ -72,13 +75,14 @@ def forward_flops(config: Any, context: int) -> int:
 
 
 def activation_bytes(config: Any, *, rows: int, context: int, dtype: torch.dtype = torch.float32,
-                     fused_attention: bool = True, checkpoint_activations: bool = False) -> int:
+                     fused_attention: bool = True, checkpoint_activations: Checkpointing = "none") -> int:
     """Bytes that the forward up to the last hidden state keeps for the backward pass; casts of weights
     included.
 
     Not a formula: the real forward runs on the meta device and every storage autograd keeps is counted once.
     The head and the loss come on top. `fused_attention` keeps queries, keys, values, output and a sum per
-    query instead of the T × S scores. With checkpointing, the inputs of all layers plus what one layer keeps.
+    query instead of the T × S scores. With full checkpointing, the inputs of all layers plus what one layer keeps;
+    with selective, the products besides, as counted while a layer runs on the meta device.
     """
     model = _on_meta(config)
     assert isinstance(model, Decoder), "only decoders have layers to count"
@@ -88,12 +92,14 @@ def activation_bytes(config: Any, *, rows: int, context: int, dtype: torch.dtype
             module.kernel = _fused_stand_in if fused_attention else explicit
     tokens = torch.zeros(rows, context, dtype=torch.long, device="meta")
     everything = _kept_bytes(model, tokens)
-    if not checkpoint_activations:
+    if checkpoint_activations == "none":
         return everything
-    model.stack.checkpoint_activations = True
     layers = config.decoder().num_layers
     stream = rows * context * config.decoder().dim * dtype.itemsize
-    return layers * stream + everything // layers
+    products = _product_bytes(model, tokens) if checkpoint_activations == "selective" else 0
+    if products and fused_attention:    # the stand-in is no operation of PyTorch's
+        products += layers * rows * context * _attention_width(config.decoder()) * dtype.itemsize
+    return layers * stream + products + everything // layers
 
 
 def _kept_bytes(model: Decoder, tokens: Tensor) -> int:
@@ -110,6 +116,25 @@ def _kept_bytes(model: Decoder, tokens: Tensor) -> int:
         hidden = model.hidden(tokens)
     del hidden
     return sum(storage.nbytes() for storage in kept.values())
+
+
+def _product_bytes(model: Decoder, tokens: Tensor) -> int:
+    """Bytes of the results that selective checkpointing keeps."""
+    with _Products() as products, torch.no_grad():
+        model.hidden(tokens)
+    return products.bytes
+
+
+class _Products(TorchDispatchMode):
+    """Counts the results of the operations that selective checkpointing keeps."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, inputs: Any = (), options: Any = None) -> Any:
+        result = operation(*inputs, **(options or {}))
+        if operation in KEPT:
+            self.bytes += sum(t.nbytes for t in tree_leaves(result) if isinstance(t, Tensor))
+        return result
 
 
 class _FusedStandIn(torch.autograd.Function):

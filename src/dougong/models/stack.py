@@ -1,11 +1,13 @@
 """Layers over the residual stream: `x_BTD -> x_BTD`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from dougong.nn.attention import Attention, Cache
 from dougong.nn.dropout import Dropout
@@ -48,29 +50,57 @@ class PostNormBlock(Block):
 BLOCKS = {"pre": Block, "post": PostNormBlock}
 
 
-class Stack(nn.ModuleDict):
-    """Layers named "0", "1", …; `windows[i]` is how many keys layer i looks back on, None for all.
+Carry = tuple[Tensor, Tensor]
+"""what travels from layer to layer: the stream and the embedded tokens it began with, B T D each"""
 
-    `checkpoint_activations` (set by whoever assembles the run) keeps only each layer's input for the backward
-    pass and computes the rest again (Chen et al. 2016, arXiv:1604.06174), with the same random numbers:
-    gradients are bit-equal.
+Checkpointing = Literal["none", "selective", "full"]
+"""which activations a layer keeps for the backward pass: all, those of matrix products and attention, its input"""
+
+
+class Stack(nn.ModuleDict):
+    """Layers named "0", "1", …, of which some may be absent; `windows[i]` is how many keys layer i looks back on,
+    None for all.
+
+    `checkpoint_activations` (set by whoever assembles the run) lets layers keep less for the backward pass and compute
+    it again (Chen et al. 2016, arXiv:1604.06174; selective: arXiv:2205.05198, section 5), with the same random numbers.
     """
 
     def __init__(self, layers: Sequence[Block], *, windows: Sequence[int | None]) -> None:
         super().__init__({str(i): layer for i, layer in enumerate(layers)})
-        self.windows = tuple(windows)
-        self.checkpoint_activations = False
+        self.windows = {str(i): window for i, window in enumerate(windows)}
+        self.checkpoint_activations: Checkpointing = "none"
 
-    def forward(self, x_BTD: Float[Tensor, "B T D"], span: Span, position: Position, *,
-                values: Mapping[str, Tensor] | None = None,
-                cache: Cache | None = None) -> Float[Tensor, "B T D"]:
+    def forward(self, carry: Carry, span: Span, position: Position, *, values: Mapping[str, Tensor] | None = None,
+                cache: Cache | None = None, layers: Collection[str] | None = None) -> Carry:
+        """The carry after these layers (None: all that are here)."""
+        x_BTD, x0_BTD = carry
+        names = self.keys() if layers is None else layers
         rotation, seen = position.rotation(span, x_BTD.dtype), span.in_attention()
         bias = position.bias(seen)
         masks = {window: build_mask(seen, window=window, position_bias=bias, dtype=x_BTD.dtype)
-                 for window in set(self.windows)}
-        again = self.checkpoint_activations and self.training and torch.is_grad_enabled()
-        x0_BTD = x_BTD.view_as(x_BTD)   # another object, or compile takes the first layer for another kind
-        for (name, block), window in zip(self.items(), self.windows, strict=True):
-            inputs = (x_BTD, x0_BTD, masks[window], rotation, (values or {}).get(name), cache)
-            x_BTD = checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
-        return x_BTD
+                 for window in {self.windows[name] for name in names}}
+        again = self.checkpoint_activations if self.training and torch.is_grad_enabled() else "none"
+        first_BTD = x0_BTD.view_as(x0_BTD)   # another object, or compile takes the first layer for another kind
+        for name in names:
+            inputs = (x_BTD, first_BTD, masks[self.windows[name]], rotation, (values or {}).get(name), cache)
+            x_BTD = self[name](*inputs) if again == "none" else _CHECKPOINTS[again](self[name], *inputs)
+        return x_BTD, x0_BTD
+
+
+_aten = torch.ops.aten
+KEPT: set[Any] = {
+    _aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default, _aten._grouped_mm.default,
+    _aten._scaled_mm.default, _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default, _aten._scaled_dot_product_cudnn_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default, _aten._scaled_dot_product_attention_math.default}
+"""whose results selective checkpointing keeps: the dear ones"""
+
+
+def _policy(_context: Any, operation: Any, *_inputs: Any, **_options: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_CHECKPOINTS: dict[str, Callable[..., Any]] = {
+    "full": partial(checkpoint, use_reentrant=False),
+    "selective": partial(checkpoint, use_reentrant=False,
+                         context_fn=partial(create_selective_checkpoint_contexts, _policy))}

@@ -1,6 +1,6 @@
 """From token ids to the residual stream."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from jaxtyping import Float, Int
@@ -34,6 +34,8 @@ class TokenStem(nn.Module):
             x_BTD = x_BTD + position
         return self.dropout(self.norm(x_BTD.to(dtype)))
 
-    def value_embeddings(self, tokens_BT: Int[Tensor, "B T"], dtype: torch.dtype) -> dict[str, Tensor]:
-        """For each layer that has a table: B T (K·H)."""
-        return {layer: table(tokens_BT).to(dtype) for layer, table in self.values.items()}
+    def value_embeddings(self, tokens_BT: Int[Tensor, "B T"], dtype: torch.dtype,
+                         layers: Collection[str] | None = None) -> dict[str, Tensor]:
+        """For each layer (of these, if any are named) that has a table: B T (K·H)."""
+        return {layer: table(tokens_BT).to(dtype) for layer, table in self.values.items()
+                if layers is None or layer in layers}

@@ -98,7 +98,7 @@ class _Attention(torch.autograd.Function):
                 out[:, start:end] = y
         assert out is not None, "a sequence has at least one token"
         if noise is not None:
-            out.mul_(kept_scale(dropout))   # T × H numbers instead of T × S
+            out = out * kept_scale(dropout)     # T × H numbers, not T × S; checkpointing may keep the product
         ctx.save_for_backward(q, k, v, noise, *weights)
         ctx.dropout, ctx.block = dropout, block
         return out

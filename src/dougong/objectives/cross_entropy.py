@@ -52,43 +52,52 @@ def head_cross_entropy(head: nn.Module, x_ND: Float[Tensor, "N D"], targets_N: I
     5). No gradients of gradients.
     """
     rows = max(_LEAST_ROWS, settings.chunk_logits // vocab_size)
-    wanted = [p for p in parameters if p.requires_grad]
-    sums = _HeadCrossEntropy.apply(head, x_ND, targets_N, weight_N, rows, settings, *wanted)
-    return TokenSums(*sums)
+    wanted = [p for p in parameters if p.requires_grad] if torch.is_grad_enabled() else []
+    with_gradient = bool(wanted) or (x_ND.requires_grad and torch.is_grad_enabled())
+    totals, gradients = _through_the_head(head, x_ND, targets_N, weight_N, rows, settings,
+                                          [x_ND, *wanted] if with_gradient else [])
+    loss, nll, correct, z = totals.unbind()
+    if with_gradient:   # apart, so that a pipeline can ask for the gradient of x first and that of the weights later
+        loss = _Known.apply(loss, gradients[:1], x_ND) + _Known.apply(torch.zeros_like(loss), gradients[1:], *wanted)
+    return TokenSums(loss.clone(), nll, correct, z)
 
 
-class _HeadCrossEntropy(torch.autograd.Function):
+@torch.no_grad()
+def _through_the_head(head: nn.Module, x_ND: Tensor, targets_N: Tensor, weight_N: Tensor, rows: int,
+                      settings: LossSettings, wants: list[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+    """The four sums, and the loss's gradients to `wants` (x and parameters, or nothing)."""
+    grad_x = torch.empty_like(x_ND) if wants else None
+    grads: list[Tensor | None] = []
+    totals = torch.zeros(4, dtype=_accumulator(x_ND.dtype), device=x_ND.device)
+    for chunk in _chunks(len(x_ND), rows):
+        with torch.set_grad_enabled(bool(wants)):
+            x = x_ND[chunk].detach().requires_grad_(bool(wants))
+            logits = head(x)
+        sums, grad_logits = token_losses(logits.detach(), targets_N[chunk], weight_N[chunk], settings,
+                                         with_gradient=bool(wants))
+        totals += sums
+        if grad_x is not None:
+            first, *found = torch.autograd.grad(logits, [x, *wants[1:]], grad_logits, allow_unused=True)
+            grad_x[chunk] = first
+            grads = [_add(total, new) for total, new in zip(grads, found)] if grads else list(found)
+    return totals, [grad_x, *grads]
+
+
+class _Known(torch.autograd.Function):
+    """A value whose gradients to `inputs` are known already."""
+
     @staticmethod
-    def forward(ctx: Any, head: nn.Module, x_ND: Tensor, targets_N: Tensor, weight_N: Tensor, rows: int,
-                settings: LossSettings, *parameters: Tensor) -> tuple[Tensor, ...]:
-        wants = [x_ND, *parameters] if any(ctx.needs_input_grad) else []
-        grad_x = torch.empty_like(x_ND) if wants else None
-        grads: list[Tensor | None] = []
-        totals = torch.zeros(4, dtype=_accumulator(x_ND.dtype), device=x_ND.device)
-        for chunk in _chunks(len(x_ND), rows):
-            with torch.set_grad_enabled(bool(wants)):
-                x = x_ND[chunk].detach().requires_grad_(bool(wants))
-                logits = head(x)
-            sums, grad_logits = token_losses(logits.detach(), targets_N[chunk], weight_N[chunk], settings,
-                                             with_gradient=bool(wants))
-            totals += sums
-            if grad_x is not None:
-                first, *found = torch.autograd.grad(logits, [x, *parameters], grad_logits, allow_unused=True)
-                grad_x[chunk] = first
-                grads = [_add(total, new) for total, new in zip(grads, found)] if grads else list(found)
-        ctx.gradients = (grad_x, grads)
-        loss, *statistics = totals.unbind()
-        ctx.mark_non_differentiable(*statistics)
-        return loss.clone(), *statistics
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor | None], *inputs: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, factor: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x, grads = ctx.gradients
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = ctx.gradients
         # scaled in place below: a second backward through this graph must not find them
         del ctx.gradients
-        scaled = [g if g is None else g.mul_(factor.to(g.dtype)) for g in (grad_x, *grads)]
-        return None, scaled[0], None, None, None, None, *scaled[1:]
+        return None, None, *(g if g is None else g.mul_(factor.to(g.dtype)) for g in gradients)
 
 
 def token_losses(logits_NV: Float[Tensor, "N V"], targets_N: Int[Tensor, " N"], weight_N: Float[Tensor, " N"],

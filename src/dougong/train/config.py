@@ -21,6 +21,29 @@ class EMAConfig:
 
 
 @config
+class SpikeConfig:
+    """Steps whose loss or gradient norm leaps are not taken; when leaps persist, training goes back.
+
+    A value leaps when it lies `sigmas` standard deviations above the mean of the last `window` steps (OLMo 2, 2024,
+    arXiv:2501.00656, section 3) and, for the gradient norm, which clipping bounds anyway, above `times` that mean.
+    """
+
+    sigmas: Annotated[float, Field(gt=0)] = 6.0
+    """standard deviations above the mean"""
+    times: Annotated[float, Field(ge=1)] = 3.0
+    """a gradient norm must also be this many times the mean: rare but healthy batches reach twice"""
+    window: Annotated[int, Field(ge=8)] = 128
+    """steps that are remembered; nothing is judged before half of them are known"""
+    rewind_after: Annotated[int, Field(ge=1)] | None = 8
+    """leaps or non-finite steps among the last `rewind_within` after which training goes back to the last checkpoint
+    before them, and passes over their batches; None: never"""
+    rewind_within: Count = 32
+    """steps"""
+    max_rewinds: Annotated[int, Field(ge=0)] = 3
+    """times that training goes back before it stops"""
+
+
+@config
 class TrainConfig:
     """How long, in what portions, and what happens on the way."""
 
@@ -36,9 +59,9 @@ class TrainConfig:
     """largest norm of a parameter group's gradient; 0: no clipping"""
     ema: EMAConfig | None = None
     """None: no average is kept"""
-    gradient_checkpointing: bool = False
-    """keep only each block's input and compute the block again on the way back: less memory, about a third
-    slower"""
+    gradient_checkpointing: bool | Literal["selective"] = False
+    """true: keep only each block's input and compute the block again on the way back: least memory, about a third
+    slower; selective: keep the results of matrix products and attention too, and compute the cheap rest again"""
     log_every: Count = 1
     """steps that one `step` event sums up"""
     evaluate_every: Count | None = None
@@ -55,5 +78,19 @@ class TrainConfig:
     """evaluations without a better loss after which training stops; None: never"""
     max_skips: Annotated[int, Field(ge=0)] = 10
     """steps in a row with a non-finite loss or gradient that are skipped before training stops"""
+    spikes: SpikeConfig | None = None
+    """skip steps whose loss or gradient leaps; None: only those that are not finite"""
+    rerun: bool = True
+    """compute a suspicious step a second time, to tell its data from its hardware"""
+    log_layers_every: Count = 50
+    """steps between gradient norms by layer in the events; before a leap the last ones are always kept"""
+    gc_every: Count | None = None
+    """steps between Python's garbage collections, on all processes at once; None: whenever Python wants"""
     trackers: tuple[Tracker, ...] = ("tensorboard",)
     """where metrics go besides events.jsonl"""
+
+    @property
+    def checkpoint_activations(self) -> Literal["none", "selective", "full"]:
+        """`gradient_checkpointing` as the stack of layers names it."""
+        value = self.gradient_checkpointing
+        return value if isinstance(value, str) else "full" if value else "none"

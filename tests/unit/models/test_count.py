@@ -84,6 +84,6 @@ def test_fused_attention_and_checkpointing_keep_less():
     plain, fused, again = (
         count.activation_bytes(config, rows=2, context=64, fused_attention=False),
         count.activation_bytes(config, rows=2, context=64),
-        count.activation_bytes(config, rows=2, context=64, checkpoint_activations=True))
+        count.activation_bytes(config, rows=2, context=64, checkpoint_activations="full"))
     assert again < fused / 3 and fused < plain
     assert count.activation_bytes(config, rows=4, context=64) == pytest.approx(2 * fused, rel=0.02)

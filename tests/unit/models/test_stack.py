@@ -2,10 +2,12 @@
 
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dougong.core.errors import ConfigError
 from dougong.models import FAMILIES
@@ -42,12 +44,42 @@ def test_recomputed_activations_give_bit_equal_gradients_dropout_included(dtype)
     plain_loss, plain = _loss_and_gradients(model)
     calls = []
     model.stack["1"].feed_forward.register_forward_hook(lambda *_: calls.append(1))
-    model.stack.checkpoint_activations = True
+    model.stack.checkpoint_activations = "full"
     loss, again = _loss_and_gradients(model)
     assert len(calls) == 2, "each layer runs once forward and once more for the backward pass"
     assert torch.equal(loss, plain_loss) and all(torch.equal(again[n], plain[n]) for n in plain)
     tokens = torch.zeros(1, 4, dtype=torch.long)
     assert not torch.equal(model(tokens), model(tokens)), "dropout is at work"
+
+
+class _Calls(TorchDispatchMode):
+    """Counts operations by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.counts[str(operation)] += 1
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind, more", [("nano", {"value_embeddings": "all", "window": 5, "window_pattern": "SL"}),
+                                        ("qwen3", {"num_kv_heads": 2}),
+                                        ("nano", {"dropout": 0.3, "attention_dropout": 0.2})])
+def test_selective_recomputation_gives_bit_equal_gradients_and_repeats_no_matrix_product(kind, more):
+    model = _model(kind, **more).train()
+    products, losses, gradients = [], [], []
+    for checkpointing in ("none", "selective", "full"):
+        model.stack.checkpoint_activations = checkpointing
+        with _Calls() as calls:
+            loss, gradient = _loss_and_gradients(model)
+        products.append(sum(n for name, n in calls.counts.items() if "mm" in name))
+        losses.append(loss)
+        gradients.append(gradient)
+    assert products[0] == products[1] < products[2]
+    for loss, gradient in zip(losses[1:], gradients[1:]):
+        assert torch.equal(loss, losses[0]) and all(torch.equal(gradient[n], gradients[0][n]) for n in gradient)
 
 
 COMPILE = """
