@@ -23,7 +23,7 @@ CASES = {
     "packed, learned positions, value embeddings": Case(
         model=decoder(position=LearnedConfig(), value_embeddings="all"), packed=True),
     "packed, rope and alibi, checkpointed": Case(
-        model=decoder(position=RoPEALiBiConfig()), packed=True, checkpoint_activations=True),
+        model=decoder(position=RoPEALiBiConfig()), packed=True, checkpoint_activations="full"),
     "alibi": Case(model=decoder(position=ALiBiConfig())),
     "packed, sinusoidal": Case(model=decoder(position=SinusoidalConfig()), packed=True),
 }

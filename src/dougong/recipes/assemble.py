@@ -156,9 +156,9 @@ def _checkpoint_activations(model: nn.Module, recipe: Recipe) -> None:
     if recipe.train.gradient_checkpointing:
         stack: Any = getattr(model, "stack", None)
         if not hasattr(stack, "checkpoint_activations"):
-            raise ConfigError("train.gradient_checkpointing=true has no effect on a model without a stack of layers.\n"
+            raise ConfigError("train.gradient_checkpointing has no effect on a model without a stack of layers.\n"
                               "Leave it out, or lower train.micro_rows to save memory.")
-        stack.checkpoint_activations = True
+        stack.checkpoint_activations = recipe.train.checkpoint_activations
 
 
 def _own_randomness(mesh: Mesh) -> list[str]:
@@ -180,7 +180,7 @@ def divided_micro_rows(recipe: Recipe, runtime: Runtime) -> tuple[Recipe, Derive
         f"all {rows} rows of each process"
     if recipe.is_language_model:
         kept = count.activation_bytes(recipe.model, rows=1, context=recipe.model.context, dtype=runtime.dtype,
-                                      checkpoint_activations=bool(recipe.train.gradient_checkpointing))
+                                      checkpoint_activations=recipe.train.checkpoint_activations)
         per_row = kept / layout.size("tensor", "context", "pipeline")
         neighbours = 1 if runtime.device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         free = from_first(available_bytes(runtime.device)) / neighbours / 2

@@ -51,7 +51,7 @@ def _language_model(recipe: Recipe, total: int, runtime: Runtime) -> dict[str, A
         optimizer=recipe.optim.kind,
         ema=recipe.train.ema is not None, checkpoints_kept=recipe.train.keep_last + recipe.train.keep_best,
         activations_bytes=count.activation_bytes(recipe.model, rows=rows, context=context, dtype=runtime.dtype,
-                                                 checkpoint_activations=recipe.train.gradient_checkpointing,
+                                                 checkpoint_activations=recipe.train.checkpoint_activations,
                                                  fused_attention=_fuses_attention(context, runtime)),
         logits_bytes=_LOGIT_COPIES * logits * 4)
     return planned.to_dict()
