@@ -27,13 +27,13 @@ CASES = {
     "alibi": Case(model=decoder(position=ALiBiConfig())),
     "packed, sinusoidal": Case(model=decoder(position=SinusoidalConfig()), packed=True),
 }
-ROWS = [(name, method, LayoutConfig(context=4, replicate=1)) for name in
-        ("packed, one key head, windows", "packed, rope and alibi, checkpointed") for method in ("gather", "all_to_all")]
-ROWS += [(name, method, LayoutConfig(context=2, replicate=1)) for name in CASES if "windows" not in name
-         for method in ("gather", "all_to_all")]
-ROWS += [("packed", "gather", LayoutConfig(context=2, shard=2, replicate=1)),
-         ("packed", "all_to_all", LayoutConfig(context=2, shard=2, replicate=1)),
-         ("packed", "all_to_all", LayoutConfig(context=2, replicate=2))]
+METHODS = ("gather", "all_to_all")
+ON_FOUR = ("packed, one key head, windows", "packed, rope and alibi, checkpointed")
+ROWS = [(name, method, LayoutConfig(context=4, replicate=1)) for name in ON_FOUR for method in METHODS]
+ROWS += [(name, method, LayoutConfig(context=2, replicate=1)) for name in CASES for method in METHODS
+         if name not in ON_FOUR]
+ROWS += [("packed", method, LayoutConfig(context=2, shard=2, replicate=1)) for method in METHODS]
+ROWS += [("packed", "all_to_all", LayoutConfig(context=2, replicate=2))]
 
 
 @pytest.fixture(scope="module")

@@ -77,8 +77,8 @@ def why_not_context(config: Any, context: int, method: str, *, tensor: int = 1) 
                 "Try layout.context=1.")
     section = config.decoder()
     if section.context and section.context % context:
-        return (f"layout.context={context} does not divide model.context={section.context}: each process takes an equal "
-                f"stretch. Try layout.context={_largest_divisor(section.context, context)}.")
+        return (f"layout.context={context} does not divide model.context={section.context}: each process takes an "
+                f"equal stretch. Try layout.context={_largest_divisor(section.context, context)}.")
     if method == "gather":
         return None
     num_heads, num_kv_heads, _ = (heads // (tensor if i < 2 else 1)

@@ -11,6 +11,7 @@ from torch import nn
 from dougong.data.batch import Batch
 from dougong.objectives.losses import Losses
 from dougong.objectives.objective import Objective
+from dougong.parallel.context import context_slice
 from dougong.runtime.device import Runtime
 
 GradientFunction = Callable[[nn.Module, Objective, Sequence[Batch], float, Runtime], Losses]
@@ -31,7 +32,7 @@ def plain_gradients(model: nn.Module, objective: Objective, batches: Sequence[Ba
     for number, batch in enumerate(batches):
         if begin is not None:
             begin(number == len(batches) - 1)
-        batch = batch.to(runtime.device)
+        batch = context_slice(batch, runtime.mesh).to(runtime.device)
         losses = objective.losses(model, batch) if losses_of is None else losses_of(batch)
         last = len(losses.sums) - 1
         for index, (group, loss) in enumerate(losses.sums.items()):

@@ -10,6 +10,7 @@ from dougong.core.errors import ConfigError
 from dougong.data.batch import Batch
 from dougong.objectives.losses import Losses
 from dougong.objectives.objective import Objective
+from dougong.parallel.context import context_slice
 from dougong.parallel.data import CopiedGradients, GradientSums, divide, divided_gradients
 from dougong.parallel.gradients import GradientFunction, plain_gradients, why_not_additive
 from dougong.runtime.device import Runtime
@@ -74,7 +75,7 @@ def forward_only(model: nn.Module, objective: Objective, runtime: Runtime) -> Ca
 
     @torch.no_grad()
     def losses(batch: Batch) -> Losses:
-        return objective.losses(model, batch.to(runtime.device))
+        return objective.losses(model, context_slice(batch, runtime.mesh).to(runtime.device))
 
     return losses
 
