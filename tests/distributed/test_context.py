@@ -18,7 +18,7 @@ from dougong.runtime.mesh import Mesh
 HEADS = AttentionConfig(num_heads=4, num_kv_heads=1, qk_norm="learned")     # fewer key heads than processes
 CASES = {
     "plain": Case(),
-    "packed": Case(packed=True, micro_batches=2),
+    "packed": Case(packed=True, micro_batches=2, checkpoint_activations="selective"),
     "packed, one key head, windows": Case(model=decoder(attention=HEADS, window=5, window_pattern="SL"), packed=True),
     "packed, learned positions, value embeddings": Case(
         model=decoder(position=LearnedConfig(), value_embeddings="all"), packed=True),

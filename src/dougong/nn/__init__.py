@@ -22,6 +22,7 @@ FEED_FORWARDS = Table("feed-forward", {
     "swiglu": "dougong.nn.feed_forward:SwiGLUConfig",
     "gelu": "dougong.nn.feed_forward:GELUConfig",
     "relu2": "dougong.nn.feed_forward:ReLU2Config",
+    "moe": "dougong.nn.moe:MoEConfig",
 })
 RESIDUALS = Table("residual stream", {
     "plain": "dougong.nn.residual:PlainResidualConfig",
