@@ -70,12 +70,13 @@ def _sum_bucket(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Ten
     return work.get_future().then(lambda done: done.value()[0])
 
 
-def divide(model: nn.Module, mesh: Mesh, dtype: torch.dtype) -> list[nn.Parameter]:
+def divide(model: nn.Module, mesh: Mesh, dtype: torch.dtype, *, roots: Sequence[nn.Module] = ()) -> list[nn.Parameter]:
     """Divides every parameter over the axes that hold the same weights, each block by itself and the rest with the root.
 
     Blocks travel in `dtype`, in which they compute anyway; their gradients are summed in float32. Stem and head stay
     in their own precision, as their gradients add up over many tokens. Experts, divided already along `expert`, lie
     over the other axes; those that lie over none are returned, to be summed over the replicas by `GradientSums`.
+    `roots`: what is called from outside, where that is not the model itself but its pipeline stages.
     """
     low = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     policy = MixedPrecisionPolicy() if dtype == torch.float32 else low
@@ -88,7 +89,8 @@ def divide(model: nn.Module, mesh: Mesh, dtype: torch.dtype) -> list[nn.Paramete
             apart += experts.parameters()
     for block in getattr(model, "stack", nn.ModuleDict()).values():
         _wrap(block, mesh, SHARDS, mp_policy=policy, ignored_params=set(apart), **again)
-    _wrap(model, mesh, SHARDS, ignored_params=set(apart), reshard_after_forward=False)
+    for root in roots or [model]:
+        _wrap(root, mesh, SHARDS, ignored_params=set(apart), reshard_after_forward=False)
     if isinstance(model, FSDPModule) and hasattr(model, "hidden"):
         register_fsdp_forward_method(model, "hidden")
     return apart

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,11 +44,11 @@ def parallelize(model: nn.Module, objective: Objective, runtime: Runtime, *, mic
     sums: list[GradientSums] = []
     gradients: GradientFunction = divided_gradients
     losses = forward_only(model, objective, runtime)
+    stages: list[Any] = []
     if mesh.size("pipeline") > 1:
-        from dougong.parallel.pipeline import pipeline_gradients, split
+        from dougong.parallel.pipeline import split
 
-        model = split(model, mesh)
-        gradients = pipeline_gradients(model, runtime, micro_batches=micro_batches)
+        stages = split(model, mesh, micro_batches=micro_batches, compile=compile is not None)
     if mesh.size("expert") > 1:
         from dougong.parallel.expert import divide_experts
 
@@ -61,9 +63,15 @@ def parallelize(model: nn.Module, objective: Objective, runtime: Runtime, *, mic
         divide_context(model, mesh)
     if compile is not None:
         compile(model)
+    if stages:
+        from dougong.parallel.pipeline import Pipeline
+
+        pipeline = Pipeline(model, stages, runtime)
+        gradients = pipeline.gradients
+        losses = partial(pipeline.losses, objective)
     if mesh.size("shard", "tensor", "expert", "pipeline") == 1:
         return Parallel(model, CopiedGradients(), forward_only(model, objective, runtime))
-    apart = {id(p) for p in divide(model, mesh, runtime.dtype)}
+    apart = {id(p) for p in divide(model, mesh, runtime.dtype, roots=stages)}
     if apart and mesh.size("replicate") > 1:
         sums.append(GradientSums([name for name, p in model.named_parameters() if id(p) in apart],
                                  mesh.group("replicate")))
