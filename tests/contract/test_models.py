@@ -27,7 +27,10 @@ LANGUAGE_MODELS = {
     "llama biases": ("llama", FLAT | {"attention_bias": True, "mlp_bias": True, "head_dim": 10}),
     "qwen3": ("qwen3", FLAT | {"num_kv_heads": 1, "head_dim": 16}),
     "qwen3 windows": ("qwen3", FLAT | {"window": 5, "full_layers": 1}),
+    "qwen3_moe": ("qwen3_moe", FLAT | {"num_experts": 6, "top_k": 2, "ffn_dim": 20, "num_kv_heads": 2}),
     "nano": ("nano", FLAT),
+    "nano experts, balanced": ("nano", FLAT | {"feed_forward": {
+        "kind": "moe", "num_experts": 5, "top_k": 2, "ffn_dim": 16, "shared_experts": 1, "score": "sigmoid"}}),
     "nano everything": ("nano", FLAT | {"window": 4, "window_pattern": "SL", "value_embeddings": "alternate",
                                         "soft_cap": 5.0, "tied": True}),
     "decoder": ("decoder", SMALL | {"attention": HEADS}),
@@ -77,6 +80,14 @@ def assert_close(a, b, tolerance=1e-9):
     assert (a - b).abs().max() <= tolerance * max(1.0, b.abs().max().item())
 
 
+def assert_unchanged(name, a, b):
+    """Bit for bit; with experts to rounding, as an expert's product has as many rows as tokens chose it."""
+    if "moe" in str(LANGUAGE_MODELS[name]):
+        assert_close(a, b, tolerance=1e-13)
+    else:
+        assert torch.equal(a, b)
+
+
 @every
 def test_it_meets_the_protocol_and_its_shapes(name):
     model, tokens = model_of(name), tokens_of()
@@ -103,7 +114,7 @@ def test_a_later_token_changes_nothing_earlier(name):
     changed = tokens.clone()
     changed[:, 12] = (changed[:, 12] + 1) % 61
     before, after = model(tokens), model(changed)
-    assert torch.equal(before[:, :12], after[:, :12])
+    assert_unchanged(name, before[:, :12], after[:, :12])
     assert not torch.equal(before[:, 12:], after[:, 12:])
 
 
@@ -118,7 +129,7 @@ def test_packed_documents_do_not_see_each_other(name):
     # RoPE counts on across the row; only distances matter, but its angles are rounded to float32.
     assert_close(together[:, 7:], model(second), tolerance=1e-5)
     elsewhere = torch.cat([(first + 1) % 61, second], dim=1)
-    assert torch.equal(model(elsewhere, segment_BT=segment)[:, 7:], together[:, 7:])
+    assert_unchanged(name, model(elsewhere, segment_BT=segment)[:, 7:], together[:, 7:])
     # Without segments the second document reads the first, else this test would prove nothing.
     assert (model(packed)[:, 7:] - model(second)).abs().max() > 1e-3
 
@@ -225,10 +236,12 @@ def test_a_copy_is_a_model_of_its_own(name):
 
 
 @every
-def test_counts_are_those_of_the_real_model(name):
+def test_counts_are_those_of_the_real_model(name, monkeypatch):
+    monkeypatch.setattr("dougong.nn.moe._has_kernel", lambda *_: False)   # PyTorch's counter sees no grouped product
     config, model = config_of(name), model_of(name, torch.float32)
     counted = count.parameters(config)
     assert counted["total"] == sum(p.numel() for p in model.parameters()) == sum(counted["by_part"].values())
+    assert (count.active_parameters(config) < counted["total"]) == ("moe" in str(LANGUAGE_MODELS[name]))
     for block in model.stack.values():
         block.attention.kernel = explicit   # PyTorch's counter sees its products
     tokens = tokens_of(2, 40)
@@ -255,13 +268,13 @@ def test_bf16_computes_in_bf16_and_keeps_float32_weights(name):
     assert (logits.float() - exact).norm() / exact.norm() < 0.1
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen3", "nano", "decoder"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen3", "qwen3_moe", "nano", "decoder"])
 def test_missing_sizes_are_named(kind):
     with pytest.raises(ConfigError, match=r"vocab_size.*dim.*num_layers"):
         FAMILIES[kind]().build()
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen3", "nano"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen3", "qwen3_moe", "nano"])
 def test_heads_that_do_not_divide_the_width_get_a_suggestion(kind):
     with pytest.raises(ConfigError, match=r"dim=48.*num_heads=5.*Try num_heads=4"):
         from_dict(FAMILIES[kind], FLAT | {"num_heads": 5}).build()

@@ -7,6 +7,7 @@ FAMILIES = Table("model family", {
     "gpt2": "dougong.models.families.gpt2:GPT2Config",
     "llama": "dougong.models.families.llama:LlamaConfig",
     "qwen3": "dougong.models.families.qwen3:Qwen3Config",
+    "qwen3_moe": "dougong.models.families.qwen3_moe:Qwen3MoEConfig",
     "nano": "dougong.models.families.nano:NanoConfig",
     "linear": "dougong.models.families.linear:LinearConfig",
     "cnn": "dougong.models.families.cnn:CNNConfig",

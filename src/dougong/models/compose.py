@@ -40,7 +40,7 @@ class DecoderConfig:
     position: Annotated[Any, chosen_from(POSITIONS)] = RoPEConfig()
     """rope, learned, sinusoidal, alibi or none"""
     feed_forward: Annotated[Any, chosen_from(FEED_FORWARDS)] = SwiGLUConfig()
-    """swiglu, gelu or relu2"""
+    """swiglu, gelu, relu2 or moe"""
     norm: Annotated[Any, chosen_from(NORMS)] = RMSNormConfig()
     """rms_norm or layer_norm, in every layer and at the end"""
     norm_placement: Literal["pre", "post"] = "pre"

@@ -1,8 +1,8 @@
 """How large and how costly a model is, from its config alone: built on the meta device, so no weight exists.
 
-Conventions. `matrices` are the parameters that multiply every token, the head included (also when it is the
-embedding over again), the embedding look-up not. Training costs three forwards: the backward pass forms two
-products for each one of the forward. A causal query reads half of the context on average.
+Conventions. `matrices` are the parameters that multiply a token, the head included (also when it is the embedding over
+again), the embedding look-up and experts that a token does not visit not. Training costs three forwards: the backward
+pass forms two products for each one of the forward. A causal query reads half of the context on average.
 """
 
 import re
@@ -20,6 +20,7 @@ from dougong.nn.attention import Attention
 from dougong.nn.attention_kernels import explicit
 from dougong.nn.embedding import Embedding
 from dougong.nn.mask import Mask
+from dougong.nn.moe import MoE
 from dougong.nn.position import Position
 
 
@@ -36,11 +37,25 @@ def parameters(config: Any) -> dict[str, Any]:
     matrices = sum(p.numel() for p in model.parameters() if p.dim() > 1 and id(p) not in own)
     if isinstance(model, Decoder) and config.decoder().tied:
         matrices += model.head.weight.numel()
+    matrices -= _idle(model)
     by_part: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         by_part[_part(name)] += parameter.numel()
     return {"total": sum(by_part.values()), "embedding": embedding, "matrices": matrices,
             "by_part": dict(by_part)}
+
+
+def active_parameters(config: Any) -> int:
+    """Parameters that a token uses: all but those of the experts that it does not visit."""
+    model = _on_meta(config)
+    return sum(p.numel() for p in model.parameters()) - _idle(model)
+
+
+def _idle(model: nn.Module) -> int:
+    """Parameters of the experts that a token does not visit."""
+    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    return sum(stack.numel() // len(stack) * (len(stack) - layer.top_k)
+               for layer in layers for stack in layer.experts.parameters())
 
 
 def _part(name: str) -> str:

@@ -90,7 +90,7 @@ class MoE(nn.Module):
         self.register_buffer("load", torch.zeros(E) if balanced else None, persistent=False)
         self.exchange: Exchange | None = None
 
-    def forward(self, x_BTD: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+    def forward(self, x_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         x_MD = x_BTD.flatten(0, -2)
         weight_Mk, expert_Mk = self.route(x_MD)
         sorted_R, order_R = expert_Mk.flatten().sort(stable=True)
@@ -103,10 +103,8 @@ class MoE(nn.Module):
         rows_RD = self.experts(rows_RD, ends_E) if self.exchange is None else \
             self.exchange(self.experts, rows_RD, ends_E)
         y_MkD = _take(rows_RD, place_R, order_R, 1).unflatten(0, expert_Mk.shape)
-        y_MD = (y_MkD * weight_Mk.to(y_MkD.dtype)[..., None]).sum(1)
-        if self.shared is not None:
-            y_MD = y_MD + self.shared(x_MD)
-        return y_MD.view_as(x_BTD)
+        y_BTD = (y_MkD * weight_Mk.to(y_MkD.dtype)[..., None]).sum(1).view_as(x_BTD)
+        return y_BTD if self.shared is None else y_BTD + self.shared(x_BTD)
 
     def route(self, x_MD: Float[Tensor, "M D"]) -> tuple[Float[Tensor, "M k"], Int[Tensor, "M k"]]:
         """Weights and numbers of each token's experts; scores are computed in float32 at least."""

@@ -38,6 +38,14 @@ CASES = {
         "qwen3", QWEN3 | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1,
                           "num_hidden_layers": 3}),
 }
+QWEN3_MOE = QWEN3 | {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+CASES |= {
+    "qwen3_moe": ("qwen3_moe", QWEN3_MOE),
+    "qwen3_moe normalised, grouped, three experts each, windows": (
+        "qwen3_moe", QWEN3_MOE | {"norm_topk_prob": True, "num_key_value_heads": 2, "num_experts_per_tok": 3,
+                                  "attention_bias": True, "tie_word_embeddings": True, "use_sliding_window": True,
+                                  "sliding_window": 5}),
+}
 NO_DROPOUT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
 NO_IDS = {"bos_token_id": None, "eos_token_id": None}   # the defaults lie outside these small vocabularies
 
@@ -99,6 +107,7 @@ def test_logits_and_all_gradients_equal_transformers(case):
     assert error(our_logits, exact_logits) < TOLERANCE
     family = MAPS[kind]
     config = ours.config
+    their_gradients = family.apart(their_gradients)
     our_gradients = family.tensors_to_hf(config, our_gradients)
     exact_gradients = family.tensors_to_hf(config, exact_gradients)
     assert set(our_gradients) == set(their_gradients)
@@ -118,10 +127,10 @@ def test_import_export_import_is_bit_identical(case):
     theirs, family = reference(kind, keys), MAPS[kind]
     config = family.config_from_hf(theirs.config.to_dict())
     tensors = family.tensors_from_hf(config, theirs.state_dict())
-    exported = family.tensors_to_hf(config, tensors)
+    exported, stored = family.tensors_to_hf(config, tensors), family.apart(theirs.state_dict())
     for name, tensor in exported.items():
-        assert torch.equal(tensor, theirs.state_dict()[name]), name
-    left = set(theirs.state_dict()) - set(exported)
+        assert torch.equal(tensor, stored[name]), name
+    left = set(stored) - set(exported)
     assert left <= {"lm_head.weight"} and (not left or config.tied)
     again = family.tensors_from_hf(family.config_from_hf(family.config_to_hf(config)), exported)
     assert again.keys() == tensors.keys() and all(torch.equal(again[n], tensors[n]) for n in tensors)
@@ -145,7 +154,7 @@ def test_an_exported_config_builds_the_same_model_in_transformers(case, tmp_path
         assert torch.equal(rebuilt.eval()(tokens).logits, theirs.eval()(tokens).logits)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen3"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen3", "qwen3_moe"])
 def test_keys_absent_from_a_config_have_transformers_defaults(kind):
     defaults = transformers.AutoConfig.for_model(kind).to_dict()
     assert MAPS[kind].config_from_hf({"model_type": kind}) == MAPS[kind].config_from_hf(defaults)
@@ -165,6 +174,8 @@ def test_legacy_rope_key_is_read_and_written():
     ("qwen3", {"model_type": "qwen2"}, "model_type"),
     ("qwen3", {"use_sliding_window": True, "num_hidden_layers": 2,
                "layer_types": ["sliding_attention", "full_attention"]}, "layer_types"),
+    ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step"),
+    ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers"),
 ])
 def test_a_config_that_computes_something_else_is_refused(kind, keys, word):
     with pytest.raises(ConfigError, match=word):
@@ -196,6 +207,26 @@ def test_a_tied_config_with_a_head_of_its_own_is_refused():
     config = MAPS["llama"].config_from_hf(theirs.config.to_dict() | {"tie_word_embeddings": True})
     with pytest.raises(CheckpointError, match="tie_word_embeddings"):
         MAPS["llama"].tensors_from_hf(config, theirs.state_dict())
+
+
+def test_experts_are_stored_one_by_one_as_published(tmp_path):
+    from safetensors.torch import load_file
+
+    theirs = reference("qwen3_moe", QWEN3_MOE)
+    theirs.save_pretrained(tmp_path)
+    published, family = load_file(tmp_path / "model.safetensors"), MAPS["qwen3_moe"]
+    config = family.config_from_hf(theirs.config.to_dict())
+    exported = family.tensors_to_hf(config, family.tensors_from_hf(config, published))
+    assert "model.layers.1.mlp.experts.5.down_proj.weight" in exported and exported.keys() == published.keys()
+    assert all(torch.equal(exported[name], published[name]) for name in published)
+
+
+def test_export_refuses_a_router_with_a_bias():
+    config = MAPS["qwen3_moe"].config_from_hf(QWEN3_MOE)
+    import dataclasses
+
+    with pytest.raises(ConfigError, match="balance=none"):
+        MAPS["qwen3_moe"].config_to_hf(dataclasses.replace(config, balance="bias"))
 
 
 def test_export_refuses_what_gpt2_cannot_express():

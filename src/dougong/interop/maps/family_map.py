@@ -17,6 +17,8 @@ class Stored:
     ours: tuple[str, ...]
     transposed: bool = False
     """stored as (inputs, outputs), as GPT-2's Conv1D does"""
+    expert: int | None = None
+    """the place of this tensor in ours, which stacks the matrices of all experts; places are listed in order"""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class FamilyMap:
     """family config -> stored name -> our names"""
     ignored: tuple[str, ...] = ()
     """ends of names that old checkpoints carry and no model needs"""
+    apart: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict
+    """splits what some version of transformers joins"""
 
     def tensors_from_hf(self, config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Stored tensors as our state dict. Raises CheckpointError naming what is missing, left over or
@@ -47,24 +51,28 @@ class FamilyMap:
                 f"the tensors are not those of {self.architecture} with {config.num_layers} layers: "
                 f"missing {missing[:3] or 'none'} ({len(missing)}), left over {extra[:3] or 'none'} "
                 f"({len(extra)}).{hint} Check that config.json belongs to these weights.")
-        ours = {}
+        ours: dict[str, Tensor] = {}
+        stacks: dict[str, list[Tensor]] = {}
         for name, stored in expected.items():
             tensor = found[name].t() if stored.transposed else found[name]
-            ours |= dict(zip(stored.ours, (part.contiguous() for part in tensor.chunk(len(stored.ours)))))
-        return ours
+            if stored.expert is not None:
+                stacks.setdefault(stored.ours[0], []).append(tensor)
+            else:
+                ours |= dict(zip(stored.ours, (part.contiguous() for part in tensor.chunk(len(stored.ours)))))
+        return ours | {name: torch.stack(matrices) for name, matrices in stacks.items()}
 
     def tensors_to_hf(self, config: Any, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Our state dict as stored tensors; the inverse of `tensors_from_hf`, bit for bit."""
         stored_tensors = {}
         for name, stored in self.names(config).items():
-            parts = [ours[part] for part in stored.ours]
+            parts = [ours[part] if stored.expert is None else ours[part][stored.expert] for part in stored.ours]
             tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
             stored_tensors[name] = (tensor.t() if stored.transposed else tensor).contiguous()
         return stored_tensors
 
     def _normalised(self, config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found = {}
-        for name, tensor in tensors.items():
+        for name, tensor in self.apart(tensors).items():
             if not name.startswith((self.base_prefix, "lm_head.")):
                 name = self.base_prefix + name
             if not name.endswith(self.ignored or ("\0",)):

@@ -51,12 +51,18 @@ def names(config: LlamaConfig) -> dict[str, Stored]:
 
 def layer(theirs: str, ours: str, *, attention_bias: bool, mlp_bias: bool) -> dict[str, Stored]:
     """One layer, as Llama and its relatives call it."""
+    table = attention(theirs, ours, bias=attention_bias)
+    for name in ("gate", "up", "down"):
+        table |= linear(f"{theirs}.mlp.{name}_proj", f"{ours}.feed_forward.{name}", bias=mlp_bias)
+    return table
+
+
+def attention(theirs: str, ours: str, *, bias: bool) -> dict[str, Stored]:
+    """A layer's norms and its attention."""
     table = linear(f"{theirs}.input_layernorm", f"{ours}.attention_norm", bias=False)
     table |= linear(f"{theirs}.post_attention_layernorm", f"{ours}.feed_forward_norm", bias=False)
     for short, name in (("q", "query"), ("k", "key"), ("v", "value"), ("o", "output")):
-        table |= linear(f"{theirs}.self_attn.{short}_proj", f"{ours}.attention.{name}", bias=attention_bias)
-    for name in ("gate", "up", "down"):
-        table |= linear(f"{theirs}.mlp.{name}_proj", f"{ours}.feed_forward.{name}", bias=mlp_bias)
+        table |= linear(f"{theirs}.self_attn.{short}_proj", f"{ours}.attention.{name}", bias=bias)
     return table
 
 

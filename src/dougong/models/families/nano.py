@@ -1,9 +1,11 @@
 """Our small fast family: what the nanoGPT speedruns found to learn most per second, without a format to
 fit."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from dougong.core.config import config
+from dougong.core.config import chosen_from, config
+from dougong.core.errors import ConfigError
+from dougong.nn import FEED_FORWARDS
 from dougong.nn.ranges import Count, NotNegative, Positive, Probability
 
 if TYPE_CHECKING:
@@ -31,6 +33,8 @@ class NanoConfig:
     """heads, dividing `dim`; derived: from the size dial"""
     ffn_dim: Count | None = None
     """feed-forward width; derived: 4 × dim"""
+    feed_forward: Annotated[Any, chosen_from(FEED_FORWARDS, optional=True)] = None
+    """null: relu2 of ffn_dim; or another, such as moe, whose width is its own"""
     position: Literal["rope", "rope_alibi"] = "rope"
     """rope_alibi adds a preference for what is near: faster to learn in the first minute, no gain later"""
     rope_theta: Positive = 10_000.0
@@ -64,12 +68,15 @@ class NanoConfig:
         from dougong.nn.position import RoPEALiBiConfig, RoPEConfig
         from dougong.nn.residual import X0ResidualConfig
 
+        if self.feed_forward is not None and self.ffn_dim is not None:
+            raise ConfigError(f"ffn_dim={self.ffn_dim} is the width of nano's own feed-forward, and feed_forward="
+                              f"{self.feed_forward.kind} replaces it. Try feed_forward.ffn_dim={self.ffn_dim} instead.")
         return DecoderConfig(
             vocab_size=self.vocab_size, context=self.context, dim=self.dim, num_layers=self.num_layers,
             attention=AttentionConfig(num_heads=self.num_heads, qk_norm="plain",
                                       dropout=self.attention_dropout),
             position={"rope": RoPEConfig, "rope_alibi": RoPEALiBiConfig}[self.position](theta=self.rope_theta),
-            feed_forward=ReLU2Config(ffn_dim=self.ffn_dim),
+            feed_forward=self.feed_forward or ReLU2Config(ffn_dim=self.ffn_dim),
             norm={"rms_norm": RMSNormConfig, "layer_norm": LayerNormConfig}[self.norm](learned=False),
             embedding_norm=True,
             residual=X0ResidualConfig(origin=self.x0_init),
