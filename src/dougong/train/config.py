@@ -72,6 +72,8 @@ class TrainConfig:
     """steps; derived: about a minute of training"""
     keep_last: Count = 2
     """checkpoints kept besides the best"""
+    keep_every: Count | None = None
+    """steps between checkpoints that are saved and never removed; None: there are none"""
     keep_best: bool = True
     """keep the checkpoint with the lowest validation loss"""
     patience: Count | None = None

@@ -1,8 +1,8 @@
 """Writing one safetensors file: hashed while it is written, on disk when the call returns.
 
 The safetensors package writes well but reports a full disk as its own error type, does not sync, and would
-have to be read again for the checksum. The format is a length, a JSON header and the bytes; reading is left
-to the package.
+have to be read again for the checksum. The format is a length, a JSON header and the bytes; reading tensors is
+left to the package.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ from torch import Tensor
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
           torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
           torch.bool: "BOOL"}
+TYPES = {name: dtype for dtype, name in _NAMES.items()}
 _ALIGNMENT = 8
 
 
@@ -43,6 +44,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor],
         file.flush()
         os.fsync(file.fileno())
     return {"sha256": digest.hexdigest(), "bytes": 8 + len(text) + position}
+
+
+def read_header(path: Path) -> dict:
+    """Name -> {"dtype", "shape", "data_offsets"}, and "__metadata__" where there is any, without the bytes."""
+    with open(path, "rb") as file:
+        return json.loads(file.read(int.from_bytes(file.read(8), "little")))
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from dougong.train.parts import fill, local
 
 
 class Shadow:
@@ -14,7 +17,7 @@ class Shadow:
     EMA: every=1, tau=1-decay. DQN's target: every=1000, tau=1. A self-supervised teacher: every=1, tau=0.004.
     With `debias` the k-th update moves by at least 1/(k+1), so the first weights are not remembered for ever
     (Tarvainen and Valpola 2017, arXiv:1703.01780). Floating buffers (batch statistics) follow likewise,
-    others are copied.
+    others are copied. Of a sharded model each process follows its own part, without a message.
     """
 
     def __init__(self, model: nn.Module, *, every: int = 1, tau: float, debias: bool = True) -> None:
@@ -31,7 +34,7 @@ class Shadow:
         tau = max(self.tau, 1 / (self.updates + 1)) if self.debias else self.tau
         source = tracked(model)
         moving = [name for name, tensor in source.items() if tensor.is_floating_point()]
-        torch._foreach_lerp_([self.tensors[n] for n in moving], [source[n].detach() for n in moving], tau)
+        torch._foreach_lerp_([local(self.tensors[n]) for n in moving], [local(source[n]) for n in moving], tau)
         for name in source.keys() - set(moving):
             self.tensors[name].copy_(source[name])
 
@@ -48,7 +51,13 @@ class Shadow:
     @torch.no_grad()
     def _exchange(self, model: nn.Module) -> None:
         for name, tensor in tracked(model).items():
-            tensor.data, self.tensors[name] = self.tensors[name], tensor.data
+            if isinstance(tensor, DTensor):     # FSDP keeps views of this memory: contents change places, not pointers
+                mine, lagged = local(tensor), local(self.tensors[name])
+                before = mine.clone()
+                mine.copy_(lagged)
+                lagged.copy_(before)
+            else:
+                tensor.data, self.tensors[name] = self.tensors[name], tensor.data
 
     def __call__(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """`model(*args)` computed with the lagged weights, the model itself untouched: a target's or
@@ -62,7 +71,7 @@ class Shadow:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.updates = int(state["updates"])
         for name, tensor in self.tensors.items():
-            tensor.copy_(state["tensors"][name])
+            fill(tensor, state["tensors"][name])
 
 
 def tracked(model: nn.Module) -> dict[str, Tensor]:

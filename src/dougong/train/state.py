@@ -1,6 +1,6 @@
 """Everything that training changes, in one place that can be saved and put back."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from dougong.core.errors import CheckpointError
 from dougong.data.batch import Batch
 from dougong.runtime import seeds
+from dougong.train.parts import fill
 from dougong.train.shadow import Shadow, tracked
+from dougong.train.spikes import Rewind, Spikes
 
 
 class Loader(Protocol):
@@ -27,8 +29,9 @@ class TrainState:
 
     `step` and `tokens` count what was done, `elapsed_s` is training time over all attempts, `skips` the
     skipped steps in a row, `best` the lowest validation loss with its step and the evaluations since
-    (`waited`), `window` the sums of steps not yet logged. `stop` is set by whoever wants training to end
-    after this step, and names the reason; it is not saved.
+    (`waited`), `window` the sums of steps not yet logged, `spikes` what is known of losses and
+    norms so far. `stop` is set by whoever wants training to end after this step, and names the reason; `rewind` is set
+    by the loop when it has to go back (train/rewind.py); neither is saved.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Callable[[int], float],
@@ -39,7 +42,9 @@ class TrainState:
         self.elapsed_s = 0.0
         self.best: dict[str, Any] | None = None
         self.window: dict[str, float] = {}
+        self.spikes = Spikes()
         self.stop: str | None = None
+        self.rewind: Rewind | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """`tensors`: file -> name -> tensor (the live ones); `json`: all the rest as JSON values."""
@@ -50,7 +55,7 @@ class TrainState:
                    "rng": {name: rng.pop(name) for name in ("torch", "cuda") if name in rng}}
         counters = {name: getattr(self, name) for name in _COUNTERS}
         json = {**counters, "optimizer": optimizer_json, "loader": self.loader.state_dict(), "rng": rng,
-                "shadow": None}
+                "shadow": None, "spikes": self.spikes.state_dict()}
         if self.shadow:
             shadow = self.shadow.state_dict()
             tensors["shadow"] = shadow["tensors"]
@@ -61,51 +66,94 @@ class TrainState:
         """Puts back what `state_dict` returned. Raises CheckpointError, before anything changes, if it is of
         another model, optimiser or averaging."""
         tensors, json = state["tensors"], state["json"]
-        _check(self, tensors, json)
+        check(self, tensors["model"], json)
         load_weights(self.model, tensors["model"])
-        self.optimizer.load_state_dict(_unflatten_optimizer(self.optimizer, tensors["optimizer"],
-                                                            json["optimizer"]))
+        self.optimizer.load_state_dict(_unflatten_optimizer(
+            self.optimizer, tensors["optimizer"], narrow_optimizer(self.optimizer, json["optimizer"])))
         if self.shadow:
             self.shadow.load_state_dict({"updates": json["shadow"]["updates"], "tensors": tensors["shadow"]})
         self.loader.load_state_dict(json["loader"])
         for name in _COUNTERS:
             setattr(self, name, json[name])
+        if "spikes" in json:
+            self.spikes.load_state_dict(json["spikes"])
         seeds.set_rng_state({**json["rng"], **tensors["rng"]})
 
 
 _COUNTERS = ("step", "tokens", "skips", "elapsed_s", "best", "window")
 
 
-@torch.no_grad()
 def load_weights(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copies tensors into a model by name. Raises CheckpointError naming what is missing, unknown or
-    misshapen."""
+    """Copies tensors (whole, or placed like the model's) into a model by name. Raises CheckpointError naming what is
+    missing, unknown or misshapen."""
     own = tracked(model)
-    _same_tensors("model", own, tensors)
+    _same_tensors("model", own, shapes(tensors))
     for name, tensor in own.items():
-        tensor.copy_(tensors[name])
+        fill(tensor, tensors[name])
 
 
-def _check(state: TrainState, tensors: dict[str, dict[str, Tensor]], json: dict[str, Any]) -> None:
-    _same_tensors("model", tracked(state.model), tensors["model"])
+def check(state: TrainState, saved: Mapping[str, Any], json: dict[str, Any], *, elsewhere: Iterable[str] = (),
+          elsewhere_trained: Iterable[str] = ()) -> None:
+    """Raises CheckpointError where a checkpoint with these model tensors (or their shapes) is of another model,
+    optimiser or averaging. `elsewhere`: names of tensors, and of trained parameters, that other processes hold."""
+    _same_tensors("model", tracked(state.model), shapes(saved), elsewhere)
     if (state.shadow is not None) != (json["shadow"] is not None):
         raise CheckpointError("the checkpoint was made " + ("without" if state.shadow else "with")
                               + " an average of the weights (train.ema). Resume with the recipe it was made "
                                 "with.")
-    saved = [group["param_names"] for group in json["optimizer"]["groups"]]
-    own = [group["param_names"] for group in state.optimizer.param_groups]
-    if saved != own or json["optimizer"]["class"] != type(state.optimizer).__name__:
-        raise CheckpointError(f"the checkpoint's optimiser is {json['optimizer']['class']} with "
-                              f"{len(saved)} parameter "
-                              f"groups, this one is {type(state.optimizer).__name__} with {len(own)}.\n"
+    narrow_optimizer(state.optimizer, json["optimizer"], elsewhere_trained)
+
+
+def narrow_optimizer(optimizer: torch.optim.Optimizer, json: dict[str, Any],
+                     elsewhere: Iterable[str] = ()) -> dict[str, Any]:
+    """What a checkpoint says of an optimiser's parameters, in the order of its groups. Raises CheckpointError where it
+    is another class, has parameters that nobody here has, or had apart in groups what is together here."""
+    home = {name: number for number, group in enumerate(json["groups"]) for name in group["param_names"]}
+    own = [group["param_names"] for group in optimizer.param_groups]
+    names = {name for group in own for name in group}
+    homes = [{home.get(name) for name in group} for group in own]
+    # groups that agree in every setting are one group where stages were put together
+    apart = {(min(map(str, one)), _settings(group)) for one, group in zip(homes, optimizer.param_groups)}
+    if (json["class"] != type(optimizer).__name__ or home.keys() != names.union(elsewhere)
+            or any(len(one) > 1 for one in homes) or len({one for one, _ in apart}) < len(apart)):
+        raise CheckpointError(f"the checkpoint's optimiser is {json['class']} with "
+                              f"{len(json['groups'])} parameter "
+                              f"groups, this one is {type(optimizer).__name__} with {len(own)}.\n"
                               "Resume with the recipe the checkpoint was made with.")
+    groups = [{**json["groups"][home[group[0]]], "param_names": group} for group in own]
+    values = {key: value for key, value in json["values"].items() if key.rpartition("/")[0] in names}
+    return {**json, "groups": groups, "values": values}
 
 
-def _same_tensors(what: str, own: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+def _settings(group: dict[str, Any]) -> str:
+    return str(sorted((key, value) for key, value in group.items() if key not in ("params", "param_names")))
+
+
+def merge_optimizers(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """What is said of one optimiser by processes that hold different parameters: groups of equal settings are one."""
+    groups: dict[str, dict[str, Any]] = {}
+    values: dict[str, Any] = {}
+    kind = ""
+    for part in parts:
+        kind = part["class"]
+        values |= part["values"]
+        for group in part["groups"]:
+            merged = groups.setdefault(_settings(group), {**group, "param_names": []})
+            merged["param_names"] += [name for name in group["param_names"] if name not in merged["param_names"]]
+    return {"class": kind, "groups": list(groups.values()), "values": values}
+
+
+def shapes(tensors: Mapping[str, Any]) -> dict[str, torch.Size]:
+    """Shapes of the whole tensors, of whatever part of them is here."""
+    return {name: value.shape if isinstance(value, Tensor) else value for name, value in tensors.items()}
+
+
+def _same_tensors(what: str, own: dict[str, Tensor], saved: dict[str, torch.Size],
+                  elsewhere: Iterable[str] = ()) -> None:
     lines = [f"missing: {name}" for name in own.keys() - saved.keys()]
-    lines += [f"unknown: {name}" for name in saved.keys() - own.keys()]
-    lines += [f"{name}: {tuple(saved[name].shape)} in the checkpoint, {tuple(own[name].shape)} here"
-              for name in own.keys() & saved.keys() if own[name].shape != saved[name].shape]
+    lines += [f"unknown: {name}" for name in saved.keys() - own.keys() - set(elsewhere)]
+    lines += [f"{name}: {tuple(saved[name])} in the checkpoint, {tuple(own[name].shape)} here"
+              for name in own.keys() & saved.keys() if own[name].shape != saved[name]]
     if lines:
         shown = "\n  ".join(sorted(lines)[:8]) + (f"\n  … and {len(lines) - 8} more" if len(lines) > 8
                                                   else "")
