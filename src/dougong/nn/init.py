@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor, nn
 
-from dougong.runtime.parts import part_of
+from dougong.runtime.parts import local, part_of
 from dougong.runtime.seeds import derive
 
 Init = Callable[[Tensor, Generator], None]
@@ -79,8 +79,8 @@ def initialise(model: nn.Module, seed: int) -> None:
 
 
 def _fill(parameter: Tensor, rule: Init, generator: Generator) -> None:
-    part = getattr(parameter, "_local_tensor", None)
-    if part is None:
+    part = local(parameter)
+    if part is parameter:
         rule(parameter, generator)
     elif isinstance(rule, Constant):
         rule(part, generator)

@@ -66,14 +66,16 @@ def head_cross_entropy(head: nn.Module, x_ND: Float[Tensor, "N D"], targets_N: I
 def _through_the_head(head: nn.Module, x_ND: Tensor, targets_N: Tensor, weight_N: Tensor, rows: int,
                       settings: LossSettings, wants: list[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
     """The four sums, and the loss's gradients to `wants` (x and parameters, or nothing)."""
+    part = getattr(head, "part", head)                              # a head in parts along the vocabulary has its own
+    losses = getattr(head, "token_losses", token_losses)            # logits and losses (`parallel.vocabulary`)
     grad_x = torch.empty_like(x_ND) if wants else None
     grads: list[Tensor | None] = []
     totals = torch.zeros(4, dtype=_accumulator(x_ND.dtype), device=x_ND.device)
     for chunk in _chunks(len(x_ND), rows):
         with torch.set_grad_enabled(bool(wants)):
             x = x_ND[chunk].detach().requires_grad_(bool(wants))
-            logits = head(x)
-        sums, grad_logits = token_losses(logits.detach(), targets_N[chunk], weight_N[chunk], settings,
+            logits = part(x)
+        sums, grad_logits = losses(logits.detach(), targets_N[chunk], weight_N[chunk], settings,
                                          with_gradient=bool(wants))
         totals += sums
         if grad_x is not None:

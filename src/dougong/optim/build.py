@@ -8,6 +8,7 @@ from torch import nn
 
 from dougong.core.config import config
 from dougong.core.errors import ConfigError
+from dougong.optim import divided
 from dougong.optim.groups import GroupRules, check_patterns, hidden_matrices, parameter_groups, trainable
 from dougong.optim.muon import Muon, Scale
 
@@ -38,7 +39,8 @@ class AdamWConfig:
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         groups = _groups(self, model, betas=self.betas, eps=self.eps)
-        return torch.optim.AdamW(groups, fused=_fused(model))
+        kind = divided.AdamW if divided.in_parts(model) else torch.optim.AdamW
+        return kind(groups, fused=_fused(model))
 
 
 @config
@@ -59,7 +61,8 @@ class AdamConfig:
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         groups = _groups(self, model, betas=self.betas, eps=self.eps)
-        return torch.optim.Adam(groups, fused=_fused(model))
+        kind = divided.Adam if divided.in_parts(model) else torch.optim.Adam
+        return kind(groups, fused=_fused(model))
 
 
 @config
@@ -81,7 +84,7 @@ class SGDConfig:
         if self.nesterov and not self.momentum:
             raise ConfigError("nesterov=true has no effect without momentum. Try momentum=0.9.")
         groups = _groups(self, model, momentum=self.momentum, nesterov=self.nesterov)
-        return torch.optim.SGD(groups, fused=_fused(model))
+        return torch.optim.SGD(groups, fused=_fused(model) and not divided.in_parts(model))
 
 
 @config

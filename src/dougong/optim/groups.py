@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dougong.core.errors import ConfigError, did_you_mean
+from dougong.nn.moe import Experts
 
 _TABLES = re.compile("Embedding|Position")
 
@@ -28,7 +29,8 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
 
 
 def hidden_matrices(model: nn.Module, excluded: Sequence[str] = ()) -> set[str]:
-    """Names of the matrices that Muon is for: 2-D weights that map activations to activations.
+    """Names of the matrices that Muon is for: 2-D weights that map activations to activations, and experts' stacks of
+    such.
 
     Not so: tables of embeddings or positions (rows are looked up, not multiplied), the head (`model.head`),
     anything matching `excluded`.
@@ -39,7 +41,9 @@ def hidden_matrices(model: nn.Module, excluded: Sequence[str] = ()) -> set[str]:
     if isinstance(head := getattr(model, "head", None), nn.Module):
         outside |= {id(p) for p in head.parameters()}
     taken = {name for pattern in excluded for name in _matching(pattern, names)}
-    return {name for name, p in names.items() if p.ndim == 2 and id(p) not in outside and name not in taken}
+    stacks = {id(p) for module in model.modules() if isinstance(module, Experts) for p in module.parameters(recurse=False)}
+    return {name for name, p in names.items()
+            if (p.ndim == 2 or id(p) in stacks) and id(p) not in outside and name not in taken}
 
 
 def parameter_groups(parameters: Mapping[str, Tensor], rules: GroupRules, *, lr: float, weight_decay: float,

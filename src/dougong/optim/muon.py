@@ -15,6 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from dougong.runtime.parts import local
+
 # steepest at zero while mapping [0, 1] into about [0.7, 1.2] (the post)
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _EPS = 1e-7
@@ -36,7 +38,7 @@ def orthogonalise(x_KMN: Float[Tensor, "K M N"], *, steps: int = 5) -> Float[Ten
 
 
 class Muon(torch.optim.Optimizer):
-    """Groups with `algorithm="muon"` hold matrices and take Muon; those with `"adamw"` take torch's fused
+    """Groups with `algorithm="muon"` hold matrices (or stacks of them) and take Muon; those with `"adamw"` take torch's fused
     AdamW.
 
     Momentum is an exponential average, as in torch.optim.Muon. `dtype` is the type of the Newton–Schulz
@@ -49,7 +51,7 @@ class Muon(torch.optim.Optimizer):
         self.dtype = dtype
         for group in self.param_groups:
             assert group["algorithm"] in ("muon", "adamw")
-            assert group["algorithm"] == "adamw" or all(p.ndim == 2 for p in group["params"])
+            assert group["algorithm"] == "adamw" or all(p.ndim in (2, 3) for p in group["params"])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -65,22 +67,37 @@ class Muon(torch.optim.Optimizer):
         for p in parameters:
             if "momentum" not in self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
-        momenta = [self.state[p]["momentum"] for p in parameters]
-        gradients = [p.grad for p in parameters if p.grad is not None]
+        momenta = [local(self.state[p]["momentum"]) for p in parameters]
+        gradients = [local(p.grad) for p in parameters if p.grad is not None]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         updates = torch._foreach_lerp(gradients, momenta, group["momentum"]) if group["nesterov"] else momenta
-        for members in _same_shape(parameters):
-            result = orthogonalise(_stack([updates[i] for i in members], self.dtype), steps=group["steps"])
-            for i, update in zip(members, result.unbind()):
+        for members in _alike(parameters):
+            stacked = _stack([updates[i] for i in members], self.dtype)
+            for i, update in zip(members, self._orthogonal(stacked, parameters[members[0]], group["steps"]).unbind()):
                 self._move(group, parameters[i], update)
 
-    def _move(self, group: dict[str, Any], p: Tensor, update: Tensor) -> None:
-        decay = group["lr"] * group["weight_decay"]
+    def _orthogonal(self, stacked: Tensor, like: Tensor, steps: int) -> Tensor:
+        """The stacked updates of parameters that lie `like` one of them, orthogonalised.
+
+        Matrices in parts are exchanged so that each process gets whole ones, an equal share of them, and go back when
+        done: no process orthogonalises what another does. A parameter of three axes is a stack of matrices already,
+        divided, if at all, between them.
+        """
+        if like.ndim == 3:
+            return orthogonalise(stacked.flatten(0, 1), steps=steps).view_as(stacked)
+        if local(like) is like:
+            return orthogonalise(stacked, steps=steps)
+        from dougong.optim.divided import whole_matrices
+
+        return whole_matrices(stacked, like, lambda whole: orthogonalise(whole, steps=steps))
+
+    def _move(self, group: dict[str, Any], parameter: Tensor, update: Tensor) -> None:
+        p, decay = local(parameter), group["lr"] * group["weight_decay"]
         if decay and group["cautious"]:
             p.sub_(p * (p * update > 0), alpha=decay)
         elif decay:
             p.mul_(1 - decay)
-        p.add_(update, alpha=-group["lr"] * _rate_scale(group["scale"], p.shape))
+        p.add_(update, alpha=-group["lr"] * _rate_scale(group["scale"], parameter.shape[-2:]))
 
     def _adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         for p in parameters:
@@ -88,19 +105,20 @@ class Muon(torch.optim.Optimizer):
                 self.state[p].update(step=torch.zeros((), dtype=torch.float32, device=p.device),
                                      exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
         states = [self.state[p] for p in parameters]
-        adamw(parameters, [p.grad for p in parameters],  # type: ignore[misc]
-              [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [],
+        adamw([local(p) for p in parameters], [local(p.grad) for p in parameters],  # type: ignore[arg-type]
+              [local(s["exp_avg"]) for s in states], [local(s["exp_avg_sq"]) for s in states], [],
               [s["step"] for s in states],
               fused=True, amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
               weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
 
 
-def _same_shape(parameters: list[Tensor]) -> list[list[int]]:
-    """Indices grouped by shape, in the order of first appearance."""
-    shapes: dict[torch.Size, list[int]] = {}
+def _alike(parameters: list[Tensor]) -> list[list[int]]:
+    """Indices grouped by shape (and by how they lie on processes), in the order of first appearance."""
+    kinds: dict[Any, list[int]] = {}
     for index, p in enumerate(parameters):
-        shapes.setdefault(p.shape, []).append(index)
-    return list(shapes.values())
+        lying = (p.shape, getattr(p, "device_mesh", None), getattr(p, "placements", None))
+        kinds.setdefault(lying, []).append(index)
+    return list(kinds.values())
 
 
 def _stack(updates: list[Tensor], dtype: torch.dtype) -> Tensor:

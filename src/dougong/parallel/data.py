@@ -19,10 +19,10 @@ from dougong.data.batch import Batch
 from dougong.objectives.losses import Losses
 from dougong.objectives.objective import Objective
 from dougong.parallel.gradients import plain_gradients
-from dougong.parallel.norms import local
 from dougong.runtime.device import Runtime
 from dougong.runtime.layout import COPIES, Axis
 from dougong.runtime.mesh import SHARDS, Mesh
+from dougong.runtime.parts import local
 
 
 class CopiedGradients:
@@ -71,7 +71,7 @@ def _sum_bucket(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Ten
 
 
 def divide(model: nn.Module, mesh: Mesh, dtype: torch.dtype, *, roots: Sequence[nn.Module] = ()) -> list[nn.Parameter]:
-    """Divides every parameter over the axes that hold the same weights, each block by itself and the rest with the root.
+    """Divides every parameter over the axes that hold the same weights: each block by itself, the rest with the root.
 
     Blocks travel in `dtype`, in which they compute anyway; their gradients are summed in float32. Stem and head stay
     in their own precision, as their gradients add up over many tokens. Experts, divided already along `expert`, lie

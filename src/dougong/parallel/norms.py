@@ -15,14 +15,7 @@ from torch import Tensor, nn
 from dougong.runtime.collectives import all_sum
 from dougong.runtime.layout import AXES
 from dougong.runtime.mesh import Mesh
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor: of a DTensor its part, the very memory.
-
-    DTensor is known by what it has, because importing it takes half a second that one process need not spend.
-    """
-    return getattr(tensor, "_local_tensor", tensor)
+from dougong.runtime.parts import local
 
 
 def copies(parameter: Tensor, mesh: Mesh) -> int:
@@ -32,7 +25,7 @@ def copies(parameter: Tensor, mesh: Mesh) -> int:
 
 def parts(parameter: Tensor) -> int:
     """Pieces in which a tensor lies on its mesh; 1 for a plain one."""
-    if not hasattr(parameter, "_local_tensor"):
+    if local(parameter) is parameter:
         return 1
     lying: Any = parameter
     return math.prod(size for size, placement in zip(lying.device_mesh.shape, lying.placements)

@@ -1,6 +1,14 @@
-"""Where in the whole tensor the part lies that this process holds."""
+"""The part that this process holds of a tensor, and where in the whole it lies."""
 
 from torch import Tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: of a DTensor its part, the very memory.
+
+    DTensor is known by what it has, because importing it takes half a second that one process need not spend.
+    """
+    return getattr(tensor, "_local_tensor", tensor)
 
 
 def part_of(tensor: Tensor) -> tuple[slice, ...]:
@@ -11,7 +19,7 @@ def part_of(tensor: Tensor) -> tuple[slice, ...]:
     those of `torch.chunk`: all as long as the first, but the last ones, which may be shorter or empty.
     """
     pieces = [slice(0, length) for length in tensor.shape]
-    if not hasattr(tensor, "_local_tensor"):
+    if local(tensor) is tensor:
         return tuple(pieces)
     mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
     assert not any(placement.is_partial() for placement in placements), "a sum that is still to be taken is no part"
