@@ -74,10 +74,13 @@ def _run_to_resume(recipe: str | None, overrides: list[str] | None, run: Path | 
 def _layout(changes: list[str]) -> Any:
     """The layout that overrides spell, whole; None without any."""
     from dougong.core.config import from_dict, parse_overrides
-    from dougong.runtime.layout import LayoutConfig
+    from dougong.runtime.layout import LAYOUTS
 
     asked = parse_overrides(changes).get("layout")
-    return from_dict(LayoutConfig, asked, where="layout") if isinstance(asked, dict) else asked
+    if asked is None:
+        return None
+    values = {"kind": asked} if isinstance(asked, str) else {"kind": "axes", **asked}
+    return from_dict(LAYOUTS[values["kind"]], values, where="layout")
 
 
 def _summary(finished, out) -> dict:
@@ -89,6 +92,8 @@ def _summary(finished, out) -> dict:
     if not is_first_process():
         return finished.to_dict()
     if finished.was_done:
+        if not finished.directory.report.exists():      # killed after the run had ended, before its page was written
+            write_report([finished.directory], finished.directory.report)
         out.print(f"{path} is already finished ({finished.reason} at step {finished.step:,}); nothing was changed.\n"
                   "To train longer, start a new run with more steps.")
         return finished.to_dict()

@@ -3,7 +3,7 @@
 import math
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from dougong.core.config import replace
 from dougong.core.errors import ConfigError
@@ -11,20 +11,20 @@ from dougong.core.files import write_text
 from dougong.core.run import RunDirectory
 from dougong.recipes.derive import Derived
 from dougong.recipes.recipe import Recipe
-from dougong.runtime.layout import LayoutConfig
+from dougong.runtime.layout import AutoLayoutConfig, LayoutConfig
 from dougong.runtime.processes import launched, process_rank
 
 _LAUNCH = ".launch"
 
 
-def lay_out(recipe: Recipe, asked: LayoutConfig | Literal["auto"] | None = None) -> tuple[LayoutConfig, list[Derived]]:
+def lay_out(recipe: Recipe, asked: LayoutConfig | AutoLayoutConfig | None = None) -> tuple[LayoutConfig, list[Derived]]:
     """The layout of a recipe on the processes launched, and what was derived for it.
 
     `asked`: another layout for a run that goes on. Without one, a resumed run keeps what of its own still fits (an
     elastic launch may have lost processes). Raises ConfigError where the layout does not fit processes or model.
     """
     processes, wanted = launched(), recipe.layout if asked is None else asked
-    if wanted == "auto":
+    if isinstance(wanted, AutoLayoutConfig):
         from dougong.plan import choose_layout
 
         layout, reason = choose_layout(recipe.model, recipe.train, recipe.runtime, recipe.optim, processes)
@@ -39,9 +39,9 @@ def lay_out(recipe: Recipe, asked: LayoutConfig | Literal["auto"] | None = None)
     return layout, derived
 
 
-def nearest(layout: LayoutConfig | Literal["auto"], processes: int) -> LayoutConfig | Literal["auto"]:
+def nearest(layout: LayoutConfig | AutoLayoutConfig, processes: int) -> LayoutConfig | AutoLayoutConfig:
     """What of a layout still fits another number of processes: copies first, then parts of the weights, make way."""
-    if layout == "auto":
+    if isinstance(layout, AutoLayoutConfig):
         return layout
     fixed = math.prod(layout.size(axis) for axis in ("pipeline", "expert", "context", "tensor"))
     if processes % fixed:

@@ -15,7 +15,7 @@ from dougong.objectives import OBJECTIVES
 from dougong.optim import OPTIMIZERS, SCHEDULES
 from dougong.recipes import RECIPES
 from dougong.runtime.device import RuntimeConfig
-from dougong.runtime.layout import LayoutConfig
+from dougong.runtime.layout import LAYOUTS, LayoutConfig
 from dougong.train import TrainConfig
 
 Positive = Annotated[int, Field(gt=0)]
@@ -64,8 +64,8 @@ class Recipe:
     evaluate: EvaluateConfig = EvaluateConfig()
     sample: SampleConfig = SampleConfig()
     runtime: RuntimeConfig = RuntimeConfig()
-    layout: LayoutConfig | Literal["auto"] = LayoutConfig()
-    """how each step is divided between processes; "auto": the best that the plan finds for the processes launched"""
+    layout: Annotated[Any, chosen_from(LAYOUTS)] = LayoutConfig()
+    """how each step is divided between processes: sizes of the axes, or auto"""
 
     @property
     def is_language_model(self) -> bool:

@@ -8,7 +8,7 @@ import contextlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -28,7 +28,7 @@ from dougong.recipes.probe import measure_step
 from dougong.recipes.recipe import Recipe, recipe_from_run
 from dougong.recipes.scoring import final_score, held_out_splits, quick_score
 from dougong.runtime.device import Runtime, best_device, machine_facts, matmul_flops_per_s, peak_memory_bytes
-from dougong.runtime.layout import LayoutConfig
+from dougong.runtime.layout import AutoLayoutConfig, LayoutConfig
 from dougong.runtime.processes import from_first, join, launched, process_rank, wait_for_all
 from dougong.train import Checkpointer, fit, latest_valid, load_checkpoint
 from dougong.train.hooks import Evaluate, Hooks, Sample, SaveCheckpoints, stop_on_signals
@@ -75,14 +75,14 @@ def train_run(asked: Recipe, base: Recipe, *, path: Path | None = None, progress
 def _create(path: Path, recipe: Recipe, corpus: Any, base: Recipe, held: contextlib.ExitStack) -> Path:
     directory = RunDirectory.create(path.parent, path.name)
     held.enter_context(lock(directory.lock, owner="dougong train"))
-    remember_launch(directory)
-    write_recipe(directory, recipe, corpus, base=base)
     if recipe.is_language_model:
         corpus.tokenizer.save(directory.tokenizer)
+    write_recipe(directory, recipe, corpus, base=base)      # what makes it a run, so everything that one needs is there
+    remember_launch(directory)
     return directory.path
 
 
-def resume_run(path: Path, *, layout: LayoutConfig | Literal["auto"] | None = None, progress: Any = None) -> Finished:
+def resume_run(path: Path, *, layout: LayoutConfig | AutoLayoutConfig | None = None, progress: Any = None) -> Finished:
     """Goes on with a stopped run from its newest valid checkpoint, bit for bit as if it had not stopped.
 
     Nothing is measured again: precision, threads and steps are those of the recipe as saved. The number of processes
@@ -240,10 +240,11 @@ def _announce(reporter: Reporter, built: Assembly, derived: list[Derived], step:
                    resumed_from=resumed.path.name if resumed and resumed.path else None)
     if resumed is None:
         reporter.write("derived", values=[item.to_dict() for item in derived])
+    if not any(event["event"] == "model" for event in read_events(reporter.log.path)):   # or killed before it was told
         reporter.write("data", facts=built.corpus.facts)
         reporter.write("model", parameters=count.parameters(recipe.model), flops_per_token=built.flops_per_token,
                        groups=describe(built.state.optimizer))
-    elif resumed.path is None:
+    if resumed is not None and resumed.path is None:
         reporter.write("warning", message="no valid checkpoint was found; training begins again at step 0")
     return peak
 

@@ -19,6 +19,7 @@ from pydantic import Field
 
 from dougong.core.config import config, replace
 from dougong.core.errors import ConfigError
+from dougong.core.table import Table
 
 Axis = Literal["pipeline", "replicate", "shard", "expert", "context", "tensor"]
 Count = Annotated[int, Field(ge=1)]
@@ -34,6 +35,7 @@ COPIES: tuple[Axis, ...] = (*DATA, "context")
 class LayoutConfig:
     """Processes along each axis. Their product is the number of processes; an axis of 1 costs nothing."""
 
+    kind: Literal["axes"] = "axes"
     replicate: Count | None = None
     """whole copies of the model, each with its rows; None: as many as the processes launched make"""
     shard: Count = 1
@@ -80,6 +82,17 @@ class LayoutConfig:
 
     def __str__(self) -> str:
         return " x ".join(f"{axis} {self.size(axis)}" for axis in AXES if self.size(axis) > 1) or "one process"
+
+
+@config
+class AutoLayoutConfig:
+    """The best layout that the plan finds for the processes launched."""
+
+    kind: Literal["auto"] = "auto"
+
+
+LAYOUTS = Table("layout", {"axes": "dougong.runtime.layout:LayoutConfig",
+                           "auto": "dougong.runtime.layout:AutoLayoutConfig"})
 
 
 def _what_to_try(layout: LayoutConfig, processes: int, others: int, needed: int) -> str:
