@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # meshes import it at their first use: once here, not again in every forked process
 import torch.distributed as dist
 
 TIMEOUT_S = 120
