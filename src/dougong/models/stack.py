@@ -27,7 +27,7 @@ class Block(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, x_BTD: Float[Tensor, "B T D"], x0_BTD: Float[Tensor, "B T D"], mask: Mask,
-                rotation: Rotation | None = None, value_BTE: Float[Tensor, "B T E"] | None = None,
+                rotation: Rotation | None = None, value_BTE: Float[Tensor, "B row E"] | None = None,
                 cache: Cache | None = None) -> Float[Tensor, "B T D"]:
         x = self.residual(x_BTD, x0_BTD)
         x = self.dropout(self.attention(self.attention_norm(x), mask=mask, rotation=rotation, value_BTE=value_BTE,
@@ -39,7 +39,7 @@ class PostNormBlock(Block):
     """The original placement (arXiv:1706.03762): each half is normalised after it is added."""
 
     def forward(self, x_BTD: Float[Tensor, "B T D"], x0_BTD: Float[Tensor, "B T D"], mask: Mask,
-                rotation: Rotation | None = None, value_BTE: Float[Tensor, "B T E"] | None = None,
+                rotation: Rotation | None = None, value_BTE: Float[Tensor, "B row E"] | None = None,
                 cache: Cache | None = None) -> Float[Tensor, "B T D"]:
         x = self.residual(x_BTD, x0_BTD)
         x = self.attention_norm(self.dropout(self.attention(x, mask=mask, rotation=rotation, value_BTE=value_BTE,

@@ -1,0 +1,38 @@
+"""Layouts that share each matrix product, with the stream whole or in parts along the tokens."""
+
+import pytest
+from matrix import Case, check, decoder, divided, reference
+from processes import run_processes
+
+from dougong.core.config import replace
+from dougong.core.errors import ConfigError
+from dougong.models.compose import DecoderConfig
+from dougong.nn.attention import AttentionConfig
+from dougong.nn.feed_forward import GELUConfig
+from dougong.nn.norm import LayerNormConfig
+from dougong.nn.position import ALiBiConfig, LearnedConfig
+from dougong.nn.residual import X0ResidualConfig
+from dougong.objectives.causal_lm import CausalLMConfig
+from dougong.parallel.tensor import why_not_tensor
+from dougong.runtime.layout import LayoutConfig
+
+QWEN = Case(packed=True, micro_batches=2, objective=CausalLMConfig(z_loss=1e-2, label_smoothing=0.1),
+            model=decoder(soft_cap=8.0))
+GPT = Case(checkpoint_activations="full", model=decoder(
+    tied=False, position=LearnedConfig(), feed_forward=GELUConfig(ffn_dim=64), norm=LayerNormConfig(),
+    attention=AttentionConfig(num_heads=4, bias=True, output_bias=True), embedding_norm=True))
+NANO = Case(model=decoder(position=ALiBiConfig(), value_embeddings="all", residual=X0ResidualConfig(), norm_placement="post",
+                          attention=AttentionConfig(num_heads=4, num_kv_heads=1, qk_norm="learned", bias=True)))
+
+
+@pytest.mark.parametrize(("case", "layout"), [
+    (QWEN, LayoutConfig(tensor=2)),
+    (QWEN, LayoutConfig(tensor=2, sequence_parallel=False)),
+    (QWEN, LayoutConfig(tensor=4, vocabulary_parallel=False)),
+    (GPT, LayoutConfig(tensor=2)),
+    (GPT, LayoutConfig(tensor=2, sequence_parallel=False, vocabulary_parallel=False)),
+    (NANO, LayoutConfig(tensor=2)),
+    (NANO, LayoutConfig(tensor=4, sequence_parallel=False)),
+], ids=lambda value: str(value) if isinstance(value, LayoutConfig) else "")
+def test_products_shared(case, layout):
+    check(reference(case), run_processes(layout.processes, divided, case, layout))
