@@ -1,4 +1,4 @@
-"""What a person says they have, read: `8 h200 x 3 days`, `here x 1 hour`; `40GB`, `2B tokens`, a folder; `24GB int8`."""
+"""What a person says they have, read: `8 h200 x 3 days`, `here x 1 hour`; `40GB`, `2B tokens`, a folder; `24GB`."""
 
 import math
 import re
@@ -53,8 +53,8 @@ def parse_budget(text: str) -> Budget:
         raise ConfigError(f"--budget {text!r} is nothing at all: both the devices and the time must be above 0.")
     if name.lower().replace(" ", "") in _HERE:
         if count > 1:
-            raise ConfigError(f"--budget {text!r}: there is one machine here. Say \"here x …\", or name a kind of device, "
-                              f"as in \"{count} h200 x …\".")
+            raise ConfigError(f"--budget {text!r}: there is one machine here. Say \"here x …\", or name a kind of "
+                              f"device, as in \"{count} h200 x …\".")
         return Budget(1, machine("here"), seconds)
     return Budget(count, load_machine(name) if name.endswith((".yaml", ".yml")) else machine(name), seconds)
 
@@ -129,7 +129,7 @@ def _counted(path: Path, plain: str) -> float:
 
 def _some(size: float, text: str) -> float:
     if size <= 0:
-        raise ConfigError(f"--data {text!r} holds no text. Give an amount (40GB, \"2B tokens\") or a folder with files.")
+        raise ConfigError(f"--data {text!r} holds no text. Give an amount, such as 40GB, or a folder with files.")
     return size
 
 
@@ -154,8 +154,9 @@ def parse_serving(text: str | None) -> Serving | None:
     found = re.fullmatch(r"\s*([\d.,]+\s*[KMGT]?I?B)\s*(bf16|int8)?\s*(?:[x×*]\s*(\d+))?\s*", text, flags=re.IGNORECASE)
     size = _bytes(found[1]) if found else None
     if found is None or not size or found[3] == "0":
-        raise ConfigError(f"--memory-for-serving {text!r} is no amount of memory. Write bytes, then perhaps the precision of "
-                          "the weights and how many texts at once: 24GB, \"24GB int8\", \"24GB int8 x 16\".")
+        raise ConfigError(f"--memory-for-serving {text!r} is no amount of memory. Write bytes, then perhaps the "
+                          "precision of the weights and how many texts at once: 24GB, \"24GB int8\", "
+                          "\"24GB int8 x 16\".")
     precision: Any = (found[2] or "bf16").lower()
     return Serving(size, precision, int(found[3] or 1))
 

@@ -1,8 +1,13 @@
 """The user's own curve: loss against size and text, from a few small runs, with an interval.
 
-The form is Chinchilla's, L = E + A/N^α + B/D^β. A handful of short runs cannot determine five numbers, so the published
-exponents enter as priors with a wide spread: where the runs say nothing they hold, where the runs speak they give way.
-The posterior is sampled (affine-invariant ensemble, Goodman & Weare 2010), so what the runs leave open widens the interval.
+L = E + (L0 − E) · h / (1 + h) with h = a/N^α + b/D^β: Chinchilla's form while h is small, and never above L0, what a
+model pays that knows nothing (log2 of the vocabulary for each token). Runs of minutes stand where the second matters:
+there the loss falls faster and faster before it falls slower and slower, which no sum of powers can do (the bounded
+form is that of "Practical Scaling Laws", 2026, arXiv:2605.09189, without its term for overfitting).
+
+A handful of short runs cannot determine five numbers, so the exponents have priors around the published ones, wide on
+the steep side; where the runs say nothing the priors hold. The posterior is sampled (affine-invariant ensemble, Goodman
+& Weare 2010), so what the runs leave open widens the interval.
 """
 
 from collections.abc import Sequence
@@ -10,14 +15,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dougong.plan.laws import DATA_CONSTRAINED
+from dougong.plan.laws import DATA_CONSTRAINED, worth
 
-ALPHA, BETA = (0.35, 0.10), (0.37, 0.10)
-"""mean and spread of the exponents' priors: Besiroglu et al. 2024 0.348 and 0.366, Muennighoff et al. 2023 0.353 both,
-Hoffmann et al. 2022 0.34 and 0.28; the spread is ours, wider than theirs, because these runs are smaller"""
-NOISE = (0.01, 0.5)
-"""a run's own relative scatter (seed, batch order, rounding of shapes): 1 %, to a factor e^0.5; runs correct it"""
-_WALKERS, _STEPS, _KEPT = 96, 1200, 600
+ALPHA, BETA = (0.45, 0.4), (0.5, 0.3)
+"""median of the exponents' priors, and spread of their logarithms. Published, of far larger runs: α 0.34 to 0.35, β
+0.28 to 0.37; of runs of seconds to minutes here the curve is steeper (benchmarks/plan_budget.py), so the priors reach
+up"""
+NOISE = (0.015, 0.4)
+"""relative scatter of a run around the curve (seed, batch order, the curve's own misfit): median, and spread of its
+logarithm; the runs correct it"""
+_WALKERS, _STEPS, _KEPT = 96, 1500, 750
 
 
 @dataclass(frozen=True)
@@ -32,17 +39,18 @@ class SmallRun:
 class Curve:
     """Draws from what the runs leave possible. `loss(N, D)` gives one value for each draw."""
 
-    def __init__(self, draws: np.ndarray, centre: tuple[float, float], runs: Sequence[SmallRun]) -> None:
-        self._draws, self._centre, self.runs = draws, centre, list(runs)
+    def __init__(self, draws: np.ndarray, centre: tuple[float, float], ceiling: float,
+                 runs: Sequence[SmallRun]) -> None:
+        self._draws, self._centre, self._ceiling, self.runs = draws, centre, ceiling, list(runs)
 
     def loss(self, parameters: float, tokens: float, unique: float = np.inf) -> np.ndarray:
         """Expected bits per byte under each draw; text beyond `unique` tokens counts as repeated."""
         used = effective_tokens(tokens, unique)
-        return _law(self._draws, parameters / self._centre[0], used / self._centre[1])
+        return _law(self._draws, np.log(parameters / self._centre[0]), np.log(used / self._centre[1]), self._ceiling)
 
     def predict(self, parameters: float, tokens: float, unique: float = np.inf, *, confidence: float = 0.95,
                 seed: int = 0) -> tuple[float, tuple[float, float]]:
-        """Median and interval of what *one run* will reach: the curve's uncertainty and a run's own scatter together."""
+        """Median and interval of what *one run* will reach: the curve's uncertainty and a run's own scatter."""
         expected = self.loss(parameters, tokens, unique)
         scatter = np.random.default_rng(seed).standard_normal(len(expected)) * np.exp(self._draws[:, 5])
         reached = expected * np.exp(scatter)
@@ -53,7 +61,7 @@ class Curve:
     @property
     def numbers(self) -> dict[str, tuple[float, float, float]]:
         """Median and 95 % interval of E, the exponents and the scatter."""
-        columns = {"E": self._draws[:, 0], "alpha": self._draws[:, 3], "beta": self._draws[:, 4],
+        columns = {"E": self._draws[:, 0], "alpha": np.exp(self._draws[:, 3]), "beta": np.exp(self._draws[:, 4]),
                    "scatter": np.exp(self._draws[:, 5])}
         return {name: tuple(float(q) for q in np.quantile(column, [0.025, 0.5, 0.975]))
                 for name, column in columns.items()}  # type: ignore[misc]
@@ -61,56 +69,55 @@ class Curve:
 
 def effective_tokens(tokens: float, unique: float) -> float:
     """What text read more than once is worth, in fresh tokens (Muennighoff et al. 2023, equation 5)."""
-    from dougong.plan.laws import worth
-
     assert DATA_CONSTRAINED.repeats
     return tokens if tokens <= unique else worth(tokens, unique, DATA_CONSTRAINED.repeats)
 
 
-def fit_curve(runs: Sequence[SmallRun], *, unique: float = np.inf, seed: int = 0) -> Curve:
-    """Samples the posterior of (E, log A, log B, α, β, log scatter) given at least three runs.
+def fit_curve(runs: Sequence[SmallRun], *, ceiling: float, unique: float = np.inf, seed: int = 0) -> Curve:
+    """Samples the posterior of (E, log a, log b, log α, log β, log scatter) given at least three runs.
 
-    A and B are the two terms at the middle of the runs, so that they hardly depend on the exponents.
+    `ceiling` is L0 in bits per byte; `unique` the tokens of the training text, beyond which it repeats. a and b are the
+    two terms at the middle of the runs, so that they hardly depend on the exponents.
     """
     assert len(runs) >= 3, "two sizes and two lengths are the least that says anything"
     n = np.log([run.parameters for run in runs])
     d = np.log([effective_tokens(run.tokens, unique) for run in runs])
     centre = float(np.exp(n.mean())), float(np.exp(d.mean()))
     losses = np.array([run.loss for run in runs])
-    posterior = _Posterior(n - n.mean(), d - d.mean(), losses)
     random = np.random.default_rng(seed)
-    start = np.stack([random.uniform(0.2, 0.7, _WALKERS) * losses.min(),
-                      np.log(losses.mean() * 0.2) + 0.3 * random.standard_normal(_WALKERS),
-                      np.log(losses.mean() * 0.3) + 0.3 * random.standard_normal(_WALKERS),
-                      ALPHA[0] + 0.03 * random.standard_normal(_WALKERS),
-                      BETA[0] + 0.03 * random.standard_normal(_WALKERS),
-                      np.log(NOISE[0]) + 0.2 * random.standard_normal(_WALKERS)], axis=1)
-    return Curve(_ensemble(posterior, start, random), centre, runs)
+    middles = np.array([0.3 * losses.min(), *(mean for mean, _ in _PRIORS)])
+    spreads = np.array([0.1 * losses.min(), *(0.3 * spread for _, spread in _PRIORS)])
+    start = middles + spreads * random.standard_normal((_WALKERS, len(middles)))
+    start[:, 0] = np.clip(start[:, 0], 0.01 * losses.min(), 0.9 * losses.min())
+    draws = _ensemble(_Posterior(n - n.mean(), d - d.mean(), losses, ceiling), start, random)
+    return Curve(draws, centre, ceiling, runs)
+
+
+_PRIORS = ((np.log(0.15), 1.0), (np.log(0.4), 1.0), (np.log(ALPHA[0]), ALPHA[1]), (np.log(BETA[0]), BETA[1]),
+           (np.log(NOISE[0]), NOISE[1]))
+"""normal, of log a, log b, log α, log β, log scatter; E is anywhere between 0 and the lowest loss seen"""
 
 
 class _Posterior:
-    def __init__(self, n: np.ndarray, d: np.ndarray, losses: np.ndarray) -> None:
-        self.n, self.d, self.log_losses, self.lowest, self.mean = n, d, np.log(losses), losses.min(), losses.mean()
+    def __init__(self, n: np.ndarray, d: np.ndarray, losses: np.ndarray, ceiling: float) -> None:
+        self.n, self.d, self.log_losses, self.lowest, self.ceiling = n, d, np.log(losses), losses.min(), ceiling
 
     def __call__(self, points: np.ndarray) -> np.ndarray:
-        E, log_a, log_b, alpha, beta, log_noise = points.T
-        legal = (E > 0) & (E < self.lowest) & (alpha > 0.02) & (beta > 0.02)
+        legal = (points[:, 0] > 0) & (points[:, 0] < self.lowest)
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            expected = _law(points[:, None, :], np.exp(self.n)[None], np.exp(self.d)[None])
-            errors = (self.log_losses - np.log(expected)) / np.exp(log_noise)[:, None]
-            likelihood = -0.5 * (errors**2).sum(1) - len(self.n) * log_noise
-            prior = (_normal(alpha, *ALPHA) + _normal(beta, *BETA) + _normal(log_noise, np.log(NOISE[0]), NOISE[1])
-                     + _normal(log_a, np.log(0.2 * self.mean), 1.0) + _normal(log_b, np.log(0.3 * self.mean), 1.0))
-        return np.where(legal, np.nan_to_num(likelihood + prior, nan=-np.inf), -np.inf)
+            expected = _law(points[:, None, :], self.n, self.d, self.ceiling)
+            errors = (self.log_losses - np.log(expected)) / np.exp(points[:, 5:])
+            score = -0.5 * (errors**2).sum(1) - len(self.n) * points[:, 5]
+            for column, (mean, spread) in enumerate(_PRIORS, start=1):
+                score -= 0.5 * ((points[:, column] - mean) / spread) ** 2
+        return np.where(legal, np.nan_to_num(score, nan=-np.inf), -np.inf)
 
 
-def _normal(value: np.ndarray, mean: float, spread: float) -> np.ndarray:
-    return -0.5 * ((value - mean) / spread) ** 2
-
-
-def _law(draws: np.ndarray, parameters, tokens) -> np.ndarray:
-    E, log_a, log_b, alpha, beta = (draws[..., i] for i in range(5))
-    return E + np.exp(log_a - alpha * np.log(parameters)) + np.exp(log_b - beta * np.log(tokens))
+def _law(draws: np.ndarray, n, d, ceiling: float) -> np.ndarray:
+    """`n` and `d`: logarithms of size and text, relative to the middle of the runs."""
+    E, log_a, log_b, log_alpha, log_beta = (draws[..., i] for i in range(5))
+    h = np.exp(log_a - np.exp(log_alpha) * n) + np.exp(log_b - np.exp(log_beta) * d)
+    return E + (ceiling - E) * h / (1 + h)
 
 
 def _ensemble(posterior: _Posterior, points: np.ndarray, random: np.random.Generator) -> np.ndarray:

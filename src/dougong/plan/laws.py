@@ -2,8 +2,8 @@
 
 Every number that comes from a law carries the law's source and the range it was fitted in, and says where it was used
 outside that range. Conventions: N counts the weights that multiply every token (`models.count`'s `matrices`), D tokens,
-C = 6·N·D floating-point operations, loss nats per token *of the law's own text and tokenizer*: it orders choices, and is
-no promise about other text.
+C = 6·N·D floating-point operations, loss nats per token *of the law's own text and tokenizer*: it orders choices, and
+is no promise about other text.
 """
 
 import math
@@ -61,8 +61,8 @@ def amount(value: float) -> str:
 class LossLaw:
     """L(N, D) = E + A/N^α + B/D^β (Hoffmann et al. 2022, equation 2), where text may be used again.
 
-    Used again, text counts less and less: U unique tokens read D times give U + U·R*·(1 − e^(−(D/U − 1)/R*)) (Muennighoff
-    et al. 2023, equations 5 and 6), and the weights that such a text cannot fill count less in the same way.
+    Used again, text counts less and less: D tokens of which U are unique are worth U + U·R*·(1 − e^(−(D/U − 1)/R*))
+    (Muennighoff et al. 2023, equations 5 and 6), and weights that such a text cannot fill count less in the same way.
     """
 
     name: str
@@ -103,7 +103,7 @@ class LossLaw:
 
 
 def worth(used: float, unique: float, half_life: float) -> float:
-    """What `used` counts when only `unique` of it is new: all of it at first, at most (1 + half_life) times `unique`."""
+    """What `used` counts when only `unique` of it is new: all of it at first, at most (1 + half_life) · unique."""
     again = max(used / unique - 1, 0.0)
     return min(used, unique) + unique * half_life * -math.expm1(-again / half_life)
 
@@ -187,7 +187,7 @@ _STEP_RANGES = (Range("parameters", 60e6, 1.1e9), Range("tokens", 2e9, 100e9))
 _DEEPSEEK = "DeepSeek-AI 2024 (arXiv:2401.02954), equation 1"
 _DEEPSEEK_RANGES = (Range("FLOPs", 1e17, 2e19),)
 _LADDER = "OLMo's ladder (OLMo-core)"
-_LADDER_RANGES = (Range("parameters", 100e6, 13e9),)
+_LADDER_RANGES = (Range("parameters", 190e6, 1.3e9),)
 _NOTE = "a prior for AdamW, right to a factor of about two"
 
 BATCH_LAWS = (
