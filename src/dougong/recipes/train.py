@@ -106,8 +106,7 @@ def resume_run(path: Path, *, layout: LayoutConfig | AutoLayoutConfig | None = N
             raise CheckpointError(f"{directory.tokenizer} is not the tokenizer this run was trained with. Put it back.")
         runtime = Runtime.start(runtime_here(recipe.runtime),
                                 lay_out(recipe, layout or nearest(recipe.layout, launched()))[0])
-        found = from_first(latest_valid(directory) if runtime.is_first else None)
-        return _train(directory, recipe, corpus, [], runtime, resumed=found)
+        return _train(directory, recipe, corpus, [], runtime, resumed=latest_valid(directory, runtime.mesh))
 
 
 def _already_done(directory: RunDirectory) -> Finished | None:
@@ -154,7 +153,7 @@ def _train(directory: RunDirectory, recipe: Recipe, corpus: Any, derived: list[D
     reporter = Reporter(EventLog(directory.events_of(process_rank())))
     problems = resumed.problems if resumed else []
     if resumed and resumed.path:
-        load_checkpoint(resumed.path, state, recipe_hash=recipe_hash)
+        load_checkpoint(resumed.path, state, recipe_hash=recipe_hash, mesh=runtime.mesh)
     watchers = _watchers(directory, recipe, corpus, state.step) if runtime.is_first else []
     reporter.listeners += watchers
     try:
@@ -210,7 +209,7 @@ def _hooks(reporter: Reporter, built: Assembly, directory: RunDirectory, recipe_
             reporter.write("warning", message="each process holds a part of the model, so nothing is sampled during "
                                               f"training; afterwards: dougong generate {directory.path}")
     checkpointer = Checkpointer(directory, recipe_hash=recipe_hash, keep_last=config.keep_last,
-                                keep_best=config.keep_best)
+                                keep_best=config.keep_best, keep_every=config.keep_every, mesh=built.runtime.mesh)
     hooks.append(SaveCheckpoints(reporter, checkpointer, every=given(config.checkpoint_every),
                                  total_steps=total_steps))
     return Hooks(state, hooks)
