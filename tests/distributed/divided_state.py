@@ -71,7 +71,7 @@ def divided_state(layout, *, seed=0, done=True, rows=11):
 
 
 def _leave_traces(state):
-    for index, p in enumerate(p for group in state.optimizer.param_groups for p in group["params"]):
+    for p in [p for group in state.optimizer.param_groups for p in group["params"]]:
         state.optimizer.state[p] = {"step": torch.tensor(3.0), "exp_avg": p.detach() * 0.5 + 1,
                                     "exp_avg_sq": p.detach() ** 2}
     with torch.no_grad():
