@@ -99,10 +99,10 @@ class MoE(nn.Module):
         ends_E = torch.searchsorted(sorted_R, experts_E, right=True, out_int32=True)
         if self.balance_bias is not None and self.training and torch.is_grad_enabled():
             self.load += ends_E.diff(prepend=ends_E.new_zeros(1))
-        rows_RD = _take(x_MD, order_R, place_R, self.top_k)
+        rows_RD = take_rows(x_MD, order_R, place_R, self.top_k)
         rows_RD = self.experts(rows_RD, ends_E) if self.exchange is None else \
             self.exchange(self.experts, rows_RD, ends_E)
-        y_MkD = _take(rows_RD, place_R, order_R, 1).unflatten(0, expert_Mk.shape)
+        y_MkD = take_rows(rows_RD, place_R, order_R, 1).unflatten(0, expert_Mk.shape)
         y_BTD = (y_MkD * weight_Mk.to(y_MkD.dtype)[..., None]).sum(1).view_as(x_BTD)
         return y_BTD if self.shared is None else y_BTD + self.shared(x_BTD)
 
@@ -155,13 +155,18 @@ class Experts(nn.Module):
 
     def forward(self, x_RD: Float[Tensor, "R D"], ends_E: Int[Tensor, "E"]) -> Float[Tensor, "R D"]:
         """Rows of expert e end before row `ends_E[e]` and begin where those of the expert before it end."""
-        gate_EFD, up_EFD, down_EDF = (stack.to(x_RD.dtype) for stack in (self.gate, self.up, self.down))
+        gate_EFD, up_EFD, down_EDF = (_held(stack).to(x_RD.dtype) for stack in (self.gate, self.up, self.down))
         hidden_RF = F.silu(grouped_product(x_RD, gate_EFD, ends_E)) * grouped_product(x_RD, up_EFD, ends_E)
         return grouped_product(hidden_RF, down_EDF, ends_E)
 
     def extra_repr(self) -> str:
         experts, width, dim = self.gate.shape
         return f"{experts} x ({dim} -> {width} -> {dim})"
+
+
+def _held(stack: Tensor) -> Tensor:
+    """Of a stack that lies on several processes (a DTensor), the experts that this one holds."""
+    return stack.to_local() if hasattr(stack, "to_local") else stack  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -203,12 +208,12 @@ def _is_shape_only(x: Tensor) -> bool:
     return x.device.type == "meta" or isinstance(x, FakeTensor)
 
 
-def _take(x: Tensor, order_R: Tensor, place_R: Tensor, copies: int) -> Tensor:
+def take_rows(x: Tensor, order_R: Tensor, place_R: Tensor, copies: int) -> Tensor:
     """Row i of the result is row `order_R[i] // copies` of x; `place_R` is the inverse of `order_R`."""
-    return _Take.apply(x, order_R, place_R, copies)  # type: ignore[return-value]
+    return _TakeRows.apply(x, order_R, place_R, copies)  # type: ignore[return-value]
 
 
-class _Take(torch.autograd.Function):
+class _TakeRows(torch.autograd.Function):
     """A permutation of copies. Its way back is the inverse and a sum over copies that lie side by side: index_select's
     own would add in the order in which threads arrive."""
 
