@@ -114,7 +114,7 @@ class Checkpointer:
 
     def __init__(self, run: RunDirectory, *, recipe_hash: str = "", keep_last: int = 2,
                  keep_best: bool = True, keep_every: int | None = None, mesh: Mesh | None = None) -> None:
-        self.run, self.recipe_hash = run, recipe_hash
+        self.run, self.recipe_hash, self.mesh = run, recipe_hash, mesh
         self.keep_last, self.keep_best, self.keep_every = keep_last, keep_best, keep_every
         self.last_step: int | None = None
         self._peers = Peers.apart(mesh)

@@ -118,7 +118,7 @@ class SaveCheckpoints:
         state = result.state
         self._tell(self.checkpointer.poll())
         best = self.checkpointer.keep_best and state.best is not None and state.best["step"] == result.step
-        if best or result.step % self.every == 0:
+        if best or result.step % self.every == 0 or self.checkpointer.keeps(result.step):
             self._tell(self.checkpointer.save(state, "best" if best else "interval"))
 
     def finish(self, state: TrainState) -> None:

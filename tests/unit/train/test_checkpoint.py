@@ -9,6 +9,7 @@ import torch
 from tiny_training import ADAMW, OBJECTIVE, RUNTIME, TinyLM, assert_same, flat, tiny_config, tiny_state
 
 from dougong.core.errors import CheckpointError, DougongError
+from dougong.core.events import EventLog
 from dougong.core.run import RunDirectory
 from dougong.optim import OPTIMIZERS
 from dougong.train import checkpoint, safetensors_file
@@ -20,7 +21,9 @@ from dougong.train.checkpoint import (
     load_model_tensors,
     save_checkpoint,
 )
+from dougong.train.hooks import SaveCheckpoints
 from dougong.train.loop import fit
+from dougong.train.metrics import Reporter
 
 
 def trained(done, **options):
@@ -163,6 +166,15 @@ def test_the_last_ones_and_the_best_are_kept(run):
     background.wait()
     assert run.checkpoint_steps() == [3, 6, 7]
     assert best_valid(run).step == 3 and latest_valid(run).step == 7
+
+
+def test_every_so_many_steps_one_is_saved_and_never_removed(run):
+    state, background = tiny_state(), Checkpointer(run, keep_last=1, keep_best=False, keep_every=4)
+    hook = SaveCheckpoints(Reporter(EventLog(run.events)), background, every=3, total_steps=20)
+    for result in fit(state, OBJECTIVE, RUNTIME, tiny_config(11)):
+        hook(result)
+    hook.finish(state)
+    assert run.checkpoint_steps() == [4, 8, 11]
 
 
 def test_left_overs_of_a_killed_save_are_cleared_away(run):

@@ -1,0 +1,60 @@
+"""The way back when leaps persist: the last good checkpoint, and the batches that led there passed over.
+
+    while True:
+        for result in fit(state, objective, runtime, config, directory=run.path):
+            hooks.run(result)
+        if state.rewind is None:
+            break
+        reporter.write("rewind", **go_back(state, checkpointer, recipe_hash=recipe_hash))
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from dougong.core.errors import DougongError
+from dougong.core.run import RunDirectory
+from dougong.runtime.processes import from_first, process_rank, wait_for_all
+from dougong.train.checkpoint import Checkpointer, load_checkpoint, problems
+from dougong.train.state import TrainState
+
+
+def go_back(state: TrainState, checkpointer: Checkpointer, *, recipe_hash: str = "") -> dict[str, Any]:
+    """Puts `state` back to the newest whole checkpoint from before the leaps, bans their batches, and saves that at
+    once, so that a crash does not forget it. Returns the fields of the `rewind` event.
+
+    Later checkpoints are removed: they are of the way that was left. Every process calls it. Raises DougongError where
+    there is no such checkpoint, or training has gone back too often.
+    """
+    request, config, run, now = state.rewind, state.spikes.config, checkpointer.run, state.step
+    assert request is not None and config is not None
+    checkpointer.wait()
+    banned, rewinds = [*state.spikes.banned, [request.first, request.last]], state.spikes.rewinds + 1
+    found = from_first(newest_before(run, request.step) if process_rank() == 0 else None)
+    if found is None or rewinds > config.max_rewinds:
+        raise _lost(now, rewinds, found, run)
+    load_checkpoint(found, state, recipe_hash=recipe_hash, mesh=checkpointer.mesh)
+    state.rewind, state.spikes.banned, state.spikes.rewinds = None, banned, rewinds
+    if process_rank() == 0:
+        for step in run.checkpoint_steps():
+            if step > state.step:
+                shutil.rmtree(run.checkpoint(step), ignore_errors=True)
+    wait_for_all()
+    checkpointer.save(state, "rewind")
+    checkpointer.wait()
+    return {"step": now, "to_step": state.step, "first_batch": request.first, "last_batch": request.last - 1,
+            "first_leap": request.step, "leaps": request.leaps, "checkpoint": found.name, "count": rewinds}
+
+
+def newest_before(run: RunDirectory, step: int) -> Path | None:
+    """The newest whole checkpoint in which step `step` had not been tried."""
+    return next((run.checkpoint(saved) for saved in sorted(run.checkpoint_steps(), reverse=True)
+                 if saved < step and not problems(run.checkpoint(saved))), None)
+
+
+def _lost(now: int, rewinds: int, found: Path | None, run: RunDirectory) -> DougongError:
+    why = f"training has gone back {rewinds - 1} times already (train.spikes.max_rewinds)" if found else \
+        "no whole checkpoint from before the first leap is left"
+    return DougongError(f"training stopped at step {now}: loss or gradient leap again and again, and {why}.\n"
+                        "Try a lower learning rate (optim.lr) or a longer warm-up (schedule.warmup), and look at the "
+                        f"batches that are named by: dougong report {run.path} --why")
