@@ -70,30 +70,36 @@ def _sum_bucket(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Ten
     return work.get_future().then(lambda done: done.value()[0])
 
 
-def divide(model: nn.Module, mesh: Mesh, dtype: torch.dtype, *, roots: Sequence[nn.Module] = ()) -> list[nn.Parameter]:
+def divide(model: nn.Module, mesh: Mesh, dtype: torch.dtype, *,
+           roots: Sequence[nn.Module] = ()) -> dict[tuple[Axis, ...], list[nn.Parameter]]:
     """Divides every parameter over the axes that hold the same weights: each block by itself, the rest with the root.
 
     Blocks travel in `dtype`, in which they compute anyway; their gradients are summed in float32. Stem and head stay
     in their own precision, as their gradients add up over many tokens. Experts, divided already along `expert`, lie
-    over the other axes; those that lie over none are returned, to be summed over the replicas by `GradientSums`.
-    `roots`: what is called from outside, where that is not the model itself but its pipeline stages.
+    over the other axes. `roots`: what is called from outside, where that is not the model itself but its pipeline
+    stages; those hold their weights for the whole step, as a backward in two parts must find them in place.
+
+    Returns what stays undivided, by the axes over which `GradientSums` is to sum its gradient: single numbers, which
+    FSDP2 refuses, and experts that lie over no other axis.
     """
     low = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     policy = MixedPrecisionPolicy() if dtype == torch.float32 else low
-    again = {"reshard_after_forward": mesh.layout.gathered == "layer"}
-    apart: list[nn.Parameter] = []
+    again = {"reshard_after_forward": mesh.layout.gathered == "layer" and not roots}
+    left: dict[tuple[Axis, ...], list[nn.Parameter]] = {
+        COPIES: [p for p in model.parameters() if p.ndim == 0], ("replicate",): []}
     for experts in _divided_experts(model):
         if mesh.along("shard", "context") is not None:
             _wrap(experts, mesh, ("shard", "context"), mp_policy=policy, **again)
         else:
-            apart += experts.parameters()
+            left["replicate",] += experts.parameters()
+    apart = {parameter for parameters in left.values() for parameter in parameters}
     for block in getattr(model, "stack", nn.ModuleDict()).values():
-        _wrap(block, mesh, SHARDS, mp_policy=policy, ignored_params=set(apart), **again)
+        _wrap(block, mesh, SHARDS, mp_policy=policy, ignored_params=apart, **again)
     for root in roots or [model]:
-        _wrap(root, mesh, SHARDS, ignored_params=set(apart), reshard_after_forward=False)
+        _wrap(root, mesh, SHARDS, ignored_params=apart, reshard_after_forward=False)
     if isinstance(model, FSDPModule) and hasattr(model, "hidden"):
         register_fsdp_forward_method(model, "hidden")
-    return apart
+    return left
 
 
 def _wrap(module: nn.Module, mesh: Mesh, axes: tuple[Axis, ...], *, reshard_after_forward: bool, **options: Any) -> None:

@@ -71,10 +71,10 @@ def parallelize(model: nn.Module, objective: Objective, runtime: Runtime, *, mic
         losses = partial(pipeline.losses, objective)
     if mesh.size("shard", "tensor", "expert", "pipeline") == 1:
         return Parallel(model, CopiedGradients(), forward_only(model, objective, runtime))
-    apart = {id(p) for p in divide(model, mesh, runtime.dtype, roots=stages)}
-    if apart and mesh.size("replicate") > 1:
-        sums.append(GradientSums([name for name, p in model.named_parameters() if id(p) in apart],
-                                 mesh.group("replicate")))
+    for axes, left in divide(model, mesh, runtime.dtype, roots=stages).items():
+        apart = {id(p) for p in left}
+        if apart and (group := mesh.group(*axes)):
+            sums.append(GradientSums([name for name, p in model.named_parameters() if id(p) in apart], group))
     return Parallel(model, _then(gradients, sums) if sums else gradients, losses)
 
 

@@ -110,7 +110,8 @@ class Stage(nn.Module):
         arrived = None if self.index == 0 else (carry[0], carry[-1])
         if not self.last:
             after = decoder.stream(batch["tokens"], segment_BT=batch.get("segment"), carry=arrived, layers=self.layers)
-            return after if self.x0 else after[:1]
+            # the schedules detach what a stage returns in place, and PyTorch does that to no view
+            return tuple(t.clone() if t._is_view() else t for t in (after if self.x0 else after[:1]))
         assert self.objective is not None, "set before each step"
         losses = self.objective.losses(_Rest(decoder, arrived, self.layers), batch)
         self.names = list(losses.sums), list(losses.metrics)
