@@ -40,8 +40,8 @@ class Assembly:
 
     @property
     def is_whole(self) -> bool:
-        """Whether this process holds every weight of the model."""
-        return self.runtime.mesh.size("pipeline", "shard", "expert", "tensor") == 1
+        """Whether this process can run the whole model by itself."""
+        return self.runtime.mesh.size("pipeline", "shard", "expert", "context", "tensor") == 1
 
     @property
     def gradients(self) -> Any:

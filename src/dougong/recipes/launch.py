@@ -69,19 +69,20 @@ def _reasons(recipe: Recipe, layout: LayoutConfig) -> Any:
     if layout.tensor > 1:
         from dougong.parallel.tensor import why_not_tensor
 
-        yield why_not_tensor(recipe.model, layout.tensor)
+        yield why_not_tensor(recipe.model, layout)
     if layout.context > 1:
         from dougong.parallel.context import why_not_context
 
-        yield why_not_context(recipe.model, layout.context, layout.context_method)
+        yield why_not_context(recipe.model, layout.context, layout.context_method, tensor=layout.tensor)
     if layout.expert > 1:
-        from dougong.parallel.expert import why_not_expert
+        from dougong.parallel.expert import why_not_experts
 
-        yield why_not_expert(recipe.model, layout.expert)
+        yield why_not_experts(recipe.model, layout.expert, tensor=layout.tensor)
     if layout.pipeline > 1:
-        from dougong.parallel.pipeline import why_not_pipeline
+        from dougong.parallel.stages import why_not_pipeline
 
-        yield why_not_pipeline(recipe.model, layout, micro_batches(recipe, layout))
+        yield why_not_pipeline(recipe.model, layout, micro_batches(recipe, layout),
+                               compile=bool(recipe.runtime.compile))
 
 
 def micro_batches(recipe: Recipe, layout: LayoutConfig) -> int:

@@ -7,6 +7,7 @@ through them (`plan.curve`) and the measured speeds give the loss that each shap
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ from dougong.plan.curve import Curve, SmallRun, fit_curve
 from dougong.plan.laws import DATA_CONSTRAINED, Figure
 from dougong.plan.shapes import Option, Shape, ladder, written
 from dougong.recipes.assemble import assemble, prepare_data
+from dougong.recipes.choose import pick, shape_of, shape_overrides
+from dougong.recipes.derive import measured_peak, resolve
 from dougong.recipes.probe import measure_step
 from dougong.recipes.recipe import Recipe, with_values
 from dougong.recipes.scoring import quick_score
@@ -28,11 +31,13 @@ from dougong.train import fit
 SHARE = 0.15
 """of the budget's time, unless told otherwise"""
 TOKENS_PER_PARAMETER = 4.0
-"""where the search begins, in runs of minutes on a CPU (benchmarks/plan_budget.py); the probe moves it"""
-_SHORTEST_S = 60.0
+"""where the search begins, in runs of seconds to minutes on a CPU (benchmarks/plan_budget.py); the probe moves it"""
+SAME = 0.005
+"""relative difference of losses below which two shapes count as equal, and the smaller is taken"""
+_SHORTEST_S = 15.0
 _UTILISATION = 0.45
-_TIMED, _WARM = 4, 2
-_LONG, _SHORT = 0.27, 0.12   # of the share: three long runs, one short; the rest measures speed and evaluates
+_TIMED = 5
+_LONG, _SHORT = 0.25, 0.1   # of the probe's time: three long runs and a short one; the rest times steps and evaluates
 _FEWEST_STEPS = 30
 
 
@@ -79,9 +84,9 @@ def choose_by_probe(base: Recipe, money: Budget, text: Text, serving: Serving | 
     Raises ConfigError where the time is too short for a probe to say anything.
     """
     allowed = share * money.seconds
-    if allowed < _SHORTEST_S / 4:
+    if allowed < _SHORTEST_S:
         raise ConfigError(f"{money} leaves {allowed:.0f} seconds for a probe ({share:.0%}), too few to learn anything "
-                          f"from.\nGive at least {duration(_SHORTEST_S / 4 / share)}, or leave --probe out.")
+                          f"from.\nGive at least {duration(_SHORTEST_S / share)}, or leave --probe out.")
     if out is not None:
         out.print(f"The probe takes {share:.0%} of the budget, about {duration(allowed)} of {duration(money.seconds)}, "
                   f"for small runs and some timing; {duration(money.seconds - allowed)} are left for training.")
@@ -89,99 +94,94 @@ def choose_by_probe(base: Recipe, money: Budget, text: Text, serving: Serving | 
     return choose(base, probe, money.seconds - allowed, money, serving)
 
 
-def run_probe(base: Recipe, allowed: float, training: float, *, progress: Any = None) -> Probe:
-    """Spends about `allowed` seconds on small runs that are to tell about a run of `training` seconds."""
-    from dougong.recipes.derive import measured_peak
+def measured_pace(recipe: Recipe, corpus: Any) -> float:
+    """Seconds of one step of a recipe here."""
+    return measure_step(assemble(recipe, corpus), steps=_TIMED)
 
-    begin = time.perf_counter()
+
+def train_small(recipe: Recipe, corpus: Any, size: str, steps: int) -> Small:
+    """Trains one small model to the end of its own schedule and scores it on held-out text."""
+    built = assemble(with_steps(recipe, steps), corpus)
+    paces = [result.seconds for result in fit(built.state, built.objective, built.runtime, built.recipe.train)]
+    score = quick_score(built.recipe, corpus, built.runtime)
+    assert score is not None, "run_probe looks for held-out text first"
+    return Small(shape_with(recipe, size, corpus), steps, float(steps * tokens_per_step(recipe)),
+                 float(np.median(paces)), score(built.state.model)["bits_per_byte"])
+
+
+def run_probe(base: Recipe, allowed: float, training: float, *, pace: Callable[..., float] = measured_pace,
+              train: Callable[..., Small] = train_small, progress: Any = None) -> Probe:
+    """Spends about `allowed` seconds on small runs that are to tell about a run of `training` seconds."""
     report = progress or (lambda done, total, what: None)
     speed = measured_peak() * _UTILISATION
-    settled = _settle(base, _centre(speed, training))
+    settled = settle_probe(base, centre(speed, training))
     corpus = prepare_data(settled, progress=progress)
     if not corpus.facts["splits"]["validation"].get("documents"):
         raise ConfigError("the probe compares losses on held-out text, and these data have no validation split.\n"
                           "Give data.split.fractions, as in data.split.fractions=[0.9,0.1,0].")
+    begin = time.perf_counter()
     long, short = _LONG * allowed, _SHORT * allowed
-    middle = _centre(speed, long)
-    wanted = [(middle / 2, long), (middle, long), (2 * middle, long), (middle / 2, short)]
+    middle = centre(speed, long)
     runs: list[Small] = []
-    preparing = time.perf_counter() - begin
-    for number, (size, seconds) in enumerate(wanted, start=1):
-        report(round(time.perf_counter() - begin - preparing), round(allowed), f"probe: run {number} of {len(wanted)}")
-        runs.append(_train_small(settled, corpus, written(size), seconds))
-    timings = {run.shape.flops_per_token * run.tokens / run.steps: run.seconds_per_step for run in runs}
-    for factor in (1.0, 3.0):
-        report(round(time.perf_counter() - begin - preparing), round(allowed), "probe: timing larger shapes")
-        timings |= _time_shape(settled, corpus, written(factor * _centre(speed, training)))
-    validation, train = (corpus.facts["splits"][name] for name in ("validation", "train"))
+    timings: dict[float, float] = {}
+    for number, (size, seconds) in enumerate([(middle / 2, long), (middle, long), (2 * middle, long),
+                                              (middle / 2, short)], start=1):
+        report(round(time.perf_counter() - begin), round(allowed), f"probe: small run {number} of 4")
+        recipe = sized(settled, written(size))
+        step = pace(recipe, corpus)
+        runs.append(train(recipe, corpus, written(size), max(_FEWEST_STEPS, round(seconds / step))))
+        timings[_flops_per_step(recipe, corpus)] = step
+    for factor in (0.5, 1.0, 2.0):
+        report(round(time.perf_counter() - begin), round(allowed), "probe: timing larger shapes")
+        recipe = sized(settled, written(factor * centre(speed, training)))
+        timings[_flops_per_step(recipe, corpus)] = pace(recipe, corpus)
+    report(round(allowed), round(allowed), "probe: timing larger shapes")
+    validation, train_split = (corpus.facts["splits"][name] for name in ("validation", "train"))
     ceiling = math.log2(corpus.tokenizer.vocab_size) * validation["tokens"] / validation["bytes"]
     curve = fit_curve([SmallRun(run.shape.matrices, run.tokens, run.bits_per_byte) for run in runs],
-                      ceiling=ceiling, unique=train["tokens"])
-    return Probe(runs, curve, corpus.tokenizer.vocab_size, settled.model.context, train["tokens"],
-                 time.perf_counter() - begin - preparing, timings)
+                      ceiling=ceiling, unique=train_split["tokens"])
+    return Probe(runs, curve, corpus.tokenizer.vocab_size, settled.model.context, train_split["tokens"],
+                 time.perf_counter() - begin, timings)
 
 
-def _centre(flops_per_s: float, seconds: float) -> float:
+def centre(flops_per_s: float, seconds: float) -> float:
     """Where runs of minutes had their best size: C = 6·N·D with D = 4·N."""
     return max(math.sqrt(flops_per_s * seconds / 6 / TOKENS_PER_PARAMETER), 60e3)
 
 
-def _settle(base: Recipe, size: float) -> Recipe:
+def settle_probe(base: Recipe, size: float) -> Recipe:
     """Tokenizer, context, device, precision and threads: the same for every small run and for the chosen one."""
-    from dougong.recipes.choose import shape_of
-    from dougong.recipes.derive import resolve
-
     shape, _ = shape_of(base, written(size))
     values: dict[str, Any] = {"model.context": shape.model.context}
     if hasattr(base.tokenizer, "vocab_size"):
         values["tokenizer.vocab_size"] = shape.model.vocab_size
     settled = with_values(base, values)
-    runtime = resolve(with_values(settled, {"size": written(size)}))[0].runtime
-    return replace(settled, runtime=runtime)
+    return replace(settled, runtime=resolve(with_values(settled, {"size": written(size)}))[0].runtime)
 
 
-def _sized(settled: Recipe, size: str) -> Recipe:
-    from dougong.recipes.derive import resolve
-
+def sized(settled: Recipe, size: str) -> Recipe:
     return resolve(with_values(settled, {"size": size}))[0]
 
 
-def _shape(recipe: Recipe, size: str, vocab_size: int) -> Shape:
-    return Shape(size, replace(recipe.model, vocab_size=vocab_size))
+def shape_with(recipe: Recipe, size: str, corpus: Any) -> Shape:
+    return Shape(size, replace(recipe.model, vocab_size=corpus.tokenizer.vocab_size))
 
 
-def _train_small(settled: Recipe, corpus: Any, size: str, seconds: float) -> Small:
-    """Trains one small model to the end of its own schedule, of as many steps as fit into `seconds`."""
-    recipe = _sized(settled, size)
-    begin = time.perf_counter()
-    pace = measure_step(assemble(recipe, corpus), steps=_TIMED)
-    left = seconds - (time.perf_counter() - begin)
-    steps = max(_FEWEST_STEPS, round(left / pace))
-    built = assemble(with_steps(recipe, steps), corpus)
-    paces = [result.seconds for result in fit(built.state, built.objective, built.runtime, built.recipe.train)]
-    score = quick_score(built.recipe, corpus, built.runtime)
-    assert score is not None
-    tokens = float(steps * given(recipe.train.rows) * recipe.model.context)
-    return Small(_shape(recipe, size, corpus.tokenizer.vocab_size), steps, tokens, float(np.median(paces)),
-                 score(built.state.model)["bits_per_byte"])
+def tokens_per_step(recipe: Recipe) -> int:
+    return given(recipe.train.rows) * recipe.model.context
 
 
-def _time_shape(settled: Recipe, corpus: Any, size: str) -> dict[float, float]:
-    recipe = _sized(settled, size)
-    built = assemble(recipe, corpus)
-    flops = _shape(recipe, size, corpus.tokenizer.vocab_size).flops_per_token
-    return {flops * given(recipe.train.rows) * recipe.model.context: measure_step(built, steps=_TIMED)}
+def _flops_per_step(recipe: Recipe, corpus: Any) -> float:
+    return shape_with(recipe, "", corpus).flops_per_token * tokens_per_step(recipe)
 
 
 def choose(base: Recipe, probe: Probe, training: float, money: Budget, serving: Serving | None) -> dict[str, Any]:
     """The shape with the least loss in `training` seconds by the probe's curve and speeds, the smaller where the
     difference is below what two runs of one recipe differ by."""
-    from dougong.recipes.choose import pick, shape_overrides
-
     options = probe_options(base, probe, training, serving)
     best = pick(options, money, same=SAME)
     least = min((o for o in options if o.fits), key=lambda o: o.loss)
-    rows = _rows(base, best.shape)
+    rows = _at_vocabulary(base, best.shape.size, probe)[1]
     steps = max(10, round(best.tokens / (rows * best.shape.model.context)))
     numbers = probe.curve.numbers
     figures = [
@@ -204,10 +204,6 @@ def choose(base: Recipe, probe: Probe, training: float, money: Budget, serving: 
             "overrides": [*shape_overrides(base, best.shape), f"train.steps={steps}"]}
 
 
-SAME = 0.005
-"""relative difference of losses below which two shapes count as equal"""
-
-
 def probe_options(base: Recipe, probe: Probe, training: float, serving: Serving | None) -> list[Option]:
     """Every shape of the ladder that trains at a sensible speed, with the loss and interval that the curve gives it."""
     sizes = [run.shape.matrices for run in probe.runs]
@@ -225,20 +221,9 @@ def probe_options(base: Recipe, probe: Probe, training: float, serving: Serving 
 
 
 def _at_vocabulary(base: Recipe, size: str, probe: Probe) -> tuple[Shape, int]:
-    from dougong.recipes.choose import shape_of
-
-    fixed = with_values(base, {"model.context": probe.context})
+    """The dial's shape at the probe's tokenizer and context, and the rows of its step."""
+    fixed: dict[str, Any] = {"model.context": probe.context}
     if hasattr(base.tokenizer, "vocab_size"):
-        fixed = with_values(fixed, {"tokenizer.vocab_size": probe.vocab_size})
-    shape, resolved = shape_of(fixed, size)
-    return replace_vocabulary(shape, probe.vocab_size), given(resolved.train.rows)
-
-
-def replace_vocabulary(shape: Shape, vocab_size: int) -> Shape:
-    return Shape(shape.size, replace(shape.model, vocab_size=vocab_size))
-
-
-def _rows(base: Recipe, shape: Shape) -> int:
-    from dougong.recipes.choose import shape_of
-
-    return given(shape_of(with_values(base, {"model.context": shape.model.context}), shape.size)[1].train.rows)
+        fixed["tokenizer.vocab_size"] = probe.vocab_size
+    shape, resolved = shape_of(with_values(base, fixed), size)
+    return Shape(size, replace(shape.model, vocab_size=probe.vocab_size)), given(resolved.train.rows)
