@@ -33,6 +33,10 @@ NANO = Case(model=decoder(position=ALiBiConfig(), value_embeddings="all", residu
     (GPT, LayoutConfig(tensor=2, sequence_parallel=False, vocabulary_parallel=False)),
     (NANO, LayoutConfig(tensor=2)),
     (NANO, LayoutConfig(tensor=4, sequence_parallel=False)),
+    (QWEN, LayoutConfig(shard=2, tensor=2)),
+    (replace(GPT, rows=4), LayoutConfig(shard=2, tensor=2, vocabulary_parallel=False)),
+    (QWEN, LayoutConfig(replicate=2, tensor=2)),
+    (NANO, LayoutConfig(replicate=2, shard=2, tensor=2)),
 ], ids=lambda value: str(value) if isinstance(value, LayoutConfig) else "")
 def test_products_shared(case, layout):
     check(reference(case), run_processes(layout.processes, divided, case, layout))

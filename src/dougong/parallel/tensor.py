@@ -232,7 +232,7 @@ def _divide_ends(model: Any, team: Team, vocabulary_parallel: bool) -> None:
     if stem is not None:
         for layer, table in stem.values.items():
             _divide_values(table, model.stack[layer].attention, team)
-        if vocabulary_parallel:
+        if vocabulary_parallel and stem.tokens is not None:
             divide_embedding(stem.tokens, team)
         p, stem.dropout = stem.dropout.p, Dropout(0.0)      # on the parts, where every process draws its own numbers
         stem.register_forward_hook(lambda module, _inputs, x: dropout(team.split(x), p, training=module.training))
