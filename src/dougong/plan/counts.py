@@ -7,7 +7,7 @@ of rows, whole heads and half of them) give them for every depth, batch and layo
 
 import dataclasses
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 from dougong.core.config import replace
@@ -49,6 +49,8 @@ class Counts:
         self.itemsize = ITEMSIZE[step.precision]
         self.stream_bytes = self.context * self.dim * self.itemsize
         """one row of the residual stream"""
+        self.kept, self.kept_inside = cache(self._kept), cache(self._kept_inside)
+        self.ends_kept, self.head_peak = cache(self._ends_kept), cache(self._head_peak)
 
     @cached_property
     def parameters(self) -> dict[str, Any]:
@@ -89,11 +91,11 @@ class Counts:
         few, more = (self._forward("none", n * self._period, 1, 1).optimizer for n in (1, 2))
         return few + (more - few) / self._period * (self.layers - self._period)
 
-    def kept(self, mode: str) -> Line:
+    def _kept(self, mode: str) -> Line:
         """One layer's bytes for the backward pass under a mode of checkpointing, on one device."""
         return Line(0.0, self.stream_bytes) if mode == "full" else self._lines(mode, 1)[0]
 
-    def kept_inside(self, mode: str) -> Line:
+    def _kept_inside(self, mode: str) -> Line:
         """Of those, what `tensor` divides."""
         if mode == "full":
             return Line(0.0, 0.0)
@@ -101,11 +103,11 @@ class Counts:
         return (self._lines(mode, 1)[0] - self._lines(mode, parts)[0]).times(parts / (parts - 1)) if parts > 1 else \
             self._lines(mode, 1)[0]
 
-    def ends_kept(self) -> Line:
+    def _ends_kept(self) -> Line:
         """Kept by what is not a layer: embedded tokens, the last stream, gradients of the head known in advance."""
         return self._lines("none", 1)[1]
 
-    def head_peak(self, rows: float) -> float:
+    def _head_peak(self, rows: float) -> float:
         """Bytes that the loss takes for a moment, above what is kept: a chunk's logits and their gradient."""
         one, two = (self._forward("none", self._period, n, 1).above for n in (1, 2))
         chunk = max(512, getattr(self.step.objective, "chunk_logits", 1 << 62) // self.vocab_size)

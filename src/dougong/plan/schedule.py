@@ -13,6 +13,9 @@ SEVERAL_STAGES = ("interleaved", "looped_bfs", "interleaved_zb", "zbv", "dualpip
 V_SHAPED = ("zbv", "dualpipev")
 """schedules in which the first process has the last stage too"""
 
+_ALL_FORWARDS_FIRST = ("gpipe", "looped_bfs")
+_STEADY = 4
+"""micro-batches for each process from which a schedule only repeats itself: filling and draining it take as long"""
 _COST = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}
 _NAMES = {"FORWARD": "F", "FULL_BACKWARD": "B", "BACKWARD_INPUT": "I", "BACKWARD_WEIGHT": "W"}
 """forward; whole backward; its part for the input; its part for the weights: in forwards of one stage"""
@@ -33,6 +36,11 @@ def pipeline(schedule: str, processes: int, micro_batches: int) -> Pipeline:
     """Runs the schedule's table with stages of equal cost and no time for messages. Raises ValueError, from torch, for
     a number of micro-batches that the schedule cannot use."""
     stages = 2 if schedule in SEVERAL_STAGES else 1
+    if micro_batches > (few := _STEADY * processes) and micro_batches % processes == 0:
+        short = pipeline(schedule, processes, few)
+        idle = short.bubble / (1 - short.bubble) * 3.0 * few * stages
+        held = short.in_flight if schedule not in _ALL_FORWARDS_FIRST else (micro_batches * stages,) * processes
+        return Pipeline(idle / (idle + 3.0 * micro_batches * stages), held, stages)
     order = _order(schedule, processes, micro_batches, stages)
     finish = _simulate(order, processes * stages)
     work = 3.0 * micro_batches * stages      # one forward and two for the backward, each stage

@@ -1,0 +1,319 @@
+"""Which layout: every sensible product of axes is tried by arithmetic, ranked by tokens per second, and explained."""
+
+import importlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dougong.core.errors import ConfigError
+from dougong.plan.counts import Counts
+from dougong.plan.machine import Machine, here
+from dougong.plan.option import Option, describe, evaluate
+from dougong.plan.schedule import SEVERAL_STAGES
+from dougong.plan.work import CHECKPOINTING, Work
+from dougong.runtime.layout import DATA, LayoutConfig
+
+_FILLED = 8
+"""micro-batches for each stage at which a pipeline's bubble is a tenth and less"""
+_LONG_CONTEXT = 8192
+"""below it, a row's activations are divided better by tensor parallelism or not at all"""
+_WORTH = 0.97
+"""of two layouts within 3 % the simpler one is better: the plan is not more exact than that"""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """`best` first; `others`: the best of each family that does not work or is slower, with why."""
+
+    best: list[Option]
+    others: list[Option]
+    considered: int
+
+    @property
+    def chosen(self) -> Option | None:
+        return self.best[0] if self.best else None
+
+
+def rank(work: Work, machine: Machine, devices: int, *, counts: Counts | None = None, keep: int = 5,
+         pinned: LayoutConfig | None = None, changes: bool = True) -> Ranking:
+    """The best layouts of `devices` devices, of different families, and the best of each family that fails.
+
+    `pinned`: only this layout. `changes`: keeping more or fewer activations than the recipe asks is tried too, and said
+    in `Option.changes`.
+    """
+    counts = counts or Counts(work.step())
+    layouts = [pinned] if pinned else list(candidates(work, counts, machine, devices))
+    modes = dict.fromkeys((work.checkpoint, *(("none", "selective", "full") if changes else ())))
+    options = [option for layout in layouts for option in _ways(work, counts, layout, machine, modes)]
+    by_family: dict[tuple[str, ...], Option] = {}
+    for option in options:
+        family = _family(option.layout)
+        if family not in by_family or _better(option, by_family[family]):
+            by_family[family] = option
+    ranked = _ranked([option for option in by_family.values() if option.fits])
+    failed = sorted((option for option in by_family.values() if not option.fits), key=lambda o: (o.complexity, o.memory_bytes))
+    return Ranking([replace(option, reason=explain(option, ranked[0])) for option in ranked[:keep]],
+                   [replace(option, reason=explain(option, ranked[0] if ranked else None))
+                    for option in [*ranked[keep:], *failed]], len(options))
+
+
+def choose_layout(model: Any, train: Any, runtime: Any, optim: Any, processes: int) -> tuple[LayoutConfig, str]:
+    """The layout for `layout: auto`, and the reason; called by the processes launched, each alike.
+
+    Copies where a whole model with its optimiser fits beside its neighbours', else parts of it over as many processes as
+    it takes; other axes only where that does not do. Raises ConfigError where nothing fits.
+    """
+    if processes == 1:
+        return LayoutConfig(replicate=1), "one process"
+    if not hasattr(model, "decoder"):
+        return LayoutConfig(replicate=processes), "this model has no layers to divide; every process takes rows"
+    from dougong.objectives.causal_lm import CausalLMConfig
+
+    vocab_size = model.vocab_size or 4096       # the tokenizer's is not known yet; it does not decide
+    work = Work(model=replace(model, vocab_size=vocab_size), objective=CausalLMConfig(), optim=optim,
+                rows=train.rows or processes, context=model.context or 1024, steps=train.steps or 1,
+                precision=runtime.precision or "fp32", device=runtime.device or "cpu",
+                checkpoint=CHECKPOINTING[train.gradient_checkpointing], micro_rows=train.micro_rows, ema=bool(train.ema))
+    machine = _shared(processes)
+    ranking = rank(work, machine, processes, keep=1, changes=False)
+    if ranking.chosen is None:
+        raise ConfigError(f"no layout of {processes} processes fits: " + nothing_fits(work, machine, processes, ranking))
+    option = ranking.chosen
+    return option.layout, f"{option.reason} ({option.memory_bytes / 2**30:.1f} GiB of {machine.memory_bytes / 2**30:.0f})"
+
+
+def _shared(processes: int) -> Machine:
+    """This machine as each of its processes sees it: on a CPU they share its memory and its cores."""
+    import os
+
+    machine, neighbours = here(), int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    if machine.device == "cuda":
+        return machine
+    return replace(machine, memory_bytes=machine.memory_bytes / neighbours, host_devices=neighbours,
+                   peak_bf16_flops=machine.peak_bf16_flops / neighbours,
+                   peak_fp32_flops=machine.peak_fp32_flops / neighbours)
+
+
+def candidates(work: Work, counts: Counts, machine: Machine, devices: int) -> Iterator[LayoutConfig]:
+    """Products of the axes: tensor inside a host, context for long rows, pipeline up to the layers, and what is left
+    over for the data: copies, parts, or parts within a host and copies of it."""
+    contexts = [n for n in _powers(16, devices) if n == 1 or work.context >= _LONG_CONTEXT]
+    for tensor in _powers(machine.host_devices, devices):
+        for context in contexts:
+            for pipeline in _powers(min(64, counts.layers), devices):
+                inner = tensor * context * pipeline
+                if devices % inner:
+                    continue
+                yield from _over_data(work, devices // inner, tensor, context, pipeline, machine)
+
+
+def _over_data(work: Work, data: int, tensor: int, context: int, pipeline: int,
+               machine: Machine) -> Iterator[LayoutConfig]:
+    schedules = ["1f1b", "interleaved" if work.compile else "interleaved_zb"] if pipeline > 1 else ["1f1b"]
+    shards = {1, data, *(n for n in _powers(data, data) if n * tensor * context in (machine.host_devices, 64, 512))}
+    for shard in sorted(shards):
+        for gathered in ("layer", "step") if shard * context > 1 else ("layer",):
+            for schedule in schedules:
+                yield LayoutConfig(replicate=data // shard, shard=shard, context=context, tensor=tensor,
+                                   pipeline=pipeline, schedule=schedule, gathered=gathered)   # type: ignore[arg-type]
+
+
+def _powers(most: int, devices: int) -> list[int]:
+    return [1 << i for i in range(20) if 1 << i <= most and devices % (1 << i) == 0]
+
+
+def refusal(work: Work, layout: LayoutConfig) -> str | None:
+    """Why this model cannot be divided so; None if it can. What the rooms below say, where they are there to ask."""
+    copies = layout.size(*DATA)
+    if work.rows % copies:
+        return f"{work.rows} rows a step cannot be shared equally by {copies} processes"
+    for axis, module, arguments in (
+            ("tensor", "tensor", (work.model, layout)),
+            ("context", "context", (work.model, layout.context, layout.context_method)),
+            ("expert", "expert", (work.model, layout.expert))):
+        if layout.size(axis) > 1:   # type: ignore[arg-type]
+            check = _check(f"dougong.parallel.{module}", f"why_not_{axis}")
+            if check and (reason := check(*arguments)):
+                return reason.splitlines()[0]
+    return None
+
+
+def _check(module: str, name: str) -> Any:
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        return None
+
+
+def pipeline_refusal(work: Work, layout: LayoutConfig, micro_batches: int) -> str | None:
+    check = _check("dougong.parallel.pipeline", "why_not_pipeline") if layout.pipeline > 1 else None
+    if check and (reason := check(work.model, layout, micro_batches)):
+        return reason.splitlines()[0]
+    if layout.pipeline > 1 and micro_batches < layout.pipeline:
+        return f"{micro_batches} micro-batches leave {layout.pipeline} stages mostly waiting"
+    return None
+
+
+def _ways(work: Work, counts: Counts, layout: LayoutConfig, machine: Machine, modes: Iterable[str]) -> list[Option]:
+    """The best micro-batch for each mode of checkpointing; a refused layout as one option that says why."""
+    reason = refusal(work, layout)
+    found = []
+    for mode in modes:
+        ways = [] if reason else list(_micro_batches(work, counts, layout, machine, mode))
+        if not ways:
+            why = reason or "its schedule cannot take any number of micro-batches of this step"
+            found.append(_refused(layout, mode, machine, why))
+            continue
+        best = ways[0]
+        for way in ways[1:]:
+            best = way if _better(way, best) else best
+        change = () if mode == work.checkpoint else \
+            (f"train.gradient_checkpointing={'true' if mode == 'full' else mode}",)
+        found.append(replace(best, changes=change))
+    return found
+
+
+def _micro_batches(work: Work, counts: Counts, layout: LayoutConfig, machine: Machine, mode: str) -> Iterator[Option]:
+    """Options over the sizes of a micro-batch, the largest first; without a pipeline the first that fits is best, with
+    one a smaller one may leave a smaller bubble. If none fits: the smallest, which comes nearest."""
+    rows = work.rows // layout.size(*DATA)
+    sizes = [work.micro_rows] if work.micro_rows else [n for n in range(min(rows, 64), 0, -1) if rows % n == 0]
+    if layout.pipeline > 1 and not work.micro_rows:     # more micro-batches than these shrink the bubble no further
+        sizes = [n for n in sizes if rows // n <= _FILLED * layout.pipeline]
+    last, fitting = None, 0
+    for size in sizes:
+        if rows % size or pipeline_refusal(work, layout, rows // size):
+            continue
+        try:
+            option = evaluate(work, counts, layout, machine, checkpoint=mode, micro_rows=size)
+        except ValueError:
+            continue
+        last = option
+        if option.fits:
+            yield option
+            fitting += 1
+            if fitting == (1 if layout.pipeline == 1 else 3):
+                return
+    if last is not None and not last.fits:
+        yield last
+
+
+def _refused(layout: LayoutConfig, mode: str, machine: Machine, why: str) -> Option:
+    return Option(layout=layout, checkpoint=mode, micro_rows=0, micro_batches=0, memory={}, seconds={}, bubble=0.0,
+                  capacity=machine.memory_bytes, traffic=[], tokens_per_s=0.0, refused=why)
+
+
+def _better(a: Option, b: Option) -> bool:
+    """Fits before fits not; then the faster, unless the slower is simpler and nearly as fast."""
+    if a.fits != b.fits:
+        return a.fits
+    if not a.fits:
+        return (a.refused is None, -a.memory_bytes) > (b.refused is None, -b.memory_bytes)
+    if a.changes != b.changes and (not a.changes or not b.changes):
+        own, other = (a, b) if not a.changes else (b, a)
+        return (own is a) == (own.tokens_per_s >= _WORTH * other.tokens_per_s)
+    if a.complexity != b.complexity:
+        simple, other = (a, b) if a.complexity < b.complexity else (b, a)
+        return (simple is a) == (simple.tokens_per_s >= _WORTH * other.tokens_per_s)
+    return (a.tokens_per_s, -a.memory_bytes) > (b.tokens_per_s, -b.memory_bytes)
+
+
+def _ranked(options: list[Option]) -> list[Option]:
+    ranked: list[Option] = []
+    left = sorted(options, key=lambda o: -o.tokens_per_s)
+    while left:
+        best = left[0]
+        for other in left[1:]:
+            best = other if _better(other, best) else best
+        ranked.append(best)
+        left.remove(best)
+    return ranked
+
+
+def _family(layout: LayoutConfig) -> tuple[str, ...]:
+    """Options of one family differ in sizes, schedule and micro-batch only."""
+    names = [axis for axis in ("tensor", "context", "pipeline", "expert") if layout.size(axis) > 1]  # type: ignore
+    if layout.shard > 1:
+        names.append("shard")
+    elif (layout.replicate or 1) > 1:
+        names.append("replicate")
+    return tuple(names)
+
+
+def explain(option: Option, best: Option | None) -> str:
+    """One sentence: why this layout works as it does, or why it fails."""
+    layout, gib = option.layout, 2**30
+    if option.refused:
+        return option.refused
+    if not option.fits:
+        most = max(option.memory, key=lambda kind: option.memory[kind])
+        return (f"does not fit: {option.memory_bytes / gib:,.1f} GiB of {option.capacity / gib:,.1f}, "
+                f"most of it {most} ({option.memory[most] / gib:,.1f} GiB)")
+    parts = [_purpose(layout)]
+    share = {kind: seconds / option.step_seconds for kind, seconds in option.seconds.items()}
+    if share["bubble"] > 0.02:
+        parts.append(f"{share['bubble']:.0%} of a step is the pipeline's bubble")
+    if share["communication"] > 0.02:
+        parts.append(f"{share['communication']:.0%} waits for messages ({_heaviest(option)})")
+    if share["recompute"] > 0.02:
+        parts.append(f"{share['recompute']:.0%} computes activations again")
+    if best is not None and best is not option and option.tokens_per_s < 0.995 * best.tokens_per_s:
+        parts.append(f"{1 - option.tokens_per_s / best.tokens_per_s:.0%} slower than the best")
+    return "; ".join(parts)
+
+
+def _heaviest(option: Option) -> str:
+    waiting = [t for t in option.traffic if not t.hidden] or option.traffic
+    heaviest = max(waiting, key=lambda t: t.seconds)
+    return f"{heaviest.axis}, over the {heaviest.link}"
+
+
+def _purpose(layout: LayoutConfig) -> str:
+    words = []
+    if layout.processes == 1:
+        return "everything fits one device"
+    if layout.tensor > 1:
+        words.append(f"each product shared by {layout.tensor} neighbours")
+    if layout.context > 1:
+        words.append(f"rows cut into {layout.context} stretches")
+    if layout.pipeline > 1:
+        each = " two stages each," if layout.schedule in SEVERAL_STAGES else ""
+        words.append(f"layers in {layout.pipeline} places ({layout.schedule},{each} passed on)".replace(",)", ")"))
+    if layout.shard > 1:
+        words.append(f"weights in {layout.shard} parts" + (", kept whole for a step" if layout.gathered == "step" else ""))
+    if (layout.replicate or 1) > 1:
+        words.append(f"{layout.replicate} copies that only sum gradients")
+    return ", ".join(words)
+
+
+def nothing_fits(work: Work, machine: Machine, devices: int, ranking: Ranking) -> str:
+    """What would do: the smallest number of devices that fits, or what to change where no number does."""
+    gib, nearest = 2**30, [option for option in ranking.others if option.refused is None]
+    lines = []
+    if nearest:
+        option = min(nearest, key=lambda o: o.memory_bytes)
+        lines.append(f"the nearest, {describe(option.layout)}, needs {option.memory_bytes / gib:,.1f} GiB on each device, "
+                     f"and {machine.name} has {option.capacity / gib:,.1f}.")
+    elif ranking.others:
+        lines.append(f"{ranking.others[0].refused}.")
+    enough = fewest_devices(work, machine, devices)
+    if enough is not None:
+        lines.append(f"The smallest number of {machine.name} that fits is {enough[0]} ({describe(enough[1].layout)}"
+                     + "".join(f", {change}" for change in enough[1].changes) + ").")
+    lines.append("Or try a smaller model, a shorter context (model.context), train.gradient_checkpointing=true, or rows "
+                 "that more processes can share (train.rows).")
+    return "\n".join(lines)
+
+
+def fewest_devices(work: Work, machine: Machine, devices: int) -> tuple[int, Option] | None:
+    """The smallest power of two above `devices`, up to 65,536, on which some layout fits. Rows grow where they must."""
+    counts, number = Counts(work.step()), 1
+    while number < 65_536:
+        number *= 2
+        if number <= devices:
+            continue
+        rows = max(work.rows, number)
+        ranking = rank(replace(work, rows=rows + (-rows) % number), machine, number, counts=counts, keep=1)
+        if ranking.chosen:
+            return number, ranking.chosen
+    return None

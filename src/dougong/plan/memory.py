@@ -1,0 +1,148 @@
+"""Bytes that one process of a layout holds at the worst moment of a step, by kind, each with how it was computed."""
+
+import math
+from dataclasses import dataclass
+
+from dougong.plan.counts import Counts, Line
+from dougong.plan.schedule import V_SHAPED, pipeline
+from dougong.runtime.layout import LayoutConfig
+from dougong.runtime.mesh import SHARDS
+
+FP32 = 4
+DEVICE_BYTES = 1.5 * 2**30
+"""the driver's context and NCCL's buffers on a GPU; assumed, 1 to 2 GiB are usual"""
+FRAGMENTATION = 0.06
+"""share of everything else that the allocator of a GPU wastes between blocks; assumed"""
+
+HOW = {
+    "weights": "fp32 masters, 4 bytes a parameter, divided by shard, tensor and pipeline",
+    "gradients": "fp32, divided as the weights",
+    "optimizer": "state counted on a small model of this kind, divided as the weights",
+    "activations": "what autograd keeps, counted on shallow models; linear in layers, rows and micro-batches in flight",
+    "logits": "one chunk of logits with its gradient, and the head's casts, counted",
+    "gathered": "weights of the layer at work and the next, whole, and their gradients before they are divided again",
+    "recomputed": "one layer computed again on the way back, with the gradients of its activations",
+    "allowance": "driver and NCCL 1.5 GiB, and 6 % for fragmentation: assumed",
+}
+
+
+@dataclass(frozen=True)
+class Split:
+    """A layout's effect on one process: what it holds and how much of a row it sees."""
+
+    layers: int
+    stages: int
+    tensor: int
+    shards: int
+    parts_of_row: int
+    """context: stretches of a row"""
+
+    @classmethod
+    def of(cls, layout: LayoutConfig, layers: int) -> "Split":
+        stages = layout.pipeline * (pipeline_stages(layout))
+        each = math.ceil(layers / stages) * pipeline_stages(layout)
+        return cls(min(layers, each), stages, layout.tensor, layout.size(*SHARDS), layout.context)
+
+
+def pipeline_stages(layout: LayoutConfig) -> int:
+    """Stages of each process."""
+    from dougong.plan.schedule import SEVERAL_STAGES
+
+    return 2 if layout.pipeline > 1 and layout.schedule in SEVERAL_STAGES else 1
+
+
+def layer_parameters(counts: Counts, tensor: int) -> float:
+    """Of one layer in one process, before FSDP divides it."""
+    return (counts.layer_parameters - counts.layer_whole) / tensor + counts.layer_whole
+
+
+def end_parameters(counts: Counts, layout: LayoutConfig, *, first: bool) -> float:
+    """Of stem and head as far as a process of the first (or last) stage has them."""
+    ends = counts.end_parameters
+    alone = layout.pipeline == 1 or (first and layout.schedule in V_SHAPED)
+    tied = counts.section.tied and layout.pipeline > 1
+    head = ends["head"] + (ends["stem"] if tied and not alone else 0)
+    held = ends["stem"] + ends["head"] if alone else ends["stem"] if first else head
+    return held / (layout.tensor if layout.vocabulary_parallel else 1)
+
+
+def held_parameters(counts: Counts, layout: LayoutConfig, *, first: bool) -> float:
+    """Of one process, before FSDP divides them."""
+    split = Split.of(layout, counts.layers)
+    return split.layers * layer_parameters(counts, split.tensor) + end_parameters(counts, layout, first=first)
+
+
+def kept_per_row(counts: Counts, layout: LayoutConfig, mode: str) -> Line:
+    """One layer's bytes for the backward pass in one process: fixed, and for each row."""
+    whole, inside = counts.kept(mode), counts.kept_inside(mode)
+    outside = whole - inside
+    tensor = layout.tensor
+    if tensor > 1 and layout.sequence_parallel:
+        # norms and residuals lie in parts; what enters attention and feed-forward is gathered, and kept whole
+        gathered = 0.0 if mode == "full" else 2 * counts.stream_bytes * (1 - 1 / tensor)
+        row = outside.per_row / tensor + gathered + inside.per_row / tensor
+    else:
+        row = outside.per_row + inside.per_row / tensor
+    casts = 0.0 if layout.size(*SHARDS) > 1 else outside.fixed + inside.fixed / tensor
+    return Line(casts, row / layout.context)
+
+
+def memory(counts: Counts, layout: LayoutConfig, mode: str, micro_rows: int, micro_batches: int, *,
+           gpu: bool, ema: bool = False) -> dict[str, float]:
+    """Kinds of the process that holds most: of the first stage or of the last."""
+    ends = [True] if layout.pipeline == 1 else [True, False]
+    return max((_one(counts, layout, mode, micro_rows, micro_batches, first=first, gpu=gpu, ema=ema)
+                for first in ends), key=lambda kinds: sum(kinds.values()))
+
+
+def _one(counts: Counts, layout: LayoutConfig, mode: str, micro_rows: int, micro_batches: int, *, first: bool,
+         gpu: bool, ema: bool) -> dict[str, float]:
+    split = Split.of(layout, counts.layers)
+    held = held_parameters(counts, layout, first=first) / split.shards
+    line, alone = kept_per_row(counts, layout, mode), layout.pipeline == 1
+    in_flight = _layers_in_flight(layout, split, micro_batches, first=first)
+    casts = line.fixed * split.layers
+    activations = casts + line.per_row * micro_rows * in_flight
+    has_head = alone or not first or layout.schedule in V_SHAPED
+    parts = layout.tensor if layout.vocabulary_parallel else 1
+    ends = counts.ends_kept()
+    logits = 0.0
+    if has_head:
+        activations += ends.per_row * micro_rows / layout.context
+        logits = (ends.fixed + counts.head_peak(micro_rows / layout.context)) / parts
+    full = kept_per_row(counts, layout, "none")
+    one_layer = full.per_row * micro_rows
+    again = 0.0 if mode == "none" else 1.5 * one_layer + full.fixed
+    gathered = _gathered(counts, layout, split, micro_batches, first=first)
+    kinds = {"weights": held * FP32 * (2 if ema else 1), "gradients": held * FP32,
+             "optimizer": held * FP32 * counts.optimizer_copies, "gathered": gathered}
+    forward = {**kinds, "gradients": kinds["gradients"] if micro_batches > 1 else 0.0, "activations": activations,
+               "logits": logits, "recomputed": max(0.0, again - logits)}
+    backward = {**kinds, "activations": casts / max(1, split.layers) + 2 * one_layer, "logits": 0.0,
+                "recomputed": again}
+    worst = max(forward, backward, key=lambda kinds: sum(kinds.values()))
+    if gpu:
+        worst["allowance"] = DEVICE_BYTES + FRAGMENTATION * sum(worst.values())
+    return worst
+
+
+def _layers_in_flight(layout: LayoutConfig, split: Split, micro_batches: int, *, first: bool) -> float:
+    """Layer-forwards whose backward is still to come, at most."""
+    if layout.pipeline == 1:
+        return split.layers
+    held = pipeline(layout.schedule, layout.pipeline, micro_batches)
+    return held.in_flight[0 if first else -1] * split.layers / held.stages_each
+
+
+def _gathered(counts: Counts, layout: LayoutConfig, split: Split, micro_batches: int, *, first: bool) -> float:
+    """Whole weights and gradients that FSDP holds for a while. By layer: two layers gathered, one on its way, one
+    layer's gradients and their copy to be divided. For the step: all layers' weights, and gradients if they wait."""
+    if split.shards == 1:
+        return 0.0
+    layer, ends = layer_parameters(counts, split.tensor), end_parameters(counts, layout, first=first)
+    size = counts.itemsize
+    on_the_way = layer * (size + size + FP32)
+    if layout.gathered == "layer":
+        return 2 * layer * size + on_the_way + 2 * ends * FP32
+    waiting = split.layers * layer * FP32 if micro_batches > 1 else 0.0
+    return split.layers * layer * size + on_the_way + waiting + 2 * ends * FP32

@@ -1,0 +1,86 @@
+"""What one process sends in a step, by axis: how many collectives, how many bytes, over which link.
+
+Ring algorithms: gathering or scattering S bytes over n sends S·(n-1)/n, summing them twice that (Patarasuk & Yuan
+2009). A group's link is that of the block of neighbouring ranks it spans: inside a host, or the network.
+"""
+
+import math
+from dataclasses import dataclass
+
+from dougong.plan.counts import Counts
+from dougong.plan.machine import Machine
+from dougong.plan.memory import FP32, Split, end_parameters, layer_parameters
+from dougong.runtime.layout import AXES, Axis, LayoutConfig
+from dougong.runtime.mesh import SHARDS
+
+BUS_EFFICIENCY = 0.8
+"""share of a link that large collectives reach (NCCL's tests on DGX hosts: 75-90 %)"""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Of one axis and step. `hidden`: it can happen while the device computes."""
+
+    axis: str
+    what: str
+    collectives: int
+    bytes: float
+    seconds: float
+    link: str
+    hidden: bool
+
+
+def traffic(counts: Counts, layout: LayoutConfig, machine: Machine, mode: str, micro_rows: int,
+            micro_batches: int) -> list[Traffic]:
+    """Every axis above 1."""
+    split = Split.of(layout, counts.layers)
+    layer = layer_parameters(counts, split.tensor)
+    ends = end_parameters(counts, layout, first=True)
+    weights, found = split.layers * layer, []
+
+    def add(axes: tuple[Axis, ...], what: str, number: float, size: float, *, hidden: bool) -> None:
+        link, name = _link(layout, machine, axes)
+        seconds = size / (BUS_EFFICIENCY * link) + number * machine.latency_s * math.log2(2 * layout.size(*axes))
+        found.append(Traffic(" x ".join(a for a in axes if layout.size(a) > 1), what, round(number), size, seconds,
+                             name, hidden))
+
+    if (n := split.shards) > 1:
+        times = micro_batches if layout.gathered == "layer" else 1
+        gathers = 2 * times if layout.gathered == "layer" else 1
+        share = (n - 1) / n
+        add(SHARDS, "weights gathered", (split.layers + 1) * gathers,
+            share * (weights * counts.itemsize * gathers + ends * FP32 * times), hidden=True)
+        add(SHARDS, "gradients summed, each to its owner", (split.layers + 1) * times,
+            share * (weights + ends) * FP32 * times, hidden=True)
+    if (n := layout.size("replicate")) > 1:
+        add(("replicate",), "gradients summed", split.layers + 1,
+            2 * (n - 1) / n * (weights + ends) / split.shards * FP32, hidden=True)
+    if (n := layout.tensor) > 1:
+        passes = 2 + (mode == "full")
+        stream = counts.stream_bytes / layout.context * micro_rows
+        add(("tensor",), "activations gathered and summed", 4 * passes * split.layers * micro_batches,
+            4 * passes * (n - 1) / n * stream * split.layers * micro_batches, hidden=False)
+    if (n := layout.context) > 1:
+        heads, groups, width = counts.section.attention.heads(counts.dim)
+        per_token = (2 * heads + 2 * groups) * width / layout.tensor * counts.itemsize
+        if layout.context_method == "gather":
+            per_token = 2 * groups * width / layout.tensor * counts.itemsize * n
+        size = per_token * counts.context / n * micro_rows * (n - 1) / n
+        passes = 2 + (mode == "full")
+        add(("context",), "heads for tokens" if layout.context_method == "all_to_all" else "keys and values gathered",
+            4 * passes * split.layers * micro_batches, size * passes * split.layers * micro_batches, hidden=False)
+    if layout.pipeline > 1:
+        stream = counts.stream_bytes / layout.context * micro_rows
+        each = split.stages // layout.pipeline
+        add(("pipeline",), "activations and their gradients passed on", 2 * micro_batches * each,
+            2 * stream * micro_batches * each, hidden=True)
+    return found
+
+
+def _link(layout: LayoutConfig, machine: Machine, axes: tuple[Axis, ...]) -> tuple[float, str]:
+    """Bytes per second and name of the link that the group along these axes has, the innermost axes being neighbours."""
+    wide = [axis for axis in axes if layout.size(axis) > 1]
+    outermost = min(AXES.index(axis) for axis in wide)
+    block = math.prod(layout.size(axis) for axis in AXES[outermost:])
+    inside = block <= machine.host_devices
+    return machine.link(block), "host" if inside else "network"
