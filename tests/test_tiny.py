@@ -20,7 +20,7 @@ from tiny_recipe import STEPS, dougong, write_recipe, write_texts
 from dougong.core.events import last_per_step, read_events
 from dougong.core.run import RunDirectory
 
-TIMED = {"time", "attempt", "elapsed_s", "tokens_per_s", "seconds", "mfu", "memory_bytes"}
+TIMED = {"time", "attempt", "elapsed_s", "tokens_per_s", "seconds", "mfu", "memory_bytes", "phases"}
 STOPPED_AT = STEPS // 2 - 1   # neither an evaluation nor a checkpoint is due
 
 

@@ -163,13 +163,33 @@ class ArrayLoader:
         if self.position == self.batches_per_epoch:
             self.epoch, self.position = self.epoch + 1, 0
         if self._order_epoch != self.epoch:
-            random = np.random.Generator(np.random.PCG64(derive(self._seed, "epoch", self.epoch)))
-            self._order, self._order_epoch = random.permutation(self._total), self.epoch
-        share = self._rows // self._world_size
-        start = self.position * self._rows + self._rank * share
-        chosen = torch.from_numpy(self._order[start:start + share])
+            self._order, self._order_epoch = self._shuffled(self.epoch), self.epoch
+        chosen = torch.from_numpy(self._order[self._mine(self.position)])
         self.position += 1
         return Batch(**{name: tensor[chosen] for name, tensor in self._tensors.items()})
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        random = np.random.Generator(np.random.PCG64(derive(self._seed, "epoch", epoch)))
+        return random.permutation(self._total)
+
+    def _mine(self, position: int) -> slice:
+        share = self._rows // self._world_size
+        start = position * self._rows + self._rank * share
+        return slice(start, start + share)
+
+    @property
+    def number(self) -> int:
+        """The number of the batch that comes next, over all epochs."""
+        return self.epoch * self.batches_per_epoch + self.position
+
+    def seek(self, number: int) -> None:
+        """Goes on with batch `number`."""
+        self.epoch, self.position = divmod(number, self.batches_per_epoch)
+
+    def documents(self, number: int) -> list[list[str]]:
+        """What each of this rank's rows of batch `number` is in the split."""
+        epoch, position = divmod(number, self.batches_per_epoch)
+        return [[f"row {row}"] for row in self._shuffled(epoch)[self._mine(position)].tolist()]
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "position": self.position, "rows": self._rows, "seed": self._seed,

@@ -64,7 +64,8 @@ class Corpus:
     def loader(self, split: str, *, rows: int, seed: int, rank: int = 0, world_size: int = 1) -> Loader:
         """Endless shuffled batches of `rows` contexts in all. Raises DataError for an empty split."""
         return Loader(list(self._rows_of(split).values()), rows=rows, seed=seed, shares=self._shares(split),
-                      fingerprint=f"{self.fingerprint}-{split}", rank=rank, world_size=world_size)
+                      fingerprint=f"{self.fingerprint}-{split}", rank=rank, world_size=world_size,
+                      name=lambda number: self.documents(split)[number].id)
 
     def batches(self, split: str, *, rows: int) -> Iterator[Batch]:
         """Every row of the split once, in order: for a loss over the whole of it."""

@@ -6,7 +6,7 @@ in a background thread changes nothing, and the state is g.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -30,16 +30,19 @@ class Pack(Protocol):
 
     def fields(self, rows: np.ndarray, phase: int) -> dict[str, np.ndarray]: ...
 
+    def documents(self, row: int, phase: int) -> list[int]: ...
+
 
 class Loader(Iterator[Batch]):
     """Yields batches for ever; `epoch` and `position` say how far it is. `position` counts batches given out.
 
     `shares`: how much of the sequence each pack gets (None: in proportion to its rows, so an epoch is every
-    row once). Raises ConfigError when `rows` cannot be divided between the ranks.
+    row once). `name` says what the n-th document is called. Raises ConfigError when `rows` cannot be divided between the ranks.
     """
 
     def __init__(self, packs: Sequence[Pack], *, rows: int, seed: int, fingerprint: str,
-                 shares: Sequence[float] | None = None, rank: int = 0, world_size: int = 1) -> None:
+                 shares: Sequence[float] | None = None, rank: int = 0, world_size: int = 1,
+                 name: Callable[[int], str] = str) -> None:
         if rows < 1 or rows % world_size:
             raise ConfigError(f"a batch of {rows} rows cannot be shared by {world_size} processes equally.\n"
                               f"Try a batch of {max(1, round(rows / world_size)) * world_size} rows.")
@@ -47,7 +50,7 @@ class Loader(Iterator[Batch]):
         self._mine = np.arange(rows // world_size) + rank * (rows // world_size)
         sizes = [pack.rows for pack in packs]
         self.mixture = Mixture(sizes, list(shares or sizes), seed)
-        self.position = 0
+        self.position, self._name = 0, name
         self._ready: deque[Future[Batch]] = deque()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="loader")
 
@@ -77,6 +80,28 @@ class Loader(Iterator[Batch]):
             parts.append((place.slots, pack.fields(place.rows, phase)))
         return Batch(**_together(parts, len(self._mine)))
 
+    def documents(self, number: int) -> list[list[str]]:
+        """The documents that each of this rank's rows of batch `number` shows."""
+        named: list[list[str]] = [[] for _ in self._mine]
+        for place in self.mixture.at(number * self._rows + self._mine):
+            pack = self._packs[place.part]
+            phase = derive(self._seed, "phase", place.part, place.epoch) % pack.context
+            for slot, row in zip(place.slots.tolist(), place.rows.tolist()):
+                named[slot] = [self._name(document) for document in pack.documents(row, phase)]
+        return named
+
+    @property
+    def number(self) -> int:
+        """The number of the batch that comes next."""
+        return self.position
+
+    def seek(self, number: int) -> None:
+        """Goes on with batch `number`."""
+        for future in self._ready:
+            future.cancel()
+        self._ready.clear()
+        self.position = number
+
     def state_dict(self) -> dict[str, Any]:
         """Where the loader is, and what makes its order: plain JSON values."""
         return {"position": self.position, "data": self._fingerprint, **self._order()}
@@ -101,10 +126,7 @@ class Loader(Iterator[Batch]):
                     f"the place in the data would mean something else.\n"
                     f"Set {name} back to {state[name]}, or start a new run from the checkpoint's weights."
                 )
-        for future in self._ready:
-            future.cancel()
-        self._ready.clear()
-        self.position = int(state["position"])
+        self.seek(int(state["position"]))
 
     def close(self) -> None:
         """Stops the background thread; the loader is of no use after it."""

@@ -57,6 +57,19 @@ class Stream:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
+    def documents(self, position: int, length: int) -> list[int]:
+        """Numbers (in the store) of the documents that `length` tokens from `position` on belong to."""
+        starts, found = self.store.starts[self.first:self.last + 1], []
+        while length > 0:
+            position %= self.tokens
+            taken = min(length, self.tokens - position)
+            low = int(np.searchsorted(starts, self.start + position, side="right")) - 1
+            high = int(np.searchsorted(starts, self.start + position + taken, side="left"))
+            found += [self.first + number for number in range(low, high)]
+            position, length = 0, length - taken
+        return found
+
+
 class Windows:
     """Contiguous windows over a stream: a circle, so an epoch has the same number of rows at every phase."""
 
@@ -77,6 +90,10 @@ class Windows:
         if self._open_end:
             weight &= (place + phase) % total != total - 1
         return {"tokens": block[:, :-1], "targets": block[:, 1:], "weight": weight.astype(np.float32)}
+
+    def documents(self, row: int, phase: int) -> list[int]:
+        """Numbers of the documents in a row."""
+        return self.stream.documents(phase + row * self.context, self.context)
 
     def facts(self) -> dict[str, Any]:
         lengths = np.diff(self.stream.store.starts[self.stream.first:self.stream.last + 1])
@@ -132,6 +149,12 @@ class BestFit:
         several = any(self._borders[row + 1] - self._borders[row] > 1 for row in rows)
         fields = {"tokens": tokens, "targets": targets, "weight": weight}
         return {**fields, "segment": segment} if several else fields
+
+    def documents(self, row: int, phase: int = 0) -> list[int]:
+        """Numbers of the documents in a row."""
+        pieces = range(int(self._borders[row]), int(self._borders[row + 1]))
+        return [number for piece in pieces
+                for number in self.stream.documents(int(self._starts[piece]), int(self._lengths[piece]))]
 
     def facts(self) -> dict[str, Any]:
         return dict(self._facts)

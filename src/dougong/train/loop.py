@@ -12,43 +12,71 @@ from dougong.runtime.collectives import all_sum
 from dougong.runtime.device import Runtime
 from dougong.runtime.layout import DATA
 from dougong.train.config import TrainConfig
+from dougong.train.garbage import Garbage
+from dougong.train.layers import Layers
+from dougong.train.phases import Clock
 from dougong.train.safetensors_file import write_tensors
 from dougong.train.state import TrainState
 from dougong.train.step import GradientFunction, StepResult, check_additive, plain_gradients, take_step
+from dougong.train.suspects import name_suspects
 
 
 def fit(state: TrainState, objective: Objective, runtime: Runtime, config: TrainConfig, *,
-        gradients: GradientFunction = plain_gradients, directory: Path | None = None) -> Iterator[StepResult]:
+        gradients: GradientFunction = plain_gradients, directory: Path | None = None,
+        clock: Clock | None = None) -> Iterator[StepResult]:
     """Trains from `state.step` to `config.steps`, yielding after every step; the reader's loop watches and
     saves.
 
-    Stops early when a reader sets `state.stop`. After more than `config.max_skips` skipped steps in a row the
-    offending batch is written to `directory` and DougongError is raised. The time readers take is not counted
-    as training.
+    Stops early when a reader sets `state.stop`, and when leaps persist, with what is to be done in `state.rewind`
+    (train/rewind.py). After more than `config.max_skips` skipped steps in a row the offending batch is written to
+    `directory` and DougongError is raised. The time readers take is not counted as training. `clock` is for those who
+    watch from outside.
     """
     assert config.steps is not None, "the recipe derives the number of steps before training"
+    clock, layers = clock or Clock(runtime.device), Layers(state.model, runtime.mesh)
+    state.spikes.config = config.spikes
     batches = iter(state.loader)
-    while state.step < config.steps and not state.stop:
-        begin = time.perf_counter()
-        state.model.train()
-        batch = next(batches)
-        check_additive(state.model, objective, batch.rows, config.micro_rows)
-        weight = torch.tensor(objective.weight(batch), dtype=torch.float64)
-        weight = float(all_sum(weight, runtime.mesh.group(*DATA)))
+    with Garbage(config.gc_every) as garbage:
+        while state.step < config.steps and not state.stop and not state.rewind:
+            begin = time.perf_counter()
+            clock.begin_step(state.step)
+            state.model.train()
+            with clock("data"):
+                number = state.spikes.next_allowed(state.loader)
+                batch = next(batches)
+            check_additive(state.model, objective, batch.rows, config.micro_rows)
+            with clock("wait"):
+                weight = torch.tensor(objective.weight(batch), dtype=torch.float64)
+                weight = float(all_sum(weight, runtime.mesh.group(*DATA)))
 
-        result = take_step(state, objective, batch, runtime, micro_rows=config.micro_rows,
-                           clip_norm=config.clip_norm, weight=weight, gradients=gradients)
+            result = take_step(state, objective, batch, runtime, micro_rows=config.micro_rows,
+                               clip_norm=config.clip_norm, weight=weight, gradients=gradients, clock=clock,
+                               layers=layers, rerun=config.rerun)
 
-        state.step += 1
-        state.tokens += result.tokens
-        state.skips = state.skips + 1 if result.skipped else 0
-        if state.shadow and not result.skipped:
-            state.shadow.update(state.model, state.step)
-        result.seconds = time.perf_counter() - begin
-        state.elapsed_s += result.seconds
-        yield result
-        if state.skips > config.max_skips:
-            raise _diverged(result, directory)
+            _count(state, result, number)
+            if state.shadow and not result.skipped:
+                with clock("optimizer"):
+                    state.shadow.update(state.model, state.step)
+            if result.verdict == "persistent":
+                with clock("rerun"):
+                    result.suspects = name_suspects(result, objective, runtime)
+            with clock("gc"):
+                garbage.collect(state.step)
+            result.seconds = time.perf_counter() - begin
+            state.elapsed_s += result.seconds
+            result.phases = clock.end_step(result.seconds)
+            yield result
+            if state.skips > config.max_skips:
+                raise _diverged(result, directory)
+
+
+def _count(state: TrainState, result: StepResult, number: int | None) -> None:
+    state.step += 1
+    state.tokens += result.tokens
+    state.skips = state.skips + 1 if result.skipped else 0
+    result.number = number
+    state.spikes.add(result.loss, result.grad_norm, step=state.step, batch=number, skipped=bool(result.skipped))
+    state.rewind = state.spikes.persistent(state.step) if result.skipped else None
 
 
 def _diverged(result: StepResult, directory: Path | None) -> DougongError:

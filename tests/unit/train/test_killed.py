@@ -17,7 +17,7 @@ from dougong.train.loop import fit
 from dougong.train.metrics import Reporter, StepMeter
 
 STEPS = 40
-TIMED = {"time", "attempt", "elapsed_s", "tokens_per_s", "seconds", "mfu", "memory_bytes"}
+TIMED = {"time", "attempt", "elapsed_s", "tokens_per_s", "seconds", "mfu", "memory_bytes", "phases"}
 
 
 def work(run, pause_s=0.0):
