@@ -29,7 +29,7 @@ from dougong.recipes.recipe import Recipe, recipe_from_run
 from dougong.recipes.scoring import final_score, held_out_splits, quick_score
 from dougong.runtime.device import Runtime, best_device, machine_facts, matmul_flops_per_s, peak_memory_bytes
 from dougong.runtime.layout import AutoLayoutConfig, LayoutConfig
-from dougong.runtime.processes import from_first, join, launched, process_rank, wait_for_all
+from dougong.runtime.processes import expect_steps, from_first, join, launched, process_rank, wait_for_all
 from dougong.train import Checkpointer, fit, latest_valid, load_checkpoint
 from dougong.train.hooks import Evaluate, Hooks, Sample, SaveCheckpoints, stop_on_signals
 from dougong.train.metrics import Reporter, StepMeter
@@ -162,8 +162,11 @@ def _train(directory: RunDirectory, recipe: Recipe, corpus: Any, derived: list[D
             reporter.write("warning", message=f"checkpoint passed over: {problem}")
         hooks = _hooks(reporter, built, directory, recipe_hash, peak)
         with stop_on_signals(state):
+            begins_at = state.step
             for result in fit(state, built.objective, runtime, config, gradients=built.gradients,
                               directory=directory.path):
+                if result.step == begins_at + 1:
+                    expect_steps(runtime.mesh.groups)
                 hooks.run(result)
             hooks.finish(state)
         reason = state.stop or "done"

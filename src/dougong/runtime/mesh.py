@@ -67,6 +67,11 @@ class Mesh:
         return None if along is None else along.get_group()
 
     @property
+    def groups(self) -> set[Any]:
+        """Every group of this mesh, but the empty one."""
+        return {self.group(*axes) for axes in (*((axis,) for axis in AXES), *_TOGETHER)} - {None}
+
+    @property
     def data_rank(self) -> int:
         """Which of the `data_size` slices of a global batch this process reads."""
         return self.rank(*DATA)

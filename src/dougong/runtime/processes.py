@@ -2,15 +2,16 @@
 
 import datetime
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-START_TIMEOUT_S = 1800
-"""first collectives wait for data to be prepared, kernels to be compiled and slow hosts to start"""
-STEP_TIMEOUT_S = 300
-"""a step that takes longer than this has lost a process"""
+START_TIMEOUT_S = 7200
+"""the first collectives wait for data to be prepared, kernels to be compiled and slow hosts to start"""
+STEP_TIMEOUT_S = 600
+"""once steps run, who waits longer than this for another has lost it"""
 
 
 def launched() -> int:
@@ -30,6 +31,15 @@ def join(device_type: str) -> None:
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group(backend, timeout=datetime.timedelta(seconds=START_TIMEOUT_S))
+
+
+def expect_steps(groups: Iterable[Any]) -> None:
+    """From now on collectives of the default group and of these fail after a step's time, not a start's."""
+    from torch.distributed.distributed_c10d import _set_pg_timeout
+
+    if dist.is_initialized():
+        for group in {None, *groups}:
+            _set_pg_timeout(datetime.timedelta(seconds=STEP_TIMEOUT_S), group)
 
 
 def leave() -> None:
