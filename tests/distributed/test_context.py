@@ -34,6 +34,8 @@ ROWS += [(name, method, LayoutConfig(context=2, replicate=1)) for name in CASES 
          if name not in ON_FOUR]
 ROWS += [("packed", method, LayoutConfig(context=2, shard=2, replicate=1)) for method in METHODS]
 ROWS += [("packed", "all_to_all", LayoutConfig(context=2, replicate=2))]
+ROWS += [(name, method, LayoutConfig(context=2, tensor=2, replicate=1)) for name, method in
+         (("alibi", "all_to_all"), ("packed", "gather"), ("packed, one key head, windows", "all_to_all"))]
 
 
 @pytest.fixture(scope="module")

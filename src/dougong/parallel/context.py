@@ -68,8 +68,11 @@ def context_slice(batch: Batch, mesh: Mesh) -> Batch:
     return Batch(**{name: field[:, mine] if name in CUT else field for name, field in batch.items()})
 
 
-def why_not_context(config: Any, context: int, method: str, *, tensor: int = 1) -> str | None:
-    """Why rows of this model cannot be divided between `context` processes by this method; None if they can."""
+def why_not_context(config: Any, context: int, method: str, tensor: int = 1) -> str | None:
+    """Why rows of this model cannot be divided between `context` processes by this method; None if they can.
+
+    `tensor` processes have shared the heads before.
+    """
     if context == 1:
         return None
     if not hasattr(config, "decoder"):
@@ -81,8 +84,7 @@ def why_not_context(config: Any, context: int, method: str, *, tensor: int = 1) 
                 f"equal stretch. Try layout.context={_largest_divisor(section.context, context)}.")
     if method == "gather":
         return None
-    num_heads, num_kv_heads, _ = (heads // (tensor if i < 2 else 1)
-                                  for i, heads in enumerate(section.attention.heads(section.dim)))
+    num_heads, num_kv_heads = (max(1, heads // tensor) for heads in section.attention.heads(section.dim)[:2])
     each = f"num_heads={num_heads}, num_kv_heads={num_kv_heads}" + (" of each tensor process" if tensor > 1 else "")
     if num_heads % context or (num_kv_heads % context and context % num_kv_heads):
         return (f"layout.context={context} by all_to_all gives each process an equal share of the heads, and {each} do "

@@ -1,9 +1,9 @@
 """Expert parallelism: every process holds some of the experts, and tokens travel to theirs and back.
 
-(GShard: Lepikhin et al. 2020, arXiv:2006.16668.) A process's rows lie sorted by expert, so what goes to one process lies
-together: one exchange brings rows to their experts, one brings them back, with as many rows for each pair of processes
-as the router chose, none dropped, none padded. Their numbers have to be known to the host: each layer reads 2 · expert
-integers from the device in its forward.
+(GShard: Lepikhin et al. 2020, arXiv:2006.16668.) A process's rows lie sorted by expert, so what goes to one process
+lies together: one exchange brings rows to their experts, one brings them back, with as many rows for each pair of
+processes as the router chose, none dropped, none padded. Their numbers have to be known to the host: each layer reads
+2 · expert integers from the device in its forward.
 
 Router and shared experts are as on one process. An expert's gradient holds the tokens of all processes along `expert`
 already, so it is summed over the other axes alone.
@@ -39,7 +39,7 @@ def divide_experts(model: nn.Module, mesh: Mesh) -> None:
             layer.exchange = exchange(mesh.group("expert"), size)
 
 
-def why_not_experts(config: Any, expert: int, *, tensor: int = 1) -> str | None:
+def why_not_experts(config: Any, expert: int, tensor: int = 1) -> str | None:
     """Why this model's experts cannot be divided between `expert` processes; None if they can."""
     if expert == 1:
         return None
@@ -49,8 +49,8 @@ def why_not_experts(config: Any, expert: int, *, tensor: int = 1) -> str | None:
                 "Try layout.expert=1, or model.feed_forward=moe.")
     if section.num_experts % expert:
         fits = next(d for d in range(min(expert, section.num_experts), 0, -1) if section.num_experts % d == 0)
-        return (f"layout.expert={expert} does not divide num_experts={section.num_experts}: each process holds as many. "
-                f"Try layout.expert={fits}.")
+        return (f"layout.expert={expert} does not divide num_experts={section.num_experts}: each process holds as "
+                f"many. Try layout.expert={fits}.")
     if tensor > 1:
         return (f"layout.expert={expert} with layout.tensor={tensor}: an expert is not divided further, so processes "
                 "along tensor would compute the same. Try layout.tensor=1.")

@@ -127,12 +127,12 @@ def refusal(work: Work, layout: LayoutConfig) -> str | None:
     copies = layout.size(*DATA)
     if work.rows % copies:
         return f"{work.rows} rows a step cannot be shared equally by {copies} processes"
-    for axis, module, arguments in (
-            ("tensor", "tensor", (work.model, layout)),
-            ("context", "context", (work.model, layout.context, layout.context_method)),
-            ("expert", "expert", (work.model, layout.expert))):
+    for axis, name, arguments in (
+            ("tensor", "why_not_tensor", (work.model, layout)),
+            ("context", "why_not_context", (work.model, layout.context, layout.context_method, layout.tensor)),
+            ("expert", "why_not_experts", (work.model, layout.expert, layout.tensor))):
         if layout.size(axis) > 1:   # type: ignore[arg-type]
-            check = _check(f"dougong.parallel.{module}", f"why_not_{axis}")
+            check = _check(f"dougong.parallel.{axis}", name)
             if check and (reason := check(*arguments)):
                 return reason.splitlines()[0]
     return None
