@@ -50,7 +50,7 @@ class Case:
     """What is trained, on what, and how: everything but the layout."""
 
     model: Any = field(default_factory=decoder)
-    objective: Any = CausalLMConfig()
+    objective: Any = field(default_factory=CausalLMConfig)
     optimizer: Any = ADAMW
     rows: int = 8
     """of the global batch"""
@@ -64,7 +64,7 @@ class Case:
     seed: int = 0
 
     def batch(self, step: int) -> Batch:
-        """The global batch of a step: every token has its own weight, some have none, the last row is mostly padding."""
+        """The global batch of a step: each token has its own weight, some have none, the last row is mostly padding."""
         draw = torch.Generator().manual_seed(1000 * self.seed + step)
         vocabulary = self.model.vocab_size
         tokens = torch.randint(vocabulary, (self.rows, self.T + 1), generator=draw)

@@ -5,8 +5,6 @@ from matrix import Case, check, decoder, divided, reference
 from processes import run_processes
 
 from dougong.core.config import replace
-from dougong.core.errors import ConfigError
-from dougong.models.compose import DecoderConfig
 from dougong.nn.attention import AttentionConfig
 from dougong.nn.feed_forward import GELUConfig
 from dougong.nn.norm import LayerNormConfig
@@ -21,8 +19,9 @@ QWEN = Case(packed=True, micro_batches=2, objective=CausalLMConfig(z_loss=1e-2, 
 GPT = Case(checkpoint_activations="full", model=decoder(
     tied=False, position=LearnedConfig(), feed_forward=GELUConfig(ffn_dim=64), norm=LayerNormConfig(),
     attention=AttentionConfig(num_heads=4, bias=True, output_bias=True), embedding_norm=True))
-NANO = Case(model=decoder(position=ALiBiConfig(), value_embeddings="all", residual=X0ResidualConfig(), norm_placement="post",
-                          attention=AttentionConfig(num_heads=4, num_kv_heads=1, qk_norm="learned", bias=True)))
+NANO = Case(model=decoder(
+    position=ALiBiConfig(), value_embeddings="all", residual=X0ResidualConfig(), norm_placement="post",
+    attention=AttentionConfig(num_heads=4, num_kv_heads=1, qk_norm="learned", bias=True)))
 
 
 @pytest.mark.parametrize(("case", "layout"), [
@@ -40,3 +39,17 @@ NANO = Case(model=decoder(position=ALiBiConfig(), value_embeddings="all", residu
 ], ids=lambda value: str(value) if isinstance(value, LayoutConfig) else "")
 def test_products_shared(case, layout):
     check(reference(case), run_processes(layout.processes, divided, case, layout))
+
+
+@pytest.mark.parametrize(("model", "layout", "reason"), [
+    (decoder(), LayoutConfig(tensor=3), "does not divide num_heads=4"),
+    (decoder(attention=AttentionConfig(num_heads=6, num_kv_heads=3, head_dim=8)), LayoutConfig(tensor=2),
+     "num_kv_heads=3"),
+    (decoder(feed_forward=GELUConfig(ffn_dim=63)), LayoutConfig(tensor=2), "ffn_dim=63"),
+    (decoder(vocab_size=97), LayoutConfig(tensor=2), "vocabulary_parallel=false"),
+    (decoder(context=15), LayoutConfig(tensor=2), "sequence_parallel=false"),
+    (decoder(dropout=0.1), LayoutConfig(tensor=2, sequence_parallel=False), "sequence_parallel=true"),
+])
+def test_what_cannot_be_shared_is_refused_with_what_can(model, layout, reason):
+    assert reason in (why_not_tensor(model, layout) or "")
+    assert why_not_tensor(decoder(), replace(layout, tensor=2)) is None

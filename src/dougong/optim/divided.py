@@ -39,7 +39,7 @@ class Adam(_OnParts, torch.optim.Adam):
 
 def whole_matrices(parts_Kmn: torch.Tensor, like: torch.Tensor,
                    compute: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """`compute` of K matrices whose parts (K m n, here) lie as the DTensor `like` does; returns the parts of the results.
+    """`compute` of K matrices whose parts here (K m n) lie as the DTensor `like` does; returns the results' parts.
 
     The matrices are shared out between the processes that hold their parts, by one exchange there and one back.
     """

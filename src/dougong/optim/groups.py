@@ -41,7 +41,8 @@ def hidden_matrices(model: nn.Module, excluded: Sequence[str] = ()) -> set[str]:
     if isinstance(head := getattr(model, "head", None), nn.Module):
         outside |= {id(p) for p in head.parameters()}
     taken = {name for pattern in excluded for name in _matching(pattern, names)}
-    stacks = {id(p) for module in model.modules() if isinstance(module, Experts) for p in module.parameters(recurse=False)}
+    experts = [module for module in model.modules() if isinstance(module, Experts)]
+    stacks = {id(p) for module in experts for p in module.parameters(recurse=False)}
     return {name for name, p in names.items()
             if (p.ndim == 2 or id(p) in stacks) and id(p) not in outside and name not in taken}
 

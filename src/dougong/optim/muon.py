@@ -38,8 +38,8 @@ def orthogonalise(x_KMN: Float[Tensor, "K M N"], *, steps: int = 5) -> Float[Ten
 
 
 class Muon(torch.optim.Optimizer):
-    """Groups with `algorithm="muon"` hold matrices (or stacks of them) and take Muon; those with `"adamw"` take torch's fused
-    AdamW.
+    """Groups with `algorithm="muon"` hold matrices (or stacks of them) and take Muon; those with `"adamw"` take
+    torch's fused AdamW.
 
     Momentum is an exponential average, as in torch.optim.Muon. `dtype` is the type of the Newton–Schulz
     products; momentum stays in the parameter's. With `cautious` weight decay falls only on entries that the

@@ -6,8 +6,8 @@ layer is all that is exchanged. With sequence parallelism (arXiv:2205.05198) the
 between the halves: it is gathered before a half and summed into parts after it, which costs the same messages and
 divides norms, residuals and their activations too.
 
-Weights become DTensors, which say to FSDP, checkpoints and norms how they lie; the products take their local parts, so
-no product pays for DTensor's dispatch. What stays whole but sees only some tokens or heads (norms in the stack, norms of
+Weights become DTensors, which say to FSDP, checkpoints and norms how they lie; the products take their local parts, and
+so do not pay for DTensor's dispatch. What stays whole but sees only some tokens or heads (norms in the stack, norms of
 queries and keys, keys and values shared by several processes) has only a part of its gradient on each process:
 `divide_matrices` returns these names, to be summed once a step.
 
@@ -99,7 +99,7 @@ class Team:
         if not self.sequence:
             return x
         if x.shape[1] % self.size:
-            raise ConfigError(f"rows of {x.shape[1]} tokens do not divide between layout.tensor={self.size} processes.\n"
+            raise ConfigError(f"rows of {x.shape[1]} tokens do not divide by layout.tensor={self.size}.\n"
                               "Try layout.sequence_parallel=false.")
         return self._move(x, "slice", "gather")
 
@@ -190,7 +190,8 @@ def divide_matrices(model: Any, mesh: Mesh) -> list[str]:
         _divide_attention(block.attention, team)
         _divide_feed_forward(block.feed_forward, team)
     _divide_ends(model, team, mesh.layout.vocabulary_parallel)
-    return [name for name, p in model.named_parameters() if not isinstance(p, DTensor) and _sees_a_part(name, model, team)]
+    return [name for name, p in model.named_parameters()
+            if not isinstance(p, DTensor) and _sees_a_part(name, model, team)]
 
 
 def _divide_attention(attention: Attention, team: Team) -> None:

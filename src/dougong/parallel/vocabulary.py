@@ -1,8 +1,6 @@
 """Embedding, head and loss in parts along the vocabulary: no process holds a row of logits, and only a few numbers per
 token travel (Megatron-LM: arXiv:1909.08053, section 3)."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
