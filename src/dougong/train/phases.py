@@ -61,7 +61,7 @@ class Clock:
             claimed = sum(self._seconds.get(phase, 0.0) for phase in BETWEEN)
             self._add("other", max(0.0, time.perf_counter() - self._between - claimed))
         self.step = step
-        self._enter("data")
+        self._enter("other")
 
     def end_step(self, seconds: float) -> dict[str, float]:
         """Seconds by phase since the last call. The device's are those of the step before."""

@@ -1,0 +1,98 @@
+"""A process that hangs is named, with the line it hangs in, and all processes end; a slow one is waited for."""
+
+import json
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed.processes import run_processes
+
+from dougong.train.phases import Clock
+from dougong.train.watch import EXIT_HUNG, FolderBoard, StoreBoard, Watch, _waits
+
+STEPS = 6
+
+
+def in_lockstep(folder, use_store, hangs_at, seconds, told):
+    """A loop like `fit`'s, in which process 1 sleeps in one phase of its fourth step while process 0 waits for it."""
+    rank, clock = dist.get_rank(), Clock()
+    board = StoreBoard() if use_store else FolderBoard(folder / "board")
+
+    def on_hang(fields):
+        (folder / f"hang-{rank}.json").write_text(json.dumps(fields))
+
+    with Watch(clock, board, rank=rank, size=2, directory=folder, floor_s=told, start_s=20.0, interval_s=0.1,
+               on_hang=on_hang):
+        for step in range(STEPS):
+            clock.begin_step(step)
+            for phase in ("data", "backward"):
+                with clock(phase):
+                    if rank == 1 and step == 3 and phase == hangs_at:
+                        time.sleep(seconds)     # the line that is to be shown
+            with clock("norm"):
+                dist.all_reduce(torch.ones(1))
+            clock.end_step(0.01)
+    return clock.step
+
+
+@pytest.mark.parametrize(("use_store", "phase"), [(True, "data"), (False, "backward")])
+def test_a_hung_process_is_named_with_its_phase_and_line(tmp_path, capfd, use_store, phase):
+    begin = time.monotonic()
+    with pytest.raises(AssertionError, match=f"{EXIT_HUNG}"):
+        run_processes(2, in_lockstep, tmp_path, use_store, phase, 60, 0.8)
+    assert time.monotonic() - begin < 20, "it waited for the sleeper instead of ending it"
+    message = capfd.readouterr().err
+    assert f"process 1 of 2 hangs: step 4, phase {phase}" in message
+    assert "time.sleep(seconds)     # the line that is to be shown" in message
+    assert "process 0 of 2 hangs" not in message and message.count("hangs:") == 1
+    for rank in range(2):
+        told = json.loads((tmp_path / f"hang-{rank}.json").read_text())
+        assert [one["rank"] for one in told["processes"]] == [1] and told["processes"][0]["phase"] == phase
+    for rank, inside in ((0, "all_reduce"), (1, "in_lockstep")):
+        stacks = (tmp_path / f"stacks-rank-{rank:05d}.txt").read_text()
+        assert inside in stacks and "Thread 0x" in stacks
+
+
+def test_a_process_within_its_limit_is_waited_for(tmp_path):
+    assert run_processes(2, in_lockstep, tmp_path, True, "data", 0.6, 3.0) == [STEPS, STEPS]
+    assert not list(tmp_path.glob("stacks-*")) and not list(tmp_path.glob("hang-*"))
+
+
+def test_a_process_that_alone_does_something_long_for_the_first_time_is_no_hang(tmp_path):
+    def work(folder):
+        rank, clock = dist.get_rank(), Clock()
+        with Watch(clock, StoreBoard(), rank=rank, size=2, directory=folder, floor_s=0.3, start_s=20.0,
+                   interval_s=0.05):
+            for step in range(3):
+                clock.begin_step(step)
+                with clock("norm"):
+                    dist.all_reduce(torch.ones(1))
+                clock.end_step(0.01)
+                if rank == 0 and step == 1:
+                    with clock("sample"):
+                        time.sleep(1.5)
+        return clock.step
+
+    assert run_processes(2, work, tmp_path) == [3, 3]
+
+
+def test_limits_are_generous_until_a_phase_is_known_and_then_follow_it():
+    clock = Clock()
+    watch = Watch(clock, FolderBoard.__new__(FolderBoard), rank=0, size=1, directory=None, start_s=1800)
+    clock.begin_step(0)
+    assert watch.limit_s() == 1800
+    for seconds in (40, 20.0, 20.0):
+        clock.end_step(seconds)
+        clock.begin_step(1)
+    assert watch.limit_s() == 200
+    with clock("evaluation"):
+        assert watch.limit_s() == 1800
+    with clock("evaluation"):
+        assert watch.limit_s() == 60
+
+
+def test_of_two_at_the_same_place_the_one_that_waits_is_not_guilty():
+    waiting = 'File "loop.py", line 3, in fit\n  File "/x/torch/distributed/distributed_c10d.py", line 9, in all_reduce'
+    stuck = 'File "/x/torch/distributed/launcher.py", line 3, in run\n  File "loss.py", line 7, in losses\n    sleep()'
+    assert _waits(waiting) and not _waits(stuck) and not _waits(None)
