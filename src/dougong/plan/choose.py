@@ -1,6 +1,5 @@
 """Which layout: every sensible product of axes is tried by arithmetic, ranked by tokens per second, and explained."""
 
-import importlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -51,7 +50,8 @@ def rank(work: Work, machine: Machine, devices: int, *, counts: Counts | None = 
         if family not in by_family or _better(option, by_family[family]):
             by_family[family] = option
     ranked = _ranked([option for option in by_family.values() if option.fits])
-    failed = sorted((option for option in by_family.values() if not option.fits), key=lambda o: (o.complexity, o.memory_bytes))
+    failed = sorted((option for option in by_family.values() if not option.fits),
+                    key=lambda o: (o.complexity, o.memory_bytes))
     return Ranking([replace(option, reason=explain(option, ranked[0])) for option in ranked[:keep]],
                    [replace(option, reason=explain(option, ranked[0] if ranked else None))
                     for option in [*ranked[keep:], *failed]], len(options))
@@ -60,8 +60,8 @@ def rank(work: Work, machine: Machine, devices: int, *, counts: Counts | None = 
 def choose_layout(model: Any, train: Any, runtime: Any, optim: Any, processes: int) -> tuple[LayoutConfig, str]:
     """The layout for `layout: auto`, and the reason; called by the processes launched, each alike.
 
-    Copies where a whole model with its optimiser fits beside its neighbours', else parts of it over as many processes as
-    it takes; other axes only where that does not do. Raises ConfigError where nothing fits.
+    Copies where a whole model with its optimiser fits beside its neighbours', else parts of it over as many processes
+    as it takes; other axes only where that does not do. Raises ConfigError where nothing fits.
     """
     if processes == 1:
         return LayoutConfig(replicate=1), "one process"
@@ -73,13 +73,15 @@ def choose_layout(model: Any, train: Any, runtime: Any, optim: Any, processes: i
     work = Work(model=replace(model, vocab_size=vocab_size), objective=CausalLMConfig(), optim=optim,
                 rows=train.rows or processes, context=model.context or 1024, steps=train.steps or 1,
                 precision=runtime.precision or "fp32", device=runtime.device or "cpu",
-                checkpoint=CHECKPOINTING[train.gradient_checkpointing], micro_rows=train.micro_rows, ema=bool(train.ema))
+                checkpoint=CHECKPOINTING[train.gradient_checkpointing], micro_rows=train.micro_rows,
+                ema=train.ema is not None, compile=bool(runtime.compile))
     machine = _shared(processes)
     ranking = rank(work, machine, processes, keep=1, changes=False)
     if ranking.chosen is None:
-        raise ConfigError(f"no layout of {processes} processes fits: " + nothing_fits(work, machine, processes, ranking))
-    option = ranking.chosen
-    return option.layout, f"{option.reason} ({option.memory_bytes / 2**30:.1f} GiB of {machine.memory_bytes / 2**30:.0f})"
+        raise ConfigError(f"no layout of {processes} processes fits:\n"
+                          + nothing_fits(work, machine, processes, ranking))
+    option, gib = ranking.chosen, 2**30
+    return option.layout, f"{option.reason} ({option.memory_bytes / gib:.1f} GiB of {machine.memory_bytes / gib:.0f})"
 
 
 def _shared(processes: int) -> Machine:
@@ -123,7 +125,7 @@ def _powers(most: int, devices: int) -> list[int]:
 
 
 def refusal(work: Work, layout: LayoutConfig) -> str | None:
-    """Why this model cannot be divided so; None if it can. What the rooms below say, where they are there to ask."""
+    """Why this model cannot be divided so; None if it can."""
     copies = layout.size(*DATA)
     if work.rows % copies:
         return f"{work.rows} rows a step cannot be shared equally by {copies} processes"
@@ -280,7 +282,8 @@ def _purpose(layout: LayoutConfig) -> str:
         each = " two stages each," if layout.schedule in SEVERAL_STAGES else ""
         words.append(f"layers in {layout.pipeline} places ({layout.schedule},{each} passed on)".replace(",)", ")"))
     if layout.shard > 1:
-        words.append(f"weights in {layout.shard} parts" + (", kept whole for a step" if layout.gathered == "step" else ""))
+        whole = ", kept whole for a step" if layout.gathered == "step" else ""
+        words.append(f"weights in {layout.shard} parts{whole}")
     if (layout.replicate or 1) > 1:
         words.append(f"{layout.replicate} copies that only sum gradients")
     return ", ".join(words)
@@ -292,16 +295,16 @@ def nothing_fits(work: Work, machine: Machine, devices: int, ranking: Ranking) -
     lines = []
     if nearest:
         option = min(nearest, key=lambda o: o.memory_bytes)
-        lines.append(f"the nearest, {describe(option.layout)}, needs {option.memory_bytes / gib:,.1f} GiB on each device, "
-                     f"and {machine.name} has {option.capacity / gib:,.1f}.")
+        lines.append(f"The nearest, {describe(option.layout)}, needs {option.memory_bytes / gib:,.1f} GiB on each "
+                     f"device, and {machine.name} has {option.capacity / gib:,.1f}.")
     elif ranking.others:
         lines.append(f"{ranking.others[0].refused}.")
     enough = fewest_devices(work, machine, devices)
     if enough is not None:
         lines.append(f"The smallest number of {machine.name} that fits is {enough[0]} ({describe(enough[1].layout)}"
                      + "".join(f", {change}" for change in enough[1].changes) + ").")
-    lines.append("Or try a smaller model, a shorter context (model.context), train.gradient_checkpointing=true, or rows "
-                 "that more processes can share (train.rows).")
+    lines.append("Or try a smaller model, a shorter context (model.context), train.gradient_checkpointing=true, or "
+                 "rows that more processes can share (train.rows).")
     return "\n".join(lines)
 
 

@@ -10,6 +10,7 @@ the steep side; where the runs say nothing the priors hold. The posterior is sam
 & Weare 2010), so what the runs leave open widens the interval.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,13 +18,16 @@ import numpy as np
 
 from dougong.plan.laws import DATA_CONSTRAINED, worth
 
-ALPHA, BETA = (0.45, 0.4), (0.5, 0.3)
+ALPHA, BETA = (0.4, 0.35), (0.4, 0.35)
 """median of the exponents' priors, and spread of their logarithms. Published, of far larger runs: α 0.34 to 0.35, β
 0.28 to 0.37; of runs of seconds to minutes here the curve is steeper (benchmarks/plan_budget.py), so the priors reach
 up"""
 NOISE = (0.015, 0.4)
 """relative scatter of a run around the curve (seed, batch order, the curve's own misfit): median, and spread of its
 logarithm; the runs correct it"""
+DRIFT = 0.02
+"""relative error of the form itself for each doubling of text, or of size, beyond the runs: our allowance; it widens
+the interval"""
 _WALKERS, _STEPS, _KEPT = 96, 1500, 750
 
 
@@ -50,9 +54,12 @@ class Curve:
 
     def predict(self, parameters: float, tokens: float, unique: float = np.inf, *, confidence: float = 0.95,
                 seed: int = 0) -> tuple[float, tuple[float, float]]:
-        """Median and interval of what *one run* will reach: the curve's uncertainty and a run's own scatter."""
+        """Median and interval of what *one run* will reach: what the runs leave open, scatter, and drift."""
         expected = self.loss(parameters, tokens, unique)
-        scatter = np.random.default_rng(seed).standard_normal(len(expected)) * np.exp(self._draws[:, 5])
+        beyond = (max(math.log2(tokens / max(run.tokens for run in self.runs)), 0.0)
+                  + max(math.log2(parameters / max(run.parameters for run in self.runs)), 0.0))
+        spread = np.hypot(np.exp(self._draws[:, 5]), DRIFT * beyond)
+        scatter = np.random.default_rng(seed).standard_normal(len(expected)) * spread
         reached = expected * np.exp(scatter)
         tail = (1 - confidence) / 2
         low, middle, high = np.quantile(reached, [tail, 0.5, 1 - tail])

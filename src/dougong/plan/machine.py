@@ -2,7 +2,7 @@
 
 Peaks are dense (no sparsity), per device. `memory_bytes` is what a program finds (`torch.cuda` total memory), which is
 less than the number in the name. Links are bytes per second that one device can send while it receives as many: half
-of the bidirectional figure on the data sheet. Nothing here is a price: prices change by the week, so the user gives one.
+of the bidirectional figure on the data sheet. Nothing here is a price: prices change by the week; the user gives one.
 """
 
 import os

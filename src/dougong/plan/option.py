@@ -23,7 +23,7 @@ MUON_FLOPS_PER_ELEMENT = 5 * 6
 
 @dataclass(frozen=True)
 class Option:
-    """A layout with its micro-batch: memory by kind, time of a step by part, and why it does not work, if it does not."""
+    """A layout with its micro-batch: memory by kind, time of a step by part, and why it does not work if it cannot."""
 
     layout: LayoutConfig
     checkpoint: str

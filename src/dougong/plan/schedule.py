@@ -54,8 +54,9 @@ def _order(schedule: str, processes: int, micro_batches: int, stages: int) -> di
 
     known: Any = getattr(schedules, f"Schedule{SCHEDULES[schedule]}")
     mine = [SimpleNamespace(group_size=processes, group_rank=0, num_stages=processes * stages, group=None,
-                            stage_index=index, has_backward=True, submod=nn.Identity(), is_first=index == 0, device="cpu",
-                            is_last=index == processes * stages - 1, stage_index_to_group_rank=None)
+                            stage_index=index, has_backward=True, submod=nn.Identity(), device="cpu",
+                            is_first=index == 0, is_last=index == processes * stages - 1,
+                            stage_index_to_group_rank=None)
             for index in ((0, 2 * processes - 1) if schedule in V_SHAPED else
                           tuple(processes * s for s in range(stages)))]
     built = known(mine if stages > 1 else mine[0], micro_batches, loss_fn=lambda *_: None)

@@ -78,7 +78,7 @@ def traffic(counts: Counts, layout: LayoutConfig, machine: Machine, mode: str, m
 
 
 def _link(layout: LayoutConfig, machine: Machine, axes: tuple[Axis, ...]) -> tuple[float, str]:
-    """Bytes per second and name of the link that the group along these axes has, the innermost axes being neighbours."""
+    """Bytes per second and name of the link of the group along these axes, the innermost axes being neighbours."""
     wide = [axis for axis in axes if layout.size(axis) > 1]
     outermost = min(AXES.index(axis) for axis in wide)
     block = math.prod(layout.size(axis) for axis in AXES[outermost:])

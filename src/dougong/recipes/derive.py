@@ -67,10 +67,12 @@ def parse_size(text: str) -> int:
     return size
 
 
-def resolve(recipe: Recipe) -> tuple[Recipe, list[Derived]]:
-    """Fills in what follows from the recipe and the machine alone."""
+def resolve(recipe: Recipe, *, elsewhere: bool = False) -> tuple[Recipe, list[Derived]]:
+    """Fills in what follows from the recipe and the machine alone; `elsewhere`: its runtime is given, of a machine that
+    is not this one."""
     notes = _Notes(recipe)
-    _runtime(notes)
+    if not elsewhere:
+        _runtime(notes)
     size = parse_size(recipe.size) if recipe.size else None
     if recipe.is_language_model:
         if size:
