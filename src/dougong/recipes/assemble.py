@@ -162,8 +162,9 @@ def _checkpoint_activations(model: nn.Module, recipe: Recipe) -> None:
 
 
 def _own_randomness(mesh: Mesh) -> list[str]:
-    """What sets this process's random numbers apart: rows, stretches and layers do, parts of one product do not."""
-    return [f"{axis} {mesh.rank(axis)}" for axis in AXES if axis != "tensor" and mesh.rank(axis)]
+    """What sets this process's random numbers apart: its place. Along tensor too: what is dropped there lies in parts,
+    along heads or tokens (`parallel.tensor` refuses what does not)."""
+    return [f"{axis} {mesh.rank(axis)}" for axis in AXES if mesh.rank(axis)]
 
 
 def divided_micro_rows(recipe: Recipe, runtime: Runtime) -> tuple[Recipe, Derived]:
