@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -270,17 +271,22 @@ def test_a_process_killed_while_saving_leaves_the_checkpoint_before(run, moment)
 
 
 def _while_training(run, layout):
-    """Saves in the background while the default group is kept busy by what steps do."""
+    """Saves in the background while weights move and the default group is kept busy, as by steps."""
     state, mesh = divided_state(layout)
+    moved, real = threading.Event(), sharded.write_parts
+    sharded.write_parts = lambda *arguments: (moved.wait(10), real(*arguments))[1]
     background = Checkpointer(run, keep_last=2, keep_every=4, keep_best=False, mesh=mesh)
     moments = []
     for step in range(1, 10):
         state.step = step
+        background.wait()
+        moved.clear()
         background.save(state, "interval")
         moments.append(whole(state))
         with torch.no_grad():
             for p in state.model.parameters():
                 p.add_(1.0)
+        moved.set()
         for _ in range(20):
             dist.all_reduce(torch.ones(1000))
     background.wait()
