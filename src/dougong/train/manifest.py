@@ -1,5 +1,6 @@
 """What makes a directory a checkpoint: the manifest, written last and renamed with it, and the checks before use."""
 
+import hashlib
 import json
 import shutil
 from dataclasses import dataclass, field
@@ -51,10 +52,11 @@ def publish(run: RunDirectory, values: dict[str, Any], written: dict[str, dict],
     written["state.json"] = {"sha256": files.sha256(place / "state.json"),
                              "bytes": (place / "state.json").stat().st_size}
     best = values["best"] or {}
-    files.write_json(place / "manifest.json", {
+    manifest = {
         "format": PARTS if more else WHOLE, "step": values["step"], "reason": reason, "recipe": recipe_hash,
         "loss": best.get("loss") if best.get("step") == values["step"] else None,
-        "versions": {"dougong": dougong.__version__, "torch": torch.__version__}, **more, "files": written})
+        "versions": {"dougong": dougong.__version__, "torch": torch.__version__}, **more, "files": written}
+    files.write_json(place / "manifest.json", {**manifest, "sha256": _digest(manifest)})
     files.sync_directory(place)
     _replace_directory(place, final)
 
@@ -71,13 +73,19 @@ def _replace_directory(new: Path, final: Path) -> None:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest, or {} if it is absent, torn or of a format this version does not know."""
+    """The manifest, or {} if it is absent, torn, changed or of a format this version does not know."""
     try:
         manifest = json.loads((path / "manifest.json").read_bytes())
     except (OSError, ValueError):
         return {}
     known = isinstance(manifest, dict) and manifest.get("format") in (WHOLE, PARTS)
-    return manifest if known and isinstance(manifest.get("files"), dict) else {}
+    return manifest if known and manifest.get("sha256") == _digest(manifest) else {}
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    """SHA-256 of everything else in it: what vouches for the other files must itself be whole."""
+    others = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
 
 def losses(run: RunDirectory) -> dict[int, float]:
@@ -95,7 +103,7 @@ def check_files(path: Path, peers: Peers) -> list[str]:
     """What is wrong with a checkpoint directory: every byte of it read once, by its share of the processes."""
     manifest = peers.from_first(lambda: read_manifest(path))
     if not manifest:
-        return [f"{path.name}: no readable manifest.json (writing was interrupted)"]
+        return [f"{path.name}: no whole manifest.json (writing was interrupted, or it was damaged)"]
     # the largest file first, dealt out in turn: about equal work for each
     names = sorted(manifest["files"], key=lambda name: (-manifest["files"][name]["bytes"], name))
     mine = names[peers.rank::peers.size]
