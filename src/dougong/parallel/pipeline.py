@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining import schedules as torch_schedules
 
@@ -21,9 +22,10 @@ from dougong.nn.position import Position
 from dougong.nn.residual import PlainResidual
 from dougong.objectives.losses import Losses
 from dougong.objectives.objective import Objective
+from dougong.parallel import stages as order
 from dougong.parallel.context import context_slice
 from dougong.parallel.norms import local
-from dougong.parallel.stages import THERE_AND_BACK, TWICE, head_work, num_stages, process_of, stages_of, why_not_pipeline
+from dougong.parallel.stages import num_stages, process_of, why_not_pipeline
 from dougong.runtime.device import Runtime
 from dougong.runtime.mesh import Mesh
 
@@ -46,12 +48,12 @@ def split(model: nn.Module, mesh: Mesh, *, micro_batches: int, compile: bool = F
     (name -> processes that hold it) says so. Raises ConfigError where model, layout and micro-batches do not fit.
     """
     layout = mesh.layout
-    if reason := why_not_pipeline(getattr(model, "config", None), layout, micro_batches, compile=compile):
+    checkpointing = model.stack.checkpoint_activations if isinstance(model, Decoder) else "none"
+    if reason := why_not_pipeline(getattr(model, "config", None), layout, micro_batches, compile=compile,
+                                  checkpoint_activations=checkpointing):
         raise ConfigError(reason)
     assert isinstance(model, Decoder)
-    matrices = sum(p.numel() for p in next(iter(model.stack.values())).parameters() if p.dim() > 1)
-    vocab_size, dim = model.stem.tokens.weight.shape
-    cuts = stages_of(len(model.stack), layout.pipeline, layout.schedule, head=head_work(vocab_size, dim, matrices))
+    cuts = order.stages_of(len(model.stack), layout.pipeline, layout.schedule, head=order.head_work(model.config))
     here, last = mesh.rank("pipeline"), len(cuts) - 1
     mine = [stage for stage in range(len(cuts)) if process_of(stage, layout.pipeline, layout.schedule) == here]
     tied = not list(model.head.parameters())
@@ -159,7 +161,10 @@ class Pipeline:
     def losses(self, objective: Objective, batch: Batch) -> Losses:
         """The sums of `gradients`, forward only: this process's share. As many micro-batches as there are stages."""
         count = num_stages(self.layout.pipeline, self.layout.schedule)
-        return self._run(objective, batch.split(-(-batch.rows // count)), training=False)
+        found = self._run(objective, batch.split(-(-batch.rows // count)), training=False)
+        for module in (module for stage in self.stages for module in stage.modules() if isinstance(module, FSDPModule)):
+            module.reshard()    # what was gathered may be out of date when training goes on
+        return found
 
     def _run(self, objective: Objective, batches: Sequence[Batch], *, training: bool) -> Losses:
         for stage in self.stages:
@@ -180,8 +185,8 @@ class Pipeline:
                       for stage in self.stages]
             loss = (lambda output, target: output[0] / self._weight) if training else None
             self._schedules[key] = made = _SCHEDULES[kind](
-                stages if kind in TWICE else stages[0], micro_batches, loss_fn=loss, scale_grads=False)
-            if not training and kind in TWICE:
+                stages if kind in order.TWICE else stages[0], micro_batches, loss_fn=loss, scale_grads=False)
+            if not training and kind in order.TWICE:
                 _without_backward(made)
         return self._schedules[key]
 
@@ -213,14 +218,17 @@ def owned(model: nn.Module, mesh: Mesh, name: str) -> bool:
 
 def _forward_only(schedule: str) -> str:
     """The schedule for evaluations: one that finds the stages where they lie."""
-    return "zbv" if schedule in THERE_AND_BACK else "looped_bfs" if schedule in TWICE else "gpipe"
+    return "zbv" if schedule in order.THERE_AND_BACK else "looped_bfs" if schedule in order.TWICE else "gpipe"
 
 
 def _without_backward(schedule: Any) -> None:
     """PyTorch's schedules of two stages look for a backward's results even where there was none."""
+    def nothing(action: Any, context: Any) -> None:
+        schedule.bwd_recv_ops.pop((action.stage_index, action.microbatch_index), None)
+
     for action in (torch_schedules.FULL_BACKWARD, torch_schedules.BACKWARD_INPUT, torch_schedules.BACKWARD_WEIGHT,
                    torch_schedules.REDUCE_GRAD):
-        schedule.register_custom_function(action, lambda action, context: None)
+        schedule.register_custom_function(action, nothing)
 
 
 def _side_by_side(batches: Sequence[Batch], device: torch.device) -> dict[str, Tensor]:

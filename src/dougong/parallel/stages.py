@@ -1,9 +1,10 @@
-"""How a decoder's layers are cut into pipeline stages, and which process runs which stage. No process, no torch.
+"""How a decoder's layers are cut into pipeline stages, and which process runs which stage.
 
 A process of a pipeline holds one stage, or two where the schedule goes through the processes twice: in a loop
 (interleaved, looped_bfs, interleaved_zb: 0 1 0 1) or there and back (zbv, dualpipev: 0 1 1 0).
 """
 
+import itertools
 from typing import Any
 
 from dougong.runtime.layout import LayoutConfig
@@ -45,15 +46,20 @@ def stages_of(num_layers: int, pipeline: int, schedule: str, *, head: float = 0.
         load[lightest] += 1
         counts[lightest] += 1
     starts = [sum(counts[:stage]) for stage in range(stages + 1)]
-    return tuple(range(start, end) for start, end in zip(starts, starts[1:]))
+    return tuple(range(start, end) for start, end in itertools.pairwise(starts))
 
 
-def head_work(vocab_size: int, dim: int, layer_matrices: int) -> float:
-    """Work of the head in layers: its products are to a layer's as their numbers of weights."""
-    return vocab_size * dim / layer_matrices
+def head_work(config: Any) -> float:
+    """Work of the head in layers (the average one): their products are as the weights that a token meets there."""
+    from dougong.models import count
+
+    section = config.decoder()
+    head = section.vocab_size * section.dim
+    return head * section.num_layers / (count.parameters(config)["matrices"] - head)
 
 
-def why_not_pipeline(config: Any, layout: LayoutConfig, micro_batches: int, *, compile: bool = False) -> str | None:
+def why_not_pipeline(config: Any, layout: LayoutConfig, micro_batches: int, *, compile: bool = False,
+                     checkpoint_activations: str = "none") -> str | None:
     """Why a model of this config cannot be trained so, with the nearest that works; None where it can.
 
     `micro_batches` is their number in a step of one process.
@@ -71,9 +77,11 @@ def why_not_pipeline(config: Any, layout: LayoutConfig, micro_batches: int, *, c
         return (f"layout.schedule={schedule} over {layout.pipeline} processes does not work with {micro_batches} "
                 f"micro-batches in a step. Set train.micro_rows so that there are {fitting}, or layout.schedule=gpipe, "
                 "which takes any number.")
-    if compile and schedule in SPLIT_BACKWARD:
-        return (f"layout.schedule={schedule} computes each backward in two parts, which a compiled layer cannot. "
-                "Try layout.schedule=interleaved, or runtime.compile=false.")
+    if schedule in SPLIT_BACKWARD and (compile or checkpoint_activations == "selective"):
+        what, other = ("a compiled layer", "runtime.compile=false") if compile else (
+            "selective checkpointing", "train.gradient_checkpointing=true")
+        return (f"layout.schedule={schedule} computes each backward in two parts, which {what} does not allow. "
+                f"Try layout.schedule=interleaved, or {other}.")
     if schedule in THERE_AND_BACK and config.decoder().tied and layout.processes > layout.pipeline:
         return (f"layout.schedule={schedule} holds the first and the last stage on one process, where a tied embedding "
                 "cannot be divided for both. Try layout.schedule=interleaved_zb, or model.tied=false.")

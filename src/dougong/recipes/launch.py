@@ -82,7 +82,8 @@ def _reasons(recipe: Recipe, layout: LayoutConfig) -> Any:
         from dougong.parallel.stages import why_not_pipeline
 
         yield why_not_pipeline(recipe.model, layout, micro_batches(recipe, layout),
-                               compile=bool(recipe.runtime.compile))
+                               compile=bool(recipe.runtime.compile),
+                               checkpoint_activations=recipe.train.checkpoint_activations)
 
 
 def micro_batches(recipe: Recipe, layout: LayoutConfig) -> int:
