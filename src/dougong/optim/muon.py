@@ -46,6 +46,10 @@ class Muon(torch.optim.Optimizer):
     update shrinks too (Chen et al. 2025, arXiv:2510.12402).
     """
 
+    _step_supports_amp_scaling = True
+    """torch's sign that `found_inf`, a 0 or 1 on the device, decides whether the step is taken"""
+    found_inf: Tensor | None = None
+
     def __init__(self, groups: Iterable[dict[str, Any]], *, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(groups, {})
         self.dtype = dtype
@@ -69,6 +73,8 @@ class Muon(torch.optim.Optimizer):
                 self.state[p]["momentum"] = torch.zeros_like(p)
         momenta = [local(self.state[p]["momentum"]) for p in parameters]
         gradients = [local(p.grad) for p in parameters if p.grad is not None]
+        if self.found_inf is not None:      # a step left out: the average moves towards itself
+            gradients = [torch.where(self.found_inf > 0, m, g) for m, g in zip(momenta, gradients)]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         updates = torch._foreach_lerp(gradients, momenta, group["momentum"]) if group["nesterov"] else momenta
         for members in _alike(parameters):
@@ -93,10 +99,14 @@ class Muon(torch.optim.Optimizer):
 
     def _move(self, group: dict[str, Any], parameter: Tensor, update: Tensor) -> None:
         p, decay = local(parameter), group["lr"] * group["weight_decay"]
+        kept: Any = 1 - decay
+        if self.found_inf is not None:
+            update = torch.where(self.found_inf > 0, 0.0, update)
+            kept = torch.where(self.found_inf > 0, 1.0, kept)
         if decay and group["cautious"]:
             p.sub_(p * (p * update > 0), alpha=decay)
         elif decay:
-            p.mul_(1 - decay)
+            p.mul_(kept)
         p.add_(update, alpha=-group["lr"] * _rate_scale(group["scale"], parameter.shape[-2:]))
 
     def _adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
@@ -109,7 +119,7 @@ class Muon(torch.optim.Optimizer):
               [local(s["exp_avg"]) for s in states], [local(s["exp_avg_sq"]) for s in states], [],
               [s["step"] for s in states],
               fused=True, amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
-              weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
+              weight_decay=group["weight_decay"], eps=group["eps"], maximize=False, found_inf=self.found_inf)
 
 
 def _alike(parameters: list[Tensor]) -> list[list[int]]:
