@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Several machines, started by hand: run this on each of them, with the same values.
+#
+#   FIRST_HOST=10.0.0.1 ./torchrun.sh
+#
+# A machine that leaves is done without as long as MIN_NODES remain; one that comes back is taken in. Either way
+# torchrun starts the processes again, and they go on with the run: lost are the steps since its last checkpoint.
+set -euo pipefail
+
+# ---- edit
+RECIPE=${RECIPE:-first}                                 # a shipped recipe, or a .yaml file on the shared disk
+RUN=${RUN:-/shared/runs/first}                          # on a disk that all machines share, each under this path
+FIRST_HOST=${FIRST_HOST:?the address of one machine, as the others reach it}
+PORT=${PORT:-29400}
+MIN_NODES=${MIN_NODES:-1}
+MAX_NODES=${MAX_NODES:-2}
+PROCESSES=${PROCESSES:-gpu}                             # of each machine: a number, or one for each GPU
+SHARD=${SHARD:-8}                                       # processes that share one copy of the weights
+export DOUGONG_CACHE=${DOUGONG_CACHE:-/shared/cache}    # prepared data, shared too
+LOCAL_ADDRESS=${LOCAL_ADDRESS:-}                        # this machine's, where the host name does not lead to it
+# ----
+
+# The identity is the run's: a launch of the same identity goes on with the run that an earlier one began.
+exec torchrun \
+  --nnodes "$MIN_NODES:$MAX_NODES" --nproc-per-node "$PROCESSES" \
+  --rdzv-backend c10d --rdzv-endpoint "$FIRST_HOST:$PORT" --rdzv-id "$(basename "$RUN")" \
+  ${LOCAL_ADDRESS:+--local-addr "$LOCAL_ADDRESS"} \
+  --max-restarts 100 --shutdown-timeout 300 \
+  --module -- dougong train "$RECIPE" --run "$RUN" "layout.shard=$SHARD" "$@"
