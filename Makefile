@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # as the command line sets it: torch's threads sleep while they wait (see cli/main.py)
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: help install demo demo-short test test-slow test-gpu check bench bench-full docs clean
+.PHONY: help install demo demo-short test test-slow test-gpu chaos chaos-short check bench bench-full docs clean
 
 help:            ## show this list
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  +##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -31,7 +31,13 @@ test: install    ## the fast tests
 	$(BIN)/python -m pytest
 
 test-slow: install  ## the slow ones
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m 'slow and not chaos'
+
+chaos: install   ## kill, damage, fill up, cut off: 100 kills and more, and how each must end (about ten minutes)
+	$(BIN)/python -m pytest tests/chaos -m chaos --kills 100
+
+chaos-short: install  ## the same with ten kills and without what is slow (about two minutes)
+	$(BIN)/python -m pytest tests/chaos -m 'chaos and not slow' --kills 10
 
 test-gpu: install  ## those that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
