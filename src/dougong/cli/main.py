@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from dougong.cli import data, demo, evaluate, generate, recipes, report, show, train
+from dougong.cli import data, demo, evaluate, generate, plan, recipes, report, show, train
 from dougong.core.errors import ConfigError, DougongError
 from dougong.core.files import explained_disk_errors
 
@@ -25,6 +25,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_mar
 app.command("demo")(demo.demo)
 app.command("recipes")(recipes.recipes)
 app.command("show")(show.show)
+app.command("plan")(plan.plan)
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)

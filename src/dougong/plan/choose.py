@@ -126,30 +126,28 @@ def _powers(most: int, devices: int) -> list[int]:
 
 def refusal(work: Work, layout: LayoutConfig) -> str | None:
     """Why this model cannot be divided so; None if it can."""
+    from dougong.parallel.context import why_not_context
+    from dougong.parallel.expert import why_not_experts
+    from dougong.parallel.tensor import why_not_tensor
+
     copies = layout.size(*DATA)
     if work.rows % copies:
         return f"{work.rows} rows a step cannot be shared equally by {copies} processes"
-    for axis, name, arguments in (
-            ("tensor", "why_not_tensor", (work.model, layout)),
-            ("context", "why_not_context", (work.model, layout.context, layout.context_method, layout.tensor)),
-            ("expert", "why_not_experts", (work.model, layout.expert, layout.tensor))):
-        if layout.size(axis) > 1:   # type: ignore[arg-type]
-            check = _check(f"dougong.parallel.{axis}", name)
-            if check and (reason := check(*arguments)):
-                return reason.splitlines()[0]
-    return None
-
-
-def _check(module: str, name: str) -> Any:
-    try:
-        return getattr(importlib.import_module(module), name, None)
-    except ImportError:
-        return None
+    reason = None
+    if layout.tensor > 1:
+        reason = why_not_tensor(work.model, layout)
+    if layout.context > 1:
+        reason = reason or why_not_context(work.model, layout.context, layout.context_method, layout.tensor)
+    if layout.expert > 1:
+        reason = reason or why_not_experts(work.model, layout.expert, layout.tensor)
+    return reason.splitlines()[0] if reason else None
 
 
 def pipeline_refusal(work: Work, layout: LayoutConfig, micro_batches: int) -> str | None:
-    check = _check("dougong.parallel.pipeline", "why_not_pipeline") if layout.pipeline > 1 else None
-    if check and (reason := check(work.model, layout, micro_batches)):
+    """Why the layers cannot be passed through so; None if they can."""
+    from dougong.parallel.stages import why_not_pipeline
+
+    if reason := why_not_pipeline(work.model, layout, micro_batches, compile=work.compile):
         return reason.splitlines()[0]
     if layout.pipeline > 1 and micro_batches < layout.pipeline:
         return f"{micro_batches} micro-batches leave {layout.pipeline} stages mostly waiting"

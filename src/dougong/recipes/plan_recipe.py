@@ -1,0 +1,134 @@
+"""`dougong plan RECIPE`: what the recipe needs on a machine, here or elsewhere, before any data are prepared."""
+
+from dataclasses import replace as change
+from typing import Any
+
+from dougong.core.config import replace, to_dict
+from dougong.core.errors import ConfigError
+from dougong.models import count
+from dougong.plan.choose import Ranking, nothing_fits, rank
+from dougong.plan.counts import ITEMSIZE, Counts
+from dougong.plan.machine import Machine
+from dougong.plan.memory import HOW
+from dougong.plan.option import Option, bill
+from dougong.plan.probe import measured
+from dougong.plan.work import CHECKPOINTING, Work
+from dougong.recipes.derive import Derived, resolve
+from dougong.recipes.recipe import Recipe
+from dougong.runtime.device import RuntimeConfig
+from dougong.runtime.layout import LayoutConfig
+
+_UNKNOWN_VOCABULARY = 256
+ASSUMPTIONS = (
+    "activations are those of eager mode; torch.compile usually keeps fewer",
+    "stages and processes are equally fast; stragglers, restarts, evaluations and checkpoints are not in the time",
+    "networks are not shared with others; collectives reach 80 % of a link",
+    "energy is that of devices and hosts under load; cooling is not in it",
+)
+
+
+def plan_recipe(asked: Recipe, machine: Machine, devices: int, *, probe: bool = True,
+                progress: Any = None) -> dict[str, Any]:
+    """Everything that `dougong plan` prints, draws and gives as JSON. Raises ConfigError where nothing fits, with the
+    smallest number of devices on which it would.
+
+    `probe`: on this machine, time real steps and plan with the efficiency they reach.
+    """
+    if not asked.is_language_model:
+        raise ConfigError(f"`dougong plan` plans language models, and {asked.name} trains a {asked.model.kind}.\n"
+                          f"Try: dougong train {asked.name} --dry-run")
+    recipe, derived = _elsewhere(asked, machine, devices)
+    work = work_of(recipe, machine)
+    counts = Counts(work.step())
+    pinned = recipe.layout.on(devices) if _is_pinned(recipe) else None
+    ranking = rank(work, machine, devices, counts=counts)
+    if pinned is not None:
+        ranking = _with_asked(ranking, rank(work, machine, devices, counts=counts, pinned=pinned, changes=False))
+    if ranking.chosen is None:
+        raise ConfigError(f"{recipe.name} does not fit {devices} x {machine.name}.\n"
+                          + nothing_fits(work, machine, devices, ranking))
+    if probe and machine.name == "here" and devices == 1:
+        if progress:
+            progress(0, None, "measuring a few steps")
+        faster = measured(work, ranking.chosen, machine)
+        if faster is not None:
+            machine = faster
+            ranking = rank(work, machine, devices, counts=counts, pinned=ranking.chosen.layout, changes=False)
+    chosen = ranking.chosen
+    assert chosen is not None
+    if work.steps == 0:     # a time budget: as many steps as fit it
+        work = change(work, steps=max(10, round((recipe.train.minutes or 1) * 60 / chosen.step_seconds)))
+    return _facts(recipe, derived, work, counts, machine, devices, ranking)
+
+
+def work_of(recipe: Recipe, machine: Machine) -> Work:
+    """The sections that decide memory and time, of a resolved recipe."""
+    model = recipe.model
+    if model.vocab_size is None:
+        size = getattr(recipe.tokenizer, "vocab_size", None) or _UNKNOWN_VOCABULARY
+        model = replace(model, vocab_size=size)
+    assert recipe.train.rows and model.context, "`resolve` derives them"
+    return Work(model=model, objective=recipe.objective, optim=recipe.optim, rows=recipe.train.rows,
+                context=model.context, steps=recipe.train.steps or 0, precision=recipe.runtime.precision or "fp32",
+                device=machine.device, checkpoint=CHECKPOINTING[recipe.train.gradient_checkpointing],
+                micro_rows=recipe.train.micro_rows, ema=recipe.train.ema is not None,
+                compile=bool(recipe.runtime.compile))
+
+
+def _elsewhere(asked: Recipe, machine: Machine, devices: int) -> tuple[Recipe, list[Derived]]:
+    """The recipe resolved as it would be on that machine."""
+    if machine.name == "here":
+        recipe, derived = resolve(asked)
+    else:
+        gpu = machine.device == "cuda"
+        given = asked.runtime
+        runtime = RuntimeConfig(device=machine.device, precision=given.precision or ("bf16" if gpu else "fp32"),
+                                threads=given.threads or 1, compile=gpu if given.compile is None else given.compile,
+                                deterministic=given.deterministic)
+        recipe, derived = resolve(replace(asked, runtime=runtime), elsewhere=True)
+    rows = recipe.train.rows or 1
+    if asked.train.rows is None and rows % devices:
+        rows = max(1, round(rows / devices)) * devices
+        derived.append(Derived("train.rows", rows, f"rounded, so that {devices} processes share it equally"))
+        recipe = replace(recipe, train=replace(recipe.train, rows=rows))
+    return recipe, derived
+
+
+def _is_pinned(recipe: Recipe) -> bool:
+    return isinstance(recipe.layout, LayoutConfig) and recipe.layout != LayoutConfig()
+
+
+def _with_asked(ranking: Ranking, asked: Ranking) -> Ranking:
+    """The recipe's own layout first, the plan's after it."""
+    own = asked.best or asked.others
+    mine = [change(own[0], reason=f"as the recipe asks: {own[0].reason}")] if own else []
+    rest = [option for option in ranking.best if not mine or option.layout != mine[0].layout]
+    if asked.best:
+        return Ranking([*mine, *rest], ranking.others, ranking.considered)
+    return Ranking(rest, [*mine, *ranking.others], ranking.considered)
+
+
+def _facts(recipe: Recipe, derived: list[Derived], work: Work, counts: Counts, machine: Machine, devices: int,
+           ranking: Ranking) -> dict[str, Any]:
+    section = work.model.decoder()
+    _, groups, width = section.attention.heads(section.dim)
+
+    def option(item: Option) -> dict[str, Any]:
+        return {**item.to_dict(), "bill": bill(item, work, machine) if item.fits else None}
+
+    parameters = count.parameters(work.model)
+    return {
+        "recipe": recipe.name, "devices": devices, "hosts": machine.hosts(devices), "machine": to_dict(machine),
+        "model": {"kind": work.model.kind, "parameters": parameters, "flops_per_token": counts.flops_per_token,
+                  "layers": counts.layers, "dim": counts.dim, "vocab_size": counts.vocab_size,
+                  "context": work.context,
+                  "cache_bytes_per_row": 2 * counts.layers * groups * width * work.context
+                  * ITEMSIZE[work.precision]},
+        "work": {"rows": work.rows, "context": work.context, "tokens_per_step": work.tokens_per_step,
+                 "steps": work.steps, "tokens": work.steps * work.tokens_per_step, "precision": work.precision,
+                 "optimizer": work.optim.kind, "checkpoint": work.checkpoint,
+                 "flops": counts.flops_per_token * work.steps * work.tokens_per_step},
+        "best": [option(item) for item in ranking.best], "others": [option(item) for item in ranking.others],
+        "considered": ranking.considered, "memory_how": HOW, "assumptions": list(ASSUMPTIONS),
+        "derived": [item.to_dict() for item in derived], "simulated": None,
+    }
