@@ -158,6 +158,14 @@ def test_generators_come_back_and_new_processes_get_their_own(run):
     assert len({tuple(draw) for draw in wider}) == 4                # nobody repeats another's numbers
     assert wider == run_processes(4, _draw, run, 7, FOUR)           # and they can be repeated
     assert run_processes(1, _draw, run, 7, ONE) == [expected_draw(0, 0)]
+    deeper = run_processes(4, _draw, run, 7, LayoutConfig(pipeline=2, tensor=2))
+    assert deeper[0] == expected_draw(0, 0) and len({tuple(draw) for draw in deeper}) == 4
+
+
+def test_the_generator_of_one_process_goes_to_the_first_of_several(run):
+    save(run, ONE)
+    draws = run_processes(4, _draw, run, 7, GRID)
+    assert draws[0] == expected_draw(0, 0) and len({tuple(draw) for draw in draws}) == 4
 
 
 def _damaged(run, damage):

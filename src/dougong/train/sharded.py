@@ -208,7 +208,7 @@ def _optimizer_parts(stored: Stored, trained: Mapping[str, Tensor]) -> dict[str,
 
 
 def _place(mesh: Mesh) -> int:
-    """Which of the processes that read the same rows this is."""
+    """Which of the readers of the same rows this is."""
     return mesh.rank("pipeline", "context", "tensor")
 
 
@@ -224,27 +224,27 @@ def _generators(stored: Stored, manifest: dict[str, Any], values: dict[str, Any]
                 mesh: Mesh) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The generators with which this process goes on.
 
-    In the layout of the checkpoint each process takes its own back. In another, those that read slice r of the batch
-    take what the first reader of slice r had; where there was none, they begin anew from a seed made of the first
-    process's generator, the step and r.
+    In the layout of the checkpoint each process takes its own back. In another, the first reader of slice r of the
+    batch takes what the first reader of slice r had. All others begin anew, each from its own seed, made of the first
+    process's generator, the step and its place.
     """
     def entry(prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         found = {name.removeprefix(prefix): stored.read(name) for name in stored if name.startswith(prefix)}
         return (found, json.loads(bytes(found.pop("json").tolist()))) if found else None
 
+    here = f"{mesh.data_rank}/{_place(mesh)}/"
     if values["rng"] is not None:       # written by one process, as it is
-        first, own = ({name: stored.read(name) for name in stored}, values["rng"]), None
-        same = mesh.data_rank == 0
+        first = {name: stored.read(name) for name in stored}, values["rng"]
+        own = first if here == "0/0/" else None
     else:
-        first, same = entry("0/0/"), False
-        together = manifest["layout"] == str(mesh.layout)
-        own = (entry(f"{mesh.data_rank}/{_place(mesh)}/") if together else None) or entry(f"{mesh.data_rank}/0/")
-    if own or same:
-        return own or first     # type: ignore[return-value]
+        first = entry("0/0/")
+        own = entry(here) if _place(mesh) == 0 or manifest["layout"] == str(mesh.layout) else None
+    if own:
+        return own
     assert first is not None
     digest = int.from_bytes(hashlib.sha256(bytes(first[0]["torch"].tolist())).digest()[:8], "little")
     before = seeds.rng_state()
-    seeds.seed_all(seeds.derive(digest, "rng", values["step"], mesh.data_rank))
+    seeds.seed_all(seeds.derive(digest, "rng", values["step"], here))
     fresh = seeds.rng_state()
     seeds.set_rng_state(before)
     return {name: fresh.pop(name) for name in ("torch", "cuda") if name in fresh}, fresh
