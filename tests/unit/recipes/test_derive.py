@@ -35,6 +35,12 @@ def test_the_exact_count_is_near_the_size(family, size):
     assert 20 <= model.dim / model.num_layers <= 160, "a usual proportion"
 
 
+@pytest.mark.parametrize("model", [["model=qwen3_moe"], ["model=nano", "model.feed_forward=moe"]])
+def test_the_dial_knows_no_experts_and_says_so(model):
+    with pytest.raises(ConfigError, match="experts.*Leave size out"):
+        resolved(*model)
+
+
 @pytest.mark.parametrize(("text", "value"), [("800K", 800_000), ("2M", 2_000_000), ("1.5b", 1_500_000_000)])
 def test_sizes_are_read(text, value):
     assert parse_size(text) == value
