@@ -1,8 +1,10 @@
 """`plan --budget … --probe`: a few small models trained here say which shape is best for the whole budget.
 
 A stated share of the budget goes into short runs of the recipe itself, each to its own end (rate decayed, so that their
-losses compare): three sizes for the longest time that the share allows, one of them for a shorter time too. The curve
-through them (`plan.curve`) and the measured speeds give the loss that each shape reaches in the whole time.
+losses compare): three sizes for equal times, the smallest for a shorter time too. The curve through them (`plan.curve`)
+and the measured speeds give the loss that each shape reaches in the whole time. Models in their first few hundred steps
+say nothing about later: what they learn first comes at once, and later the larger they are (benchmarks/plan_budget.py).
+So no small run is shorter than that, and a short budget is probed with smaller models rather than with shorter runs.
 """
 
 import math
@@ -28,17 +30,19 @@ from dougong.recipes.scoring import quick_score
 from dougong.recipes.train import given, with_steps
 from dougong.train import fit
 
-SHARE = 0.15
-"""of the budget's time, unless told otherwise"""
+SHARE, LEAST_S, MOST = 0.15, 120.0, 0.3
+"""of the budget's time: 15 %, but two minutes where that is more, and never above 30 %"""
 TOKENS_PER_PARAMETER = 4.0
 """where the search begins, in runs of seconds to minutes on a CPU (benchmarks/plan_budget.py); the probe moves it"""
 SAME = 0.005
 """relative difference of losses below which two shapes count as equal, and the smaller is taken"""
+FEWEST_STEPS = 500
+"""of a small run for the longest time"""
 _SHORTEST_S = 15.0
-_UTILISATION = 0.45
+_SMALLEST = 100e3
+UTILISATION = 0.45
 _TIMED = 5
-_LONG, _SHORT = 0.25, 0.1   # of the probe's time: three long runs and a short one; the rest times steps and evaluates
-_FEWEST_STEPS = 30
+_LONG, _SHORT = 0.25, 0.125  # of the probe's time: three long runs, a short one; the rest times and evaluates
 
 
 @dataclass(frozen=True)
@@ -78,20 +82,26 @@ class Probe:
 
 
 def choose_by_probe(base: Recipe, money: Budget, text: Text, serving: Serving | None, *, out: Any = None,
-                    progress: Any = None, share: float = SHARE) -> dict[str, Any]:
+                    progress: Any = None, share: float | None = None) -> dict[str, Any]:
     """Trains the small models, then chooses for what is left of the budget. Same keys as the choice by law.
 
     Raises ConfigError where the time is too short for a probe to say anything.
     """
-    allowed = share * money.seconds
+    allowed = probe_seconds(money.seconds) if share is None else share * money.seconds
     if allowed < _SHORTEST_S:
-        raise ConfigError(f"{money} leaves {allowed:.0f} seconds for a probe ({share:.0%}), too few to learn anything "
-                          f"from.\nGive at least {duration(_SHORTEST_S / share)}, or leave --probe out.")
+        raise ConfigError(f"{money} leaves {allowed:.0f} seconds for a probe, too few to learn anything from.\n"
+                          f"Give at least {duration(_SHORTEST_S / MOST)}, or leave --probe out.")
     if out is not None:
-        out.print(f"The probe takes {share:.0%} of the budget, about {duration(allowed)} of {duration(money.seconds)}, "
-                  f"for small runs and some timing; {duration(money.seconds - allowed)} are left for training.")
+        out.print(f"The probe takes {allowed / money.seconds:.0%} of the budget, about {duration(allowed)} of "
+                  f"{duration(money.seconds)}, for small runs and some timing; {duration(money.seconds - allowed)} are "
+                  "left for training.")
     probe = run_probe(base, allowed, money.seconds - allowed, progress=progress)
     return choose(base, probe, money.seconds - allowed, money, serving)
+
+
+def probe_seconds(budget: float) -> float:
+    """What a probe takes of so many seconds."""
+    return min(max(SHARE * budget, LEAST_S), MOST * budget)
 
 
 def measured_pace(recipe: Recipe, corpus: Any) -> float:
@@ -113,7 +123,7 @@ def run_probe(base: Recipe, allowed: float, training: float, *, pace: Callable[.
               train: Callable[..., Small] = train_small, progress: Any = None) -> Probe:
     """Spends about `allowed` seconds on small runs that are to tell about a run of `training` seconds."""
     report = progress or (lambda done, total, what: None)
-    speed = measured_peak() * _UTILISATION
+    speed = measured_peak() * UTILISATION
     settled = settle_probe(base, centre(speed, training))
     corpus = prepare_data(settled, progress=progress)
     if not corpus.facts["splits"]["validation"].get("documents"):
@@ -121,16 +131,15 @@ def run_probe(base: Recipe, allowed: float, training: float, *, pace: Callable[.
                           "Give data.split.fractions, as in data.split.fractions=[0.9,0.1,0].")
     begin = time.perf_counter()
     long, short = _LONG * allowed, _SHORT * allowed
-    middle = centre(speed, long)
     runs: list[Small] = []
     timings: dict[float, float] = {}
-    for number, (size, seconds) in enumerate([(middle / 2, long), (middle, long), (2 * middle, long),
-                                              (middle / 2, short)], start=1):
-        report(round(time.perf_counter() - begin), round(allowed), f"probe: small run {number} of 4")
-        recipe = sized(settled, written(size))
-        step = pace(recipe, corpus)
-        runs.append(train(recipe, corpus, written(size), max(_FEWEST_STEPS, round(seconds / step))))
-        timings[_flops_per_step(recipe, corpus)] = step
+    sizes = probe_sizes(settled, corpus, min(2 * centre(speed, long), centre(speed, training)), long, pace)
+    plan = [*((size, long) for size in sizes), (sizes[0], short)]
+    for number, (size, seconds) in enumerate(plan, start=1):
+        report(round(time.perf_counter() - begin), round(allowed), f"probe: small run {number} of {len(plan)}")
+        recipe = sized(settled, size)
+        step = timings[_flops_per_step(recipe, corpus)] = pace(recipe, corpus)
+        runs.append(train(recipe, corpus, size, max(FEWEST_STEPS // 4, round(seconds / step))))
     for factor in (0.5, 1.0, 2.0):
         report(round(time.perf_counter() - begin), round(allowed), "probe: timing larger shapes")
         recipe = sized(settled, written(factor * centre(speed, training)))
@@ -144,9 +153,32 @@ def run_probe(base: Recipe, allowed: float, training: float, *, pace: Callable[.
                  time.perf_counter() - begin, timings)
 
 
+def probe_sizes(settled: Recipe, corpus: Any, cap: float, seconds: float, pace: Callable[..., float]) -> list[str]:
+    """Three sizes, each about half of the next; the largest, up to `cap`, still takes `FEWEST_STEPS` in the seconds.
+
+    Different sizes can be one shape where models are smallest; raises ConfigError where fewer than two remain.
+    """
+    shapes: dict[Any, str] = {}
+    for size in ladder(_SMALLEST, max(cap, 10 * _SMALLEST)):
+        shapes.setdefault(sized(settled, size).model, size)
+    known = {size: shape_with(sized(settled, size), size, corpus).matrices for size in shapes.values()}
+    able = [size for size, n in known.items() if n <= max(1.25 * cap, sorted(known.values())[1])]
+    while len(able) > 2 and seconds / pace(sized(settled, able[-1]), corpus) < 0.95 * FEWEST_STEPS:
+        able.pop()
+    if len(able) < 2:
+        raise ConfigError("the probe needs two shapes to compare, and this recipe has one of every size.\n"
+                          "Leave --probe out.")
+    chosen = [able[-1]]
+    for share in (2, 4):
+        smaller = [size for size in able if known[size] < 0.8 * known[chosen[0]]]
+        if smaller:
+            chosen.insert(0, min(smaller, key=lambda size: abs(math.log(known[size] * share / known[able[-1]]))))
+    return chosen
+
+
 def centre(flops_per_s: float, seconds: float) -> float:
     """Where runs of minutes had their best size: C = 6·N·D with D = 4·N."""
-    return max(math.sqrt(flops_per_s * seconds / 6 / TOKENS_PER_PARAMETER), 60e3)
+    return max(math.sqrt(flops_per_s * seconds / 6 / TOKENS_PER_PARAMETER), _SMALLEST)
 
 
 def settle_probe(base: Recipe, size: float) -> Recipe:
@@ -213,8 +245,8 @@ def probe_options(base: Recipe, probe: Probe, training: float, serving: Serving 
         per_step = rows * shape.model.context
         pace = probe.seconds_per_step(shape.flops_per_token * per_step)
         tokens = training / pace * per_step
-        if tokens < _FEWEST_STEPS * per_step:
-            break
+        if tokens < FEWEST_STEPS / 2 * per_step:
+            break   # it would not come out of its first steps
         middle, interval = probe.curve.predict(shape.matrices, tokens, probe.unique)
         options.append(Option(shape, tokens, tokens / probe.unique, pace, middle, interval, shape.fits(serving)))
     return options
