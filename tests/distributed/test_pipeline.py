@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from dougong.core.errors import ConfigError
+from dougong.nn.moe import MoEConfig
 from dougong.nn.position import LearnedConfig
 from dougong.nn.residual import X0ResidualConfig
 from dougong.objectives.causal_lm import CausalLMConfig
@@ -27,6 +28,8 @@ RICH = Case(model=decoder(num_layers=5, tied=False, residual=X0ResidualConfig(),
             objective=CausalLMConfig(z_loss=1e-3), micro_batches=4, seed=1)
 UNEVEN = Case(model=decoder(num_layers=2), rows=7, micro_batches=3)     # 2 + 2 + 2 + 1 rows
 SHALLOW = Case(model=decoder(num_layers=3), micro_batches=4, steps=3)
+ROUTED = Case(model=decoder(num_layers=4, tied=False, feed_forward=MoEConfig(num_experts=8, top_k=2, ffn_dim=16)),
+              micro_batches=2, steps=3)
 DEEP = Case(model=decoder(num_layers=9), micro_batches=8)
 
 
@@ -57,6 +60,8 @@ def test_every_schedule(compare, case, schedule):
     (TIED, LayoutConfig(pipeline=2, shard=2)),
     (TIED, LayoutConfig(pipeline=2, context=2, schedule="looped_bfs")),
     (TIED, LayoutConfig(pipeline=2, shard=2, tensor=2, schedule="interleaved")),
+    (ROUTED, LayoutConfig(pipeline=2, schedule="interleaved_zb")),
+    (ROUTED, LayoutConfig(pipeline=2, expert=2, schedule="zbv")),
     (Case(model=decoder(num_layers=2), micro_batches=2, checkpoint_activations="selective"), LayoutConfig(pipeline=2)),
 ], ids=lambda value: f"{value}, {value.schedule}" if isinstance(value, LayoutConfig) else "")
 def test_with_other_axes(compare, case, layout):

@@ -60,7 +60,8 @@ def split(model: nn.Module, mesh: Mesh, *, micro_batches: int, compile: bool = F
     x0 = any(not isinstance(block.residual, PlainResidual) for block in model.stack.values())
     _keep(model, {str(i) for stage in mine for i in cuts[stage]}, first=0 in mine, last=last in mine, tied=tied)
     ends = {process_of(stage, layout.pipeline, layout.schedule) for stage in (0, last)}
-    model.held_elsewhere = {_TIED: len(ends)} if tied and len(ends) > 1 and here in ends else {}
+    held: dict[str, int] = {_TIED: len(ends)} if tied and len(ends) > 1 and here in ends else {}
+    model.held_elsewhere = held     # type: ignore[assignment]
     return [Stage(model, stage, cuts[stage], last=stage == last, x0=x0) for stage in mine]
 
 
@@ -113,9 +114,10 @@ class Stage(nn.Module):
         if not self.last:
             after = decoder.stream(batch["tokens"], segment_BT=batch.get("segment"), carry=arrived, layers=self.layers)
             # the schedules detach what a stage returns in place, and PyTorch does that to no view
-            return tuple(t.clone() if t._is_view() else t for t in (after if self.x0 else after[:1]))
+            return tuple(t.clone() if t._is_view() else t.contiguous() for t in (after if self.x0 else after[:1]))
         assert self.objective is not None, "set before each step"
-        losses = self.objective.losses(_Rest(decoder, arrived, self.layers), batch)
+        rest: Any = _Rest(decoder, arrived, self.layers)
+        losses = self.objective.losses(rest, batch)
         self.names = list(losses.sums), list(losses.metrics)
         return torch.stack([*losses.sums.values(), *losses.metrics.values()])
 
@@ -138,7 +140,8 @@ class Pipeline:
     """Runs the stages of this process in the layout's order, together with the other processes of the pipeline."""
 
     def __init__(self, model: nn.Module, stages: "list[Stage]", runtime: Runtime) -> None:
-        self.model, self.stages, self.runtime = model, stages, runtime
+        self.stages, self.runtime = stages, runtime
+        self.model: Any = model
         self.layout, self.group = runtime.mesh.layout, runtime.mesh.group("pipeline")
         self._schedules: dict[Any, Any] = {}
         self._weight = 1.0
@@ -151,7 +154,7 @@ class Pipeline:
         """A `GradientFunction`. The sums are in the process of the last stage; in the others they are zeros."""
         self._weight = weight
         losses = self._run(objective, batches, training=True)
-        for name in self.model.held_elsewhere:      # type: ignore[union-attr]
+        for name in self.model.held_elsewhere:
             gradient = self.model.get_parameter(name).grad
             assert gradient is not None, "both ends have used the tied embedding"
             _add_the_others(local(gradient), self._other_end(), self.group)
@@ -179,9 +182,11 @@ class Pipeline:
         """PyTorch's schedule for batches of these shapes, made at their first step: buffers have fixed sizes."""
         key = (micro_batches, tuple(shapes.items()), training)
         if key not in self._schedules:
+            if not self._schedules:
+                dist.barrier(group=self.group)      # NCCL: all of a group take part in its first message
             kind = self.layout.schedule if training else _forward_only(self.layout.schedule)
-            count = num_stages(self.layout.pipeline, kind)
-            stages = [PipelineStage(stage, stage.index, count, self.runtime.device, group=self.group)
+            rows, T = shapes["tokens"]
+            stages = [self._stage(stage, num_stages(self.layout.pipeline, kind), (rows // micro_batches, T))
                       for stage in self.stages]
             loss = (lambda output, target: output[0] / self._weight) if training else None
             self._schedules[key] = made = _SCHEDULES[kind](
@@ -189,6 +194,18 @@ class Pipeline:
             if not training and kind in order.TWICE:
                 _without_backward(made)
         return self._schedules[key]
+
+    def _stage(self, stage: Stage, count: int, tokens: tuple[int, int]) -> PipelineStage:
+        """PyTorch's stage. It is told what arrives and what leaves; else it would find out by a forward of its own, on
+        numbers of no meaning, and routers count what they see."""
+        B, T = tokens
+        if self.layout.sequence_parallel:
+            T //= self.layout.tensor
+        x_BTD = torch.empty(B, T, self.model.config.decoder().dim,
+                            dtype=self.model.compute_dtype, device="meta", requires_grad=True)
+        carry = (x_BTD,) * (2 if stage.x0 else 1)
+        return PipelineStage(stage, stage.index, count, self.runtime.device, group=self.group,
+                             input_args=carry if stage.index else (), output_args=x_BTD if stage.last else carry)
 
     def _share(self, sums: Tensor | None) -> Losses:
         """Losses from the last stage's output; the other processes learn their names once, and bring zeros."""
