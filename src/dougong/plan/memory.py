@@ -14,6 +14,9 @@ DEVICE_BYTES = 1.5 * 2**30
 FRAGMENTATION = 0.06
 """share of everything else that the allocator of a GPU wastes between blocks; assumed"""
 
+_AT_WORK = 0.2
+"""of a layer's activations: gradients that exist while it is differentiated; simulated layouts say 0.1 to 0.3"""
+
 HOW = {
     "weights": "fp32 masters, 4 bytes a parameter, divided by shard, tensor and pipeline",
     "gradients": "fp32, divided as the weights",
@@ -106,21 +109,24 @@ def _one(counts: Counts, layout: LayoutConfig, mode: str, micro_rows: int, micro
     has_head = alone or not first or layout.schedule in V_SHAPED
     parts = layout.tensor if layout.vocabulary_parallel else 1
     ends = counts.ends_kept()
-    logits = 0.0
+    head_held = head_peak = 0.0
     if has_head:
         activations += ends.per_row * micro_rows / layout.context
-        logits = (ends.fixed + counts.head_peak(micro_rows / layout.context)) / parts
-    full = kept_per_row(counts, layout, "none")
-    one_layer = full.per_row * micro_rows
-    again = 0.0 if mode == "none" else 1.5 * one_layer + full.fixed
-    gathered = _gathered(counts, layout, split, micro_batches, first=first)
+        head_held = ends.fixed / parts          # gradients of the head, known when its loss is
+        head_peak = counts.head_peak(micro_rows / layout.context) / parts
+    one_layer = kept_per_row(counts, layout, "none").per_row * micro_rows
+    at_work = _AT_WORK * one_layer
     kinds = {"weights": held * FP32 * (2 if ema else 1), "gradients": held * FP32,
-             "optimizer": held * FP32 * counts.optimizer_copies, "gathered": gathered}
-    forward = {**kinds, "gradients": kinds["gradients"] if micro_batches > 1 else 0.0, "activations": activations,
-               "logits": logits, "recomputed": max(0.0, again - logits)}
-    backward = {**kinds, "activations": casts / max(1, split.layers) + 2 * one_layer, "logits": 0.0,
-                "recomputed": again}
-    worst = max(forward, backward, key=lambda kinds: sum(kinds.values()))
+             "optimizer": held * FP32 * counts.optimizer_copies}
+    in_loss, going_back = _gathered(counts, layout, split, micro_batches, first=first)
+    before = {**kinds, "gradients": kinds["gradients"] if micro_batches > 1 else 0.0, "activations": activations}
+    moments = (
+        {**before, "gathered": in_loss, "logits": head_held + head_peak},
+        {**before, "gathered": going_back, "logits": head_held,         # the backward pass begins
+         "recomputed": at_work + (one_layer if mode != "none" else 0)},
+        {**kinds, "gathered": going_back, "activations": casts / split.layers + one_layer,      # and ends
+         "recomputed": at_work})
+    worst = max(moments, key=lambda kinds: sum(kinds.values()))
     if gpu:
         worst["allowance"] = DEVICE_BYTES + FRAGMENTATION * sum(worst.values())
     return worst
@@ -134,15 +140,18 @@ def _layers_in_flight(layout: LayoutConfig, split: Split, micro_batches: int, *,
     return held.in_flight[0 if first else -1] * split.layers / held.stages_each
 
 
-def _gathered(counts: Counts, layout: LayoutConfig, split: Split, micro_batches: int, *, first: bool) -> float:
-    """Whole weights and gradients that FSDP holds for a while. By layer: two layers gathered, one on its way, one
-    layer's gradients and their copy to be divided. For the step: all layers' weights, and gradients if they wait."""
+def _gathered(counts: Counts, layout: LayoutConfig, split: Split, micro_batches: int, *,
+              first: bool) -> tuple[float, float]:
+    """Whole weights, and gradients not yet divided, that FSDP holds in the loss and in the backward pass.
+
+    By layer: two layers' weights. For the step: all layers', and, where there are several micro-batches, gradients that
+    wait for the last. Stem and head, in fp32, stay from their first use to their last. On the way back: one layer's
+    gradients, and their copy to be divided.
+    """
     if split.shards == 1:
-        return 0.0
+        return 0.0, 0.0
     layer, ends = layer_parameters(counts, split.tensor), end_parameters(counts, layout, first=first)
-    size = counts.itemsize
-    on_the_way = layer * (size + size + FP32)
-    if layout.gathered == "layer":
-        return 2 * layer * size + on_the_way + 2 * ends * FP32
-    waiting = split.layers * layer * FP32 if micro_batches > 1 else 0.0
-    return split.layers * layer * size + on_the_way + waiting + 2 * ends * FP32
+    size, whole = counts.itemsize, layout.gathered == "step"
+    weights = (split.layers if whole else 2) * layer * size + ends * FP32
+    waiting = split.layers * layer * FP32 if whole and micro_batches > 1 else 0.0
+    return weights + waiting, weights + waiting + layer * (size + FP32) + ends * FP32

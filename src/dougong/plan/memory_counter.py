@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -38,7 +39,7 @@ class MemoryCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if DTensor is not None and any(issubclass(t, DTensor) for t in types):
             return NotImplemented
-        if func is torch.ops.aten.nonzero.default and args[0].device.type == "meta":
+        if func is torch.ops.aten.nonzero.default and (args[0].is_meta or isinstance(args[0], FakeTensor)):
             return args[0].new_empty((0, args[0].dim()), dtype=torch.long)   # how many there are is in the data
         result = func(*args, **(kwargs or {}))
         if func.namespace in ("_c10d_functional", "c10d"):

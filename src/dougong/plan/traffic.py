@@ -48,7 +48,7 @@ def traffic(counts: Counts, layout: LayoutConfig, machine: Machine, mode: str, m
         times = micro_batches if layout.gathered == "layer" else 1
         gathers = 2 * times if layout.gathered == "layer" else 1
         share = (n - 1) / n
-        add(SHARDS, "weights gathered", (split.layers + 1) * gathers,
+        add(SHARDS, "weights gathered", split.layers * gathers + times,
             share * (weights * counts.itemsize * gathers + ends * FP32 * times), hidden=True)
         add(SHARDS, "gradients summed, each to its owner", (split.layers + 1) * times,
             share * (weights + ends) * FP32 * times, hidden=True)
@@ -68,7 +68,7 @@ def traffic(counts: Counts, layout: LayoutConfig, machine: Machine, mode: str, m
         size = per_token * counts.context / n * micro_rows * (n - 1) / n
         passes = 2 + (mode == "full")
         add(("context",), "heads for tokens" if layout.context_method == "all_to_all" else "keys and values gathered",
-            4 * passes * split.layers * micro_batches, size * passes * split.layers * micro_batches, hidden=False)
+            2 * passes * split.layers * micro_batches, size * passes * split.layers * micro_batches, hidden=False)
     if layout.pipeline > 1:
         stream = counts.stream_bytes / layout.context * micro_rows
         each = split.stages // layout.pipeline
