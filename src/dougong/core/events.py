@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 REPEATED_PER_STEP = ("step", "evaluation", "sample")
+BETWEEN_STEPS = ("evaluation", "sample", "checkpoint", "other")
+IN_STEP = ("data", "wait", "forward", "backward", "norm", "optimizer", "rerun", "gc")
+"""phases of a step: waiting for a batch; waiting for all processes to begin; the model's forward, and the rest of the
+gradient, each with what it communicates; joining losses and norms; clipping and moving; repeating a suspicious step"""
 
 
 class EventLog:

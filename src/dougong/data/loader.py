@@ -37,7 +37,8 @@ class Loader(Iterator[Batch]):
     """Yields batches for ever; `epoch` and `position` say how far it is. `position` counts batches given out.
 
     `shares`: how much of the sequence each pack gets (None: in proportion to its rows, so an epoch is every
-    row once). `name` says what the n-th document is called. Raises ConfigError when `rows` cannot be divided between the ranks.
+    row once). `name` says what the n-th document is called. Raises ConfigError when `rows` cannot be divided between
+    the ranks.
     """
 
     def __init__(self, packs: Sequence[Pack], *, rows: int, seed: int, fingerprint: str,

@@ -28,6 +28,7 @@ from dougong.report.facts import Attempt, RunFacts, read_facts
 from dougong.report.headline import headline
 from dougong.report.numbers import Text, is_number
 from dougong.report.plot import x_range
+from dougong.report.why import Why, explain
 from dougong.report.words import say, word
 
 _HERE = Path(__file__).parent
@@ -42,12 +43,12 @@ def write_report(runs: list[RunDirectory], out: Path) -> Path:
     """
     if not runs:
         raise ConfigError("a report needs at least one run. Give a run directory, such as runs/first.")
-    write_text(out, render([read_facts(run) for run in runs]))
+    write_text(out, render([read_facts(run) for run in runs], explain(runs[0]) if len(runs) == 1 else None))
     return out
 
 
-def render(runs: list[RunFacts]) -> str:
-    """The page as a string."""
+def render(runs: list[RunFacts], why: Why | None = None) -> str:
+    """The page as a string; `why` explains the run where there is one."""
     charts = charts_of(runs)
     style, script = ((_HERE / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     clocks = [clock.payload() for clock in clocks_of(runs)]
@@ -62,7 +63,8 @@ def render(runs: list[RunFacts]) -> str:
         single=len(runs) == 1,
         charts=charts,
         x_domain=domain,
-        sections=_sections(runs[0]),
+        sections=_sections(runs[0], why),
+        why=why,
         axes=_axes(runs, clocks),
         style=Markup(style),
         script=Markup(script),
@@ -119,9 +121,9 @@ def _json(value: Any) -> Markup:
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
 
 
-def _sections(run: RunFacts) -> list[str]:
+def _sections(run: RunFacts, why: Why | None) -> list[str]:
     """Those of one run's page: without a result that never comes, or samples of one that does not write."""
-    sections = ["result", "curves", "samples", "data", "model", "cost", "reproduce"]
+    sections = ["result", "curves", "samples", "data", "model", "cost", *(["why"] if why else []), "reproduce"]
     if comparison(run) is None and run.status == "done":
         sections.remove("result")
     if not run.samples and not run.is_text:

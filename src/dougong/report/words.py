@@ -3,8 +3,10 @@
 import re
 
 from dougong.report.numbers import Text
+from dougong.report.why_words import WHY_PHRASES
 
 PHRASES: dict[str, tuple[str, str]] = {
+    **WHY_PHRASES,
     # page and navigation
     "report": ("training report", "训练报告"),
     "compare_title": ("{n} runs compared", "{n} 次训练对比"),

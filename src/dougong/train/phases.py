@@ -13,14 +13,11 @@ from typing import Any
 
 import torch
 
+from dougong.core.events import BETWEEN_STEPS
 from dougong.data.batch import Batch
 from dougong.objectives.losses import Losses
 from dougong.objectives.objective import Objective
 
-BETWEEN = ("evaluation", "sample", "checkpoint", "other")
-IN_STEP = ("data", "wait", "forward", "backward", "norm", "optimizer", "rerun", "gc")
-"""waiting for a batch; waiting for all processes to begin; the model's forward (with what it communicates); the rest of
-the gradient (with what it communicates); joining losses and norms; clipping and moving; repeating a suspicious step"""
 _ON_DEVICE = ("forward", "backward", "norm", "optimizer", "rerun")
 _REMEMBERED = 64
 
@@ -58,7 +55,7 @@ class Clock:
     def begin_step(self, step: int) -> None:
         """What came before was between the steps; its rest is the time that no phase has claimed."""
         if self._between is not None:
-            claimed = sum(self._seconds.get(phase, 0.0) for phase in BETWEEN)
+            claimed = sum(self._seconds.get(phase, 0.0) for phase in BETWEEN_STEPS)
             self._add("other", max(0.0, time.perf_counter() - self._between - claimed))
         self.step = step
         self._enter("other")

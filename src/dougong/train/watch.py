@@ -24,9 +24,10 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 
+from dougong.core.events import BETWEEN_STEPS
 from dougong.core.files import write_text
 from dougong.runtime.processes import START_TIMEOUT_S
-from dougong.train.phases import BETWEEN, Clock
+from dougong.train.phases import Clock
 
 EXIT_HUNG = 70
 """exit code of processes that leave because one of them hangs"""
@@ -111,7 +112,7 @@ class Watch:
     def limit_s(self) -> float:
         """How long the present phase may take."""
         phase, steps = self.clock.phase, list(self.clock.step_seconds)
-        if phase in BETWEEN and phase != "other":
+        if phase in BETWEEN_STEPS and phase != "other":
             longest = self.clock.longest.get(phase)
             return self.start_s if longest is None else max(self.floor_s, _TIMES * longest)
         return max(self.floor_s, _TIMES * statistics.median(steps)) if steps else self.start_s
