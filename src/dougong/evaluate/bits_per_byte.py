@@ -10,7 +10,7 @@ restored, so it compares with any compressor.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -53,10 +53,11 @@ class BitsPerByte(DocumentScores):
 
 def bits_per_byte(model: nn.Module, tokenizer, documents: Iterable, *, context: int,
                   stride: int | None = None, runtime: Runtime | None = None, batch_tokens: int = 8192,
-                  name: str = "model") -> BitsPerByte:
+                  name: str = "model", poll: Callable[[], None] | None = None) -> BitsPerByte:
     """Scores every document (`id`, `source`, `text`) and returns the columns.
 
-    `stride` defaults to `context`. `batch_tokens` (tokens of one forward) changes speed and memory only.
+    `stride` defaults to `context`. `batch_tokens` (tokens of one forward) changes speed and memory only. `poll` is
+    called before each forward, and may raise to end the work.
     Raises ConfigError for a context or stride that cannot be, DataError where there is no text.
     """
     stride = context if stride is None else stride
@@ -68,7 +69,7 @@ def bits_per_byte(model: nn.Module, tokenizer, documents: Iterable, *, context: 
                           "leave tokens unscored.")
     begin = time.perf_counter()
     columns = _Columns([], [], [], [], [])
-    reader = _Reader(model, runtime or Runtime(), context, stride, batch_tokens)
+    reader = _Reader(model, runtime or Runtime(), context, stride, batch_tokens, poll)
     with evaluating(model):
         if tokenizer.document_id is None:
             _score_stream(reader, tokenizer, documents, columns)
@@ -150,8 +151,8 @@ class _Reader:
     """Scores windows of many sequences in batches of similar length."""
 
     def __init__(self, model: Any, runtime: Runtime, context: int, stride: int,
-                 batch_tokens: int) -> None:
-        self.model, self.runtime = model, runtime
+                 batch_tokens: int, poll: Callable[[], None] | None = None) -> None:
+        self.model, self.runtime, self.poll = model, runtime, poll or (lambda: None)
         self.context, self.stride, self.batch_tokens = context, stride, batch_tokens
 
     def token_nats(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -159,6 +160,7 @@ class _Reader:
         windows = [w for i, sequence in enumerate(sequences) for w in self._windows(i, len(sequence) - 1)]
         windows.sort(key=lambda w: w.begin - w.end)   # longest first: a batch that does not fit fails at once
         for batch in self._batches(windows):
+            self.poll()
             self._score(batch, sequences, nats)
         return nats
 

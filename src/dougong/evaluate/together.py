@@ -20,11 +20,11 @@ from dougong.runtime.mesh import LOSS
 
 
 def bits_per_byte_together(losses: Callable[[Batch], Losses], tokenizer: Any, documents: Sequence[Any], *, rows: int,
-                           context: int, runtime: Runtime) -> dict[str, Any]:
+                           context: int, runtime: Runtime, poll: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """`{"loss": nats per token, "bits_per_byte", "tokens"}` over all processes.
 
     `losses` gives this process's share of the sums of its rows (with `metrics["loss"]` in nats); it is called equally
-    often everywhere, with `rows` rows of `context` tokens, some of no weight.
+    often everywhere, with `rows` rows of `context` tokens, some of no weight; and before it `poll`, which may raise.
     """
     size = sum(len(document.text.encode()) for document in documents)
     if not size:
@@ -35,6 +35,7 @@ def bits_per_byte_together(losses: Callable[[Batch], Losses], tokenizer: Any, do
     nats = torch.zeros((), dtype=torch.float64)
     mesh = runtime.mesh
     for begin in range(0, len(windows), rows * mesh.data_size):
+        poll()
         first = begin + mesh.data_rank * rows
         mine = windows[first:first + rows]
         nats += losses(_batch(mine, rows, context).to(runtime.device)).metrics["loss"].double().cpu()

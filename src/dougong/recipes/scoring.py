@@ -13,13 +13,15 @@ from dougong.runtime.device import Runtime
 Score = Callable[[nn.Module], dict[str, Any]]
 
 
-def quick_score(recipe: Recipe, corpus: Any, runtime: Runtime, *, divided: Any = None) -> Score | None:
+def quick_score(recipe: Recipe, corpus: Any, runtime: Runtime, *, divided: Any = None,
+                poll: Callable[[], None] = lambda: None) -> Score | None:
     """What an evaluation during training computes, always on the same documents; None where the data allow none.
 
-    `divided` (`parallel.Parallel`): the processes that share the model score together, each its rows.
+    `divided` (`parallel.Parallel`): the processes that share the model score together, each its rows. `poll` is called
+    now and then, and may raise to end the work.
     """
-    if divided is not None and recipe.is_language_model:
-        return _divided_language_model(recipe, corpus, runtime, divided)
+    if recipe.is_language_model:
+        return _language_model(recipe, corpus, runtime, divided, poll)
     return _SCORES.get(recipe.objective.kind, lambda *_: None)(recipe, corpus, runtime)
 
 
@@ -109,29 +111,25 @@ def _existing(split: str, corpus: Any, *, asked: bool) -> str:
                       "data.split.fractions decides how much is held out, as in data.split.fractions=[0.9,0.05,0.05].")
 
 
-def _language_model(recipe: Recipe, corpus: Any, runtime: Runtime) -> Score | None:
+def _language_model(recipe: Recipe, corpus: Any, runtime: Runtime, divided: Any,
+                    poll: Callable[[], None]) -> Score | None:
     from dougong.evaluate import bits_per_byte
+    from dougong.evaluate.together import bits_per_byte_together
 
     documents = _documents_up_to(corpus, recipe.evaluate.tokens)
     if not documents:
         return None
 
     def measure(model: nn.Module) -> dict[str, Any]:
-        found = bits_per_byte(model, corpus.tokenizer, documents, context=recipe.model.context, runtime=runtime)
+        found = bits_per_byte(model, corpus.tokenizer, documents, context=recipe.model.context, runtime=runtime,
+                              poll=poll)
         return {"loss": found.nats_per_token, "bits_per_byte": found.bits_per_byte, "tokens": int(found.tokens.sum())}
 
-    return measure
+    def measure_together(_model: nn.Module) -> dict[str, Any]:
+        return bits_per_byte_together(divided.losses, corpus.tokenizer, documents, context=recipe.model.context,
+                                      rows=recipe.train.rows // runtime.mesh.data_size, runtime=runtime, poll=poll)
 
-
-def _divided_language_model(recipe: Recipe, corpus: Any, runtime: Runtime, divided: Any) -> Score | None:
-    from dougong.evaluate.together import bits_per_byte_together
-
-    documents = _documents_up_to(corpus, recipe.evaluate.tokens)
-    if not documents:
-        return None
-    rows = recipe.train.rows // runtime.mesh.data_size
-    return lambda _model: bits_per_byte_together(divided.losses, corpus.tokenizer, documents, rows=rows,
-                                                 context=recipe.model.context, runtime=runtime)
+    return measure if divided is None else measure_together
 
 
 def _documents_up_to(corpus: Any, tokens: int) -> list[Any]:
@@ -160,6 +158,6 @@ def _coprime_stride(count: int) -> int:
 
 
 _SCORES: dict[str, Callable[..., Score | None]] = {
-    "causal_lm": _language_model, "classify": array_scores.classifier, "regression": array_scores.regression}
+    "classify": array_scores.classifier, "regression": array_scores.regression}
 _SPLIT_SCORES: dict[str, Callable[..., dict[str, Any]]] = {
     "classify": array_scores.accuracy_on, "regression": array_scores.squared_error_on, "gan": array_scores.likeness_to}

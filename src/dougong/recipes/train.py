@@ -31,10 +31,13 @@ from dougong.runtime.device import Runtime, best_device, machine_facts, matmul_f
 from dougong.runtime.layout import AutoLayoutConfig, LayoutConfig
 from dougong.runtime.processes import expect_steps, from_first, join, launched, process_rank, wait_for_all
 from dougong.train import Checkpointer, fit, latest_valid, load_checkpoint
-from dougong.train.hooks import Evaluate, Hooks, Sample, SaveCheckpoints, stop_on_signals
+from dougong.train.hooks import Evaluate, Hooks, Sample, SaveCheckpoints, refuse_to_linger, stop_on_signals
 from dougong.train.metrics import Reporter, StepMeter
+from dougong.train.phases import Clock
+from dougong.train.rewind import go_back
 from dougong.train.trackers import check_trackers, open_trackers
 from dougong.train.view import open_view
+from dougong.train.watch import Watch, board
 
 _WATTS_PER_CORE, _WATTS_PER_GPU = 12.0, 700.0   # stated in the report beside the estimate
 
@@ -148,7 +151,7 @@ def write_recipe(directory: RunDirectory, recipe: Recipe, corpus: Any, *, base: 
 def _train(directory: RunDirectory, recipe: Recipe, corpus: Any, derived: list[Derived], runtime: Runtime, *,
            resumed: Any) -> Finished:
     built = assemble(recipe, corpus, runtime=runtime)
-    state, config = built.state, built.recipe.train
+    state = built.state
     recipe_hash = sha256(directory.recipe)
     reporter = Reporter(EventLog(directory.events_of(process_rank())))
     problems = resumed.problems if resumed else []
@@ -160,15 +163,7 @@ def _train(directory: RunDirectory, recipe: Recipe, corpus: Any, derived: list[D
         peak = _announce(reporter, built, derived, state.step, resumed)
         for problem in problems:
             reporter.write("warning", message=f"checkpoint passed over: {problem}")
-        hooks = _hooks(reporter, built, directory, recipe_hash, peak)
-        with stop_on_signals(state):
-            begins_at = state.step
-            for result in fit(state, built.objective, runtime, config, gradients=built.gradients,
-                              directory=directory.path):
-                if result.step == begins_at + 1:
-                    expect_steps(runtime.mesh.groups)
-                hooks.run(result)
-            hooks.finish(state)
+        _fit(reporter, built, directory, recipe_hash, peak)
         reason = state.stop or "done"
         final = None
         if reason != "interrupted" and runtime.is_first:
@@ -185,6 +180,35 @@ def _train(directory: RunDirectory, recipe: Recipe, corpus: Any, derived: list[D
     return Finished(directory, state.step, reason, recipe.is_language_model, final)
 
 
+def _fit(reporter: Reporter, built: Assembly, directory: RunDirectory, recipe_hash: str, peak: float) -> None:
+    """The steps, and what happens between them; back to an earlier checkpoint where leaps persist."""
+    state, runtime, config = built.state, built.runtime, built.recipe.train
+    clock, mesh = Clock(runtime.device), runtime.mesh
+    checkpointer = Checkpointer(directory, recipe_hash=recipe_hash, keep_last=config.keep_last,
+                                keep_best=config.keep_best, keep_every=config.keep_every, mesh=mesh)
+    with stop_on_signals(state, mesh), _watch(clock, directory, reporter):
+        hooks = Hooks(state, _hooks(reporter, built, directory, checkpointer, peak), clock)
+        begins_at = state.step
+        while True:
+            for result in fit(state, built.objective, runtime, config, gradients=built.gradients,
+                              directory=directory.path, clock=clock):
+                if result.step == begins_at + 1:
+                    expect_steps(mesh.groups)
+                hooks.run(result)
+            if state.rewind is None:
+                break
+            reporter.write("rewind", **go_back(state, checkpointer, recipe_hash=recipe_hash))
+        hooks.finish(state)
+
+
+def _watch(clock: Clock, directory: RunDirectory, reporter: Reporter) -> contextlib.AbstractContextManager[Any]:
+    """Of several processes each is watched, lest one that hangs leave the others waiting for ever."""
+    if launched() == 1:
+        return contextlib.nullcontext()
+    return Watch(clock, board(directory.path), rank=process_rank(), size=launched(), directory=directory.path,
+                 on_hang=lambda fields: reporter.write("hang", **fields))
+
+
 def _watchers(directory: RunDirectory, recipe: Recipe, corpus: Any, step: int) -> list[Any]:
     """Trackers and, last, the view for the person; they hear events and nothing else."""
     trackers = open_trackers(recipe.train.trackers, directory.tensorboard, run_name=directory.path.name,
@@ -194,13 +218,15 @@ def _watchers(directory: RunDirectory, recipe: Recipe, corpus: Any, step: int) -
     return [*trackers, view]
 
 
-def _hooks(reporter: Reporter, built: Assembly, directory: RunDirectory, recipe_hash: str, peak: float) -> Hooks:
+def _hooks(reporter: Reporter, built: Assembly, directory: RunDirectory, checkpointer: Checkpointer,
+           peak: float) -> list[Any]:
     recipe, state, config = built.recipe, built.state, built.recipe.train
     total_steps = given(config.steps)
     hooks: list[Any] = [StepMeter(reporter, every=config.log_every, total_steps=total_steps,
                                   device=built.runtime.device, flops_per_token=built.flops_per_token,
-                                  peak_flops_per_s=peak)]
-    score = quick_score(recipe, built.corpus, built.runtime, divided=built.parallel)
+                                  peak_flops_per_s=peak * launched())]
+    score = quick_score(recipe, built.corpus, built.runtime, divided=built.parallel,
+                        poll=lambda: refuse_to_linger(state, built.runtime.mesh))
     if score is not None:
         hooks.append(Evaluate(reporter, lambda state: score(state.model), every=given(config.evaluate_every),
                               total_steps=total_steps, patience=config.patience))
@@ -211,11 +237,9 @@ def _hooks(reporter: Reporter, built: Assembly, directory: RunDirectory, recipe_
         else:
             reporter.write("warning", message="each process holds a part of the model, so nothing is sampled during "
                                               f"training; afterwards: dougong generate {directory.path}")
-    checkpointer = Checkpointer(directory, recipe_hash=recipe_hash, keep_last=config.keep_last,
-                                keep_best=config.keep_best, keep_every=config.keep_every, mesh=built.runtime.mesh)
     hooks.append(SaveCheckpoints(reporter, checkpointer, every=given(config.checkpoint_every),
                                  total_steps=total_steps))
-    return Hooks(state, hooks)
+    return hooks
 
 
 def _nothing(_state: Any) -> list[tuple[str, str]]:
@@ -238,7 +262,8 @@ def _announce(reporter: Reporter, built: Assembly, derived: list[Derived], step:
     peak = matmul_flops_per_s(runtime.device, runtime.dtype)
     reporter.write("start", step=step, command=["dougong", *sys.argv[1:]], versions=versions(),
                    machine=machine_facts(runtime.device), precision=recipe.runtime.precision, threads=runtime.threads,
-                   compile=runtime.compile, peak_flops_per_s=peak,
+                   compile=runtime.compile, processes=launched(), layout=str(runtime.mesh.layout),
+                   peak_flops_per_s=peak,
                    resumed_from=resumed.path.name if resumed and resumed.path else None)
     if resumed is None:
         reporter.write("derived", values=[item.to_dict() for item in derived])

@@ -15,8 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from dougong.runtime import seeds
+from dougong.runtime.collectives import agree
+from dougong.runtime.layout import AXES
+from dougong.runtime.mesh import Mesh
+from dougong.runtime.processes import process_rank
 from dougong.train.checkpoint import Checkpointer, Saved
 from dougong.train.metrics import Reporter
+from dougong.train.phases import Clock
 from dougong.train.state import TrainState
 from dougong.train.step import StepResult
 
@@ -27,7 +32,8 @@ Sampler = Callable[[TrainState], Sequence[tuple[str, str]]]
 
 
 class Hook(Protocol):
-    """Called after every step. `start` and `finish` are called if there are such methods."""
+    """Called after every step. `start` and `finish` are called if there are such methods; `phase` is what its time
+    counts as."""
 
     def __call__(self, result: StepResult) -> None: ...
 
@@ -36,13 +42,14 @@ class Hooks:
     """Runs hooks in order: those that measure first, the one that saves last, so that a checkpoint holds it
     all."""
 
-    def __init__(self, state: TrainState, hooks: Sequence[Hook]) -> None:
-        self.hooks = list(hooks)
+    def __init__(self, state: TrainState, hooks: Sequence[Hook], clock: Clock | None = None) -> None:
+        self.hooks, self.clock = list(hooks), clock or Clock()
         self._each("start", state)
 
     def run(self, result: StepResult) -> None:
         for hook in self.hooks:
-            hook(result)
+            with self.clock(getattr(hook, "phase", "other")):
+                hook(result)
 
     def finish(self, state: TrainState) -> None:
         """To be called when the loop has ended, for whatever reason."""
@@ -50,15 +57,19 @@ class Hooks:
 
     def _each(self, method: str, state: TrainState) -> None:
         for hook in self.hooks:
-            getattr(hook, method, lambda _: None)(state)
+            with self.clock(getattr(hook, "phase", "other")):
+                getattr(hook, method, lambda _: None)(state)
 
 
 class Evaluate:
     """Evaluates every `every` steps and at the end, with the averaged weights where there are any.
 
     Keeps `state.best`; with `patience`, sets `state.stop` after that many evaluations without a better loss.
-    Random numbers and the model's mode are put back, so training goes on as if it had not been interrupted.
+    Random numbers and the model's mode are put back, so training goes on as if it had not been interrupted. An
+    evaluation that is stopped halfway (the evaluator raises Interrupted) is made up for when the run is resumed.
     """
+
+    phase = "evaluation"
 
     def __init__(self, reporter: Reporter, evaluator: Evaluator, *, every: int, total_steps: int,
                  patience: int | None = None, split: str = "validation") -> None:
@@ -66,21 +77,30 @@ class Evaluate:
         self.every, self.total_steps, self.patience, self.split = every, total_steps, patience, split
 
     def start(self, state: TrainState) -> None:
+        if state.step and state.evaluated < state.step and _due(state.step, self.every, self.total_steps):
+            self._evaluate(state)
         self._stop_if_patience_is_over(state)
 
     def __call__(self, result: StepResult) -> None:
-        if not _due(result.step, self.every, self.total_steps):
+        if _due(result.step, self.every, self.total_steps):
+            self._evaluate(result.state)
+
+    def _evaluate(self, state: TrainState) -> None:
+        begin = time.perf_counter()
+        try:
+            with aside(state):
+                found = self.evaluator(state)
+        except Interrupted:
+            state.stop = "interrupted"
             return
-        state, begin = result.state, time.perf_counter()
-        with aside(state):
-            found = self.evaluator(state)
+        state.evaluated = state.step
         best = math.isfinite(found["loss"]) and (state.best is None or found["loss"] < state.best["loss"])
         if best:
-            state.best = {"loss": float(found["loss"]), "step": result.step, "waited": 0}
+            state.best = {"loss": float(found["loss"]), "step": state.step, "waited": 0}
         elif state.best is not None:
             state.best = {**state.best, "waited": state.best["waited"] + 1}
         self.reporter.write("evaluation", **{
-            "step": result.step, "split": self.split, "bits_per_byte": None, **found,
+            "step": state.step, "split": self.split, "bits_per_byte": None, **found,
             "seconds": time.perf_counter() - begin, "elapsed_s": state.elapsed_s, "best": best,
             "weights": "ema" if state.shadow else "raw"})
         self._stop_if_patience_is_over(state)
@@ -92,6 +112,8 @@ class Evaluate:
 
 class Sample:
     """Lets the model write every `every` steps and at the end."""
+
+    phase = "sample"
 
     def __init__(self, reporter: Reporter, sampler: Sampler, *, every: int, total_steps: int) -> None:
         self.reporter, self.sampler, self.every, self.total_steps = reporter, sampler, every, total_steps
@@ -108,6 +130,8 @@ class Sample:
 
 class SaveCheckpoints:
     """Saves every `every` steps, at every new best evaluation, and at the end or when training is stopped."""
+
+    phase = "checkpoint"
 
     def __init__(self, reporter: Reporter, checkpointer: Checkpointer, *, every: int,
                  total_steps: int) -> None:
@@ -150,17 +174,29 @@ def aside(state: TrainState) -> Iterator[None]:
         seeds.set_rng_state(rng)
 
 
+class Interrupted(Exception):
+    """Someone asked for the run to stop while it was busy between two steps."""
+
+
+def refuse_to_linger(state: TrainState, mesh: Mesh | None = None) -> None:
+    """Raises Interrupted if any process was asked to stop; for long work between steps, called equally often by all."""
+    if agree(int(state.asked_to_stop), mesh.group(*AXES) if mesh else None):
+        raise Interrupted
+
+
 @contextlib.contextmanager
-def stop_on_signals(state: TrainState) -> Iterator[None]:
+def stop_on_signals(state: TrainState, mesh: Mesh | None = None) -> Iterator[None]:
     """The first Ctrl-C or SIGTERM lets the step finish and sets `state.stop`; a second Ctrl-C leaves at
-    once."""
+    once. Of several processes each only notes that it was asked: the loop agrees on the step after which all stop."""
+    alone = mesh is None or mesh.devices is None
 
     def ask_to_stop(number: int, _frame: Any) -> None:
-        if state.stop == "interrupted" and number == signal.SIGINT:
+        if state.asked_to_stop and number == signal.SIGINT:
             raise KeyboardInterrupt
-        state.stop = "interrupted"
-        print("\nFinishing this step and saving; press Ctrl-C again to leave without saving.",
-              file=sys.stderr)
+        state.asked_to_stop = True
+        state.stop = "interrupted" if alone else state.stop
+        if process_rank() == 0:
+            print("\nFinishing this step and saving; press Ctrl-C again to leave without saving.", file=sys.stderr)
 
     before = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

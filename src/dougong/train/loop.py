@@ -10,7 +10,8 @@ from dougong.core.errors import DougongError
 from dougong.objectives.objective import Objective
 from dougong.runtime.collectives import all_sum
 from dougong.runtime.device import Runtime
-from dougong.runtime.layout import DATA
+from dougong.runtime.layout import AXES
+from dougong.runtime.mesh import Mesh
 from dougong.train.config import TrainConfig
 from dougong.train.garbage import Garbage
 from dougong.train.layers import Layers
@@ -46,14 +47,14 @@ def fit(state: TrainState, objective: Objective, runtime: Runtime, config: Train
                 batch = next(batches)
             check_additive(state.model, objective, batch.rows, config.micro_rows)
             with clock("wait"):
-                weight = torch.tensor(objective.weight(batch), dtype=torch.float64)
-                weight = float(all_sum(weight, runtime.mesh.group(*DATA)))
+                weight, asked = _together(objective.weight(batch), state.asked_to_stop, runtime.mesh)
 
             result = take_step(state, objective, batch, runtime, micro_rows=config.micro_rows,
                                clip_norm=config.clip_norm, weight=weight, gradients=gradients, clock=clock,
                                layers=layers, rerun=config.rerun)
 
             _count(state, result, number)
+            state.stop = state.stop or ("interrupted" if asked else None)
             if state.shadow and not result.skipped:
                 with clock("optimizer"):
                     state.shadow.update(state.model, state.step)
@@ -68,6 +69,14 @@ def fit(state: TrainState, objective: Objective, runtime: Runtime, config: Train
             yield result
             if state.skips > config.max_skips:
                 raise _diverged(result, directory)
+
+
+def _together(weight: float, asked_to_stop: bool, mesh: Mesh) -> tuple[float, bool]:
+    """The weight of the whole step, and whether any process is asked to stop, in one message."""
+    counts = mesh.rank("pipeline", "context", "tensor") == 0     # those beside it read the same rows
+    sums = torch.tensor([weight if counts else 0.0, float(asked_to_stop)], dtype=torch.float64)
+    total, asked = all_sum(sums, mesh.group(*AXES)).tolist()
+    return total, asked > 0
 
 
 def _count(state: TrainState, result: StepResult, number: int | None) -> None:

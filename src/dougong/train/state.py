@@ -30,20 +30,22 @@ class TrainState:
     `step` and `tokens` count what was done, `elapsed_s` is training time over all attempts, `skips` the
     skipped steps in a row, `best` the lowest validation loss with its step and the evaluations since
     (`waited`), `window` the sums of steps not yet logged, `spikes` what is known of losses and
-    norms so far. `stop` is set by whoever wants training to end after this step, and names the reason; `rewind` is set
-    by the loop when it has to go back (train/rewind.py); neither is saved.
+    norms so far, `evaluated` the step last evaluated. `stop` names the reason for which training ends after this step, and is
+    the same on all processes; `asked_to_stop` is what a signal asked of this one, and the loop makes a stop of it that all
+    agree on. `rewind` is set by the loop when it has to go back (train/rewind.py). None of the three is saved.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Callable[[int], float],
                  loader: Loader, shadow: Shadow | None = None) -> None:
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
         self.loader, self.shadow = loader, shadow
-        self.step = self.tokens = self.skips = 0
+        self.step = self.tokens = self.skips = self.evaluated = 0
         self.elapsed_s = 0.0
         self.best: dict[str, Any] | None = None
         self.window: dict[str, float] = {}
         self.spikes = Spikes()
         self.stop: str | None = None
+        self.asked_to_stop = False
         self.rewind: Rewind | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -80,7 +82,7 @@ class TrainState:
         seeds.set_rng_state({**json["rng"], **tensors["rng"]})
 
 
-_COUNTERS = ("step", "tokens", "skips", "elapsed_s", "best", "window")
+_COUNTERS = ("step", "tokens", "skips", "evaluated", "elapsed_s", "best", "window")
 
 
 def load_weights(model: nn.Module, tensors: dict[str, Tensor]) -> None:

@@ -65,8 +65,8 @@ def take_step(state: TrainState, objective: Objective, batch: Batch, runtime: Ru
     clock, layers = clock or Clock(runtime.device), layers or Layers(state.model, runtime.mesh)
     _set_rates(state)
     result = StepResult(state=state, step=state.step + 1, metrics={}, grad_norm=math.nan, weight=weight,
-                        lr=state.optimizer.param_groups[0]["lr"], tokens=items(batch), batch=batch,
-                        skipped="the batch has no weight")
+                        lr=state.optimizer.param_groups[0]["lr"], tokens=items(batch) * runtime.mesh.data_size,
+                        batch=batch, skipped="the batch has no weight")
     before = Before.of(state.model, runtime.device)
     if weight:
         compute = partial(_compute, state, objective, batch.split(micro_rows or batch.rows), weight, runtime, gradients,
