@@ -42,11 +42,8 @@ def plan(
     _check(recipe, data=data, memory_for_serving=memory_for_serving)
     where, devices = _machine(gpus, gpu, hosts, machine, price)
     asked, _ = load_recipe(str(recipe), overrides)
-    found = plan_recipe(asked, where, devices, probe=probe is not False, progress=progress)
-    if simulate or (simulate is None and devices > 1 and gpus):
-        from dougong.plan.simulate import simulate_best
-
-        found["simulated"] = simulate_best(found)
+    found = plan_recipe(asked, where, devices, probe=probe is not False, simulate=simulate is not False,
+                        progress=progress)
     print_plan(found, out)
     if html is not None:
         from dougong.report.plan_page import write_plan_page

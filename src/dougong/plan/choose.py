@@ -114,7 +114,9 @@ def _over_data(work: Work, data: int, tensor: int, context: int, pipeline: int,
     schedules = ["1f1b", "interleaved" if work.compile else "interleaved_zb"] if pipeline > 1 else ["1f1b"]
     shards = {1, data, *(n for n in _powers(data, data) if n * tensor * context in (machine.host_devices, 64, 512))}
     for shard in sorted(shards):
-        for gathered in ("layer", "step") if shard * context > 1 else ("layer",):
+        # a pipeline's stages hold their weights for the step: gathering them for each micro-batch would not be hidden
+        ways = () if shard * context == 1 else ("step",) if pipeline > 1 else ("layer", "step")
+        for gathered in ways or ("layer",):
             for schedule in schedules:
                 yield LayoutConfig(replicate=data // shard, shard=shard, context=context, tensor=tensor,
                                    pipeline=pipeline, schedule=schedule, gathered=gathered)   # type: ignore[arg-type]

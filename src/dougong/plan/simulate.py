@@ -1,7 +1,7 @@
-"""The real divided model on fake tensors: what one process of thousands holds and sends, without a second process.
+"""The real divided model on fake tensors: what one process of thousands holds and sends, without another process.
 
-`parallelize` divides the model over a process group that answers at once and moves nothing; one forward and backward run
-on tensors without values under a counter. Memory and messages are linear in layers, so two shallow models tell of a deep
+`parallelize` divides the model over a process group that answers at once and moves nothing; one forward and backward
+run on tensors without values under a counter. Memory and messages are linear in layers, so two shallow models tell of a deep
 one. Not simulated: passing activations through pipeline stages (a stage is simulated by itself, and its micro-batches
 in flight are multiplied), the optimiser's step (its state is added), fragmentation, time.
 """
@@ -26,7 +26,6 @@ from dougong.parallel.data import CopiedGradients
 from dougong.parallel.gradients import plain_gradients
 from dougong.parallel.parallelize import parallelize
 from dougong.plan.counts import Counts
-from dougong.plan.memory import FP32
 from dougong.plan.memory_counter import MemoryCounter
 from dougong.plan.schedule import pipeline
 from dougong.plan.stand_ins import kernels_of
@@ -72,6 +71,7 @@ def simulate(work: Work, layout: LayoutConfig, *, checkpoint: str, micro_rows: i
     few, more = 2 * period, 4 * period
     with fake_processes(stage):
         runtime = _runtime(work, stage)
+        _run(work, runtime, checkpoint, micro_rows, micro_batches, period)     # DTensor's rules, tried on whole shapes
         if layers <= more:
             found = _run(work, runtime, checkpoint, micro_rows, micro_batches, layers)
         else:

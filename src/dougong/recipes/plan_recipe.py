@@ -9,9 +9,10 @@ from dougong.models import count
 from dougong.plan.choose import Ranking, nothing_fits, rank
 from dougong.plan.counts import ITEMSIZE, Counts
 from dougong.plan.machine import Machine
-from dougong.plan.memory import HOW
+from dougong.plan.memory import DEVICE_BYTES, FRAGMENTATION, HOW
 from dougong.plan.option import Option, bill
 from dougong.plan.probe import measured
+from dougong.plan.step import step_memory
 from dougong.plan.work import CHECKPOINTING, Work
 from dougong.recipes.derive import Derived, resolve
 from dougong.recipes.recipe import Recipe
@@ -27,12 +28,13 @@ ASSUMPTIONS = (
 )
 
 
-def plan_recipe(asked: Recipe, machine: Machine, devices: int, *, probe: bool = True,
+def plan_recipe(asked: Recipe, machine: Machine, devices: int, *, probe: bool = True, simulate: bool = False,
                 progress: Any = None) -> dict[str, Any]:
     """Everything that `dougong plan` prints, draws and gives as JSON. Raises ConfigError where nothing fits, with the
     smallest number of devices on which it would.
 
-    `probe`: on this machine, time real steps and plan with the efficiency they reach.
+    `probe`: on this machine, time real steps and plan with the efficiency they reach. `simulate`: run the best layout
+    on fake tensors too.
     """
     if not asked.is_language_model:
         raise ConfigError(f"`dougong plan` plans language models, and {asked.name} trains a {asked.model.kind}.\n"
@@ -58,7 +60,37 @@ def plan_recipe(asked: Recipe, machine: Machine, devices: int, *, probe: bool = 
     assert chosen is not None
     if work.steps == 0:     # a time budget: as many steps as fit it
         work = change(work, steps=max(10, round((recipe.train.minutes or 1) * 60 / chosen.step_seconds)))
-    return _facts(recipe, derived, work, counts, machine, devices, ranking)
+    if chosen.layout.processes == 1:
+        chosen = _counted_exactly(work, chosen)
+        ranking = Ranking([chosen, *ranking.best[1:]], ranking.others, ranking.considered)
+    facts = _facts(recipe, derived, work, counts, machine, devices, ranking)
+    if simulate and devices > 1:
+        if progress:
+            progress(0, None, "simulating one process")
+        facts["simulated"] = _simulated(work, chosen)
+    return facts
+
+
+def _counted_exactly(work: Work, option: Option) -> Option:
+    """One process needs no model of its memory: its whole step is counted on the meta device."""
+    step = change(work, checkpoint=option.checkpoint).step(micro_rows=option.micro_rows,
+                                                           micro_batches=min(2, option.micro_batches))
+    counted = {kind: held for kind, held in step_memory(step).kinds.items() if held}
+    if work.device == "cuda":
+        counted["allowance"] = DEVICE_BYTES + FRAGMENTATION * sum(counted.values())
+    return change(option, memory=counted)
+
+
+def _simulated(work: Work, option: Option) -> dict[str, Any]:
+    from dougong.plan.simulate import simulate
+
+    found = simulate(work, option.layout, checkpoint=option.checkpoint, micro_rows=option.micro_rows,
+                     micro_batches=option.micro_batches)
+    arithmetic = option.memory_bytes - option.memory.get("allowance", 0.0)
+    return {"peak_bytes": found.peak_bytes, "arithmetic_bytes": arithmetic,
+            "collectives": round(sum(found.messages.values())), "seconds": found.seconds,
+            "messages": {name: round(number) for name, number in sorted(found.messages.items())},
+            "message_bytes": {name: round(number) for name, number in sorted(found.message_bytes.items())}}
 
 
 def work_of(recipe: Recipe, machine: Machine) -> Work:

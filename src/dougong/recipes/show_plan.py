@@ -47,13 +47,14 @@ def _time(plan: dict[str, Any], option: dict[str, Any], out: Any) -> None:
     out.print(f"      efficiency {machine['efficiency']:.0%} of {machine_peak(plan) / 1e12:,.3g} TFLOP/s: "
               f"{machine['efficiency_source']}", style="dim")
     for item in option["traffic"]:
-        out.print(f"      {item['axis']}: {item['what']}, {item['collectives']:,} messages, {size(item['bytes'])} a step "
-                  f"over the {item['link']}, {item['seconds'] * 1000:,.1f} ms"
+        out.print(f"      {item['axis']}: {item['what']}, {item['collectives']:,} messages, {size(item['bytes'])} a "
+                  f"step over the {item['link']}, {item['seconds'] * 1000:,.1f} ms"
                   + (" while computing" if item["hidden"] else " waited for"), style="dim")
     if plan["simulated"]:
         found = plan["simulated"]
-        out.print(f"      simulated: {size(found['peak_bytes'])} at the peak, {found['collectives']:,} collectives "
-                  f"({found['seconds']:.0f} s)", style="dim")
+        out.print(f"      the divided model on fake tensors: {size(found['peak_bytes'])} at the peak (arithmetic: "
+                  f"{size(found['arithmetic_bytes'])}, both without allowance), {found['collectives']:,} collectives a "
+                  "micro-batch", style="dim")
 
 
 def _ranking(plan: dict[str, Any], out: Any) -> None:
@@ -65,8 +66,8 @@ def _ranking(plan: dict[str, Any], out: Any) -> None:
                      f"{option['tokens_per_s']:,.0f}", span(option["bill"]["days"]),
                      "; ".join([*option["changes"], option["reason"]]))
     for option in plan["others"][:6]:
-        fits = option["fits"]
-        grid.add_row("–" if fits else "✗", option["name"], f"{option['memory_bytes'] / 2**30:,.1f}" if option["memory"] else "",
+        fits, held = option["fits"], option["memory"]
+        grid.add_row("–" if fits else "✗", option["name"], f"{option['memory_bytes'] / 2**30:,.1f}" if held else "",
                      f"{option['tokens_per_s']:,.0f}" if fits else "", span(option["bill"]["days"]) if fits else "",
                      option["reason"], style="dim")
     out.print(grid)
