@@ -17,6 +17,8 @@ _COMPUTING = ("forward", "backward", "optimizer")
 _KEYS = {"evaluation": "train.evaluate_every", "sample": "train.sample_every", "checkpoint": "train.checkpoint_every"}
 _WORTH_A_WORD = 0.1
 """share of the time from which on a phase gets a sentence"""
+_TOO_SMALL = 5e-4
+"""share below which a phase is not shown"""
 _CHANGED = 1.15
 _SHOWN = 20
 Row = tuple[Text, ...]
@@ -42,7 +44,8 @@ class Why:
         """(phase, seconds, share) of process 0."""
         slow = self.slow
         return [(say(f"phase_{name}"), numbers.duration(seconds), seconds / slow.total_s)
-                for name, seconds in slow.phases.items() if seconds > 0] if slow and slow.total_s else []
+                for name, seconds in slow.phases.items()
+                if seconds >= _TOO_SMALL * slow.total_s] if slow and slow.total_s else []
 
     def rank_table(self) -> tuple[list[Text], list[Row]]:
         """Heads and rows of mean seconds a step by process; nothing with one process."""

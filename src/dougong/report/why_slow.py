@@ -30,7 +30,7 @@ class SlowStep:
 
 @dataclass(frozen=True)
 class Slow:
-    """`phases`: seconds of process 0 over the whole run, largest first; `ranks`: mean seconds a step by phase;
+    """`phases`: seconds of process 0 over the whole run, largest first; `ranks`: mean seconds a step by phase, of the processes of the last attempt;
     `straggler`: {rank, late_s, phase, share}; `early_s` and `late_s`: median seconds of the first and last quarter."""
 
     steps: int
@@ -70,14 +70,16 @@ class _Span:
 
 def where_time_went(logs: dict[int, list[dict[str, Any]]]) -> Slow | None:
     """From the `step` events of each process; None where none has phases."""
-    spans = {rank: found for rank, events in logs.items() if (found := _spans(events))}
-    if 0 not in spans:
+    first = _spans(logs.get(0, []))
+    if not first:
         return None
-    first = spans[0]
+    began = max((event["time"] for event in logs[0] if event["event"] == "start"), default=0.0)
+    now = {rank: found for rank, events in sorted(logs.items())
+           if (found := _spans([event for event in events if event["time"] >= began]))} or {0: first}
     seconds = [span.seconds for span in first]
     quarter = max(1, len(seconds) // 4)
-    ranks = {rank: _mean(own) for rank, own in sorted(spans.items())}
-    outliers = _outliers(spans)
+    ranks = {rank: _mean(own) for rank, own in now.items()}
+    outliers = _outliers({**now, 0: first})
     mfus = [event["mfu"] for event in logs[0] if is_number(event.get("mfu"))]
     total: dict[str, float] = {}
     for span in first:

@@ -78,7 +78,7 @@ WHY_PHRASES: dict[str, tuple[str, str]] = {
         "步变快了：前四分之一为 {early}，后四分之一为 {late}。",
     ),
     "why_slow_steps": (
-        "{n} steps took 3 times the median or more; together they cost {time}.",
+        "Steps of 3 times the median or more: {n}. Together they cost {time}.",
         "有 {n} 步耗时达到中位数的 3 倍以上，共多花 {time}。",
     ),
     "why_first_step": ("the first step: making ready", "第一步：做准备"),
@@ -87,17 +87,17 @@ WHY_PHRASES: dict[str, tuple[str, str]] = {
         "无需解释：没有跳过的步，损失与梯度没有突跳，没有进程挂起。",
     ),
     "why_skipped": (
-        "{n} of {steps} steps were skipped.",
+        "Steps skipped: {n} of {steps}.",
         "{steps} 步中有 {n} 步被跳过。",
     ),
     "why_faults": (
-        "{n} steps gave a wrong result once and a good one when computed again: the machine{where} is suspect, the "
+        "Steps with a wrong result once and a good one when computed again: {n}. The machine{where} is suspect, the "
         "data are not. The good result was taken.",
         "有 {n} 步第一次结果有误、重算后正常：可疑的是机器{where}，而不是数据。已采用正常的结果。",
     ),
     "why_where": (" of process {ranks}", "（进程 {ranks}）"),
     "why_leaps": (
-        "The loss or gradient norm of {n} steps leapt and was taken; train.spikes={{}} would have skipped them.",
+        "Steps whose loss or gradient norm leapt and that were taken: {n}. With train.spikes={{}} they are skipped.",
         "有 {n} 步的损失或梯度范数突跳，但仍被采用；设 train.spikes={{}} 会跳过它们。",
     ),
     "why_data": (
