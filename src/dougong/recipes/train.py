@@ -289,9 +289,10 @@ def _score_final(directory: RunDirectory, reporter: Reporter, corpus: Any) -> di
 
 def _end(reporter: Reporter, built: Assembly, reason: str, **more: Any) -> None:
     state, runtime = built.state, built.runtime
-    watts = _WATTS_PER_GPU if runtime.device.type == "cuda" else _WATTS_PER_CORE * runtime.threads
-    what = f"{_WATTS_PER_GPU:.0f} W for the GPU" if runtime.device.type == "cuda" else \
-        f"{_WATTS_PER_CORE:.0f} W for each of {runtime.threads} cores"
+    cores, gpus = runtime.threads * launched(), launched()
+    watts = _WATTS_PER_GPU * gpus if runtime.device.type == "cuda" else _WATTS_PER_CORE * cores
+    what = f"{_WATTS_PER_GPU:.0f} W for each of {gpus} GPUs" if runtime.device.type == "cuda" else \
+        f"{_WATTS_PER_CORE:.0f} W for each of {cores} cores"
     reporter.write("end", step=state.step, reason=reason, elapsed_s=state.elapsed_s,
                    peak_memory_bytes=peak_memory_bytes(runtime.device), energy_wh=watts * state.elapsed_s / 3600,
                    energy_assumption=f"{what} while training, assumed and not measured", **more)
