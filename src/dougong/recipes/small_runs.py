@@ -42,7 +42,10 @@ _SHORTEST_S = 15.0
 _SMALLEST = 100e3
 UTILISATION = 0.45
 _TIMED = 5
-_LONG, _SHORT = 0.25, 0.125  # of the probe's time: three long runs, a short one; the rest times and evaluates
+_LONG = {3: 0.25, 2: 0.37}
+"""number of sizes: share of the probe's time for each"""
+_SHORT = 0.04, 0.12
+"""least and most for the smallest once more, as few steps as allowed: what is left times steps and evaluates"""
 
 
 @dataclass(frozen=True)
@@ -130,11 +133,11 @@ def run_probe(base: Recipe, allowed: float, training: float, *, pace: Callable[.
         raise ConfigError("the probe compares losses on held-out text, and these data have no validation split.\n"
                           "Give data.split.fractions, as in data.split.fractions=[0.9,0.1,0].")
     begin = time.perf_counter()
-    long, short = _LONG * allowed, _SHORT * allowed
     runs: list[Small] = []
     timings: dict[float, float] = {}
-    sizes = probe_sizes(settled, corpus, min(2 * centre(speed, long), centre(speed, training)), long, pace)
-    plan = [*((size, long) for size in sizes), (sizes[0], short)]
+    sizes, long = _sizes_and_seconds(settled, corpus, speed, allowed, training, pace)
+    short = FEWEST_STEPS * pace(sized(settled, sizes[0]), corpus)
+    plan = [*((size, long) for size in sizes), (sizes[0], min(max(short, _SHORT[0] * allowed), _SHORT[1] * allowed))]
     for number, (size, seconds) in enumerate(plan, start=1):
         report(round(time.perf_counter() - begin), round(allowed), f"probe: small run {number} of {len(plan)}")
         recipe = sized(settled, size)
@@ -153,26 +156,31 @@ def run_probe(base: Recipe, allowed: float, training: float, *, pace: Callable[.
                  time.perf_counter() - begin, timings)
 
 
-def probe_sizes(settled: Recipe, corpus: Any, cap: float, seconds: float, pace: Callable[..., float]) -> list[str]:
-    """Three sizes, each about half of the next; the largest, up to `cap`, still takes `FEWEST_STEPS` in the seconds.
-
-    Different sizes can be one shape where models are smallest; raises ConfigError where fewer than two remain.
-    """
+def _sizes_and_seconds(settled: Recipe, corpus: Any, speed: float, allowed: float, training: float,
+                       pace: Callable[..., float]) -> tuple[list[str], float]:
+    """Three sizes with a quarter of the time each, or two with more where three would stay in their first steps."""
     shapes: dict[Any, str] = {}
-    for size in ladder(_SMALLEST, max(cap, 10 * _SMALLEST)):
-        shapes.setdefault(sized(settled, size).model, size)
+    for size in ladder(_SMALLEST, max(2 * centre(speed, allowed), 30 * _SMALLEST)):
+        shapes.setdefault(sized(settled, size).model, size)     # different sizes can be one shape
     known = {size: shape_with(sized(settled, size), size, corpus).matrices for size in shapes.values()}
-    able = [size for size, n in known.items() if n <= max(1.25 * cap, sorted(known.values())[1])]
-    while len(able) > 2 and seconds / pace(sized(settled, able[-1]), corpus) < 0.95 * FEWEST_STEPS:
-        able.pop()
-    if len(able) < 2:
-        raise ConfigError("the probe needs two shapes to compare, and this recipe has one of every size.\n"
-                          "Leave --probe out.")
-    chosen = [able[-1]]
-    for share in (2, 4):
-        smaller = [size for size in able if known[size] < 0.8 * known[chosen[0]]]
-        if smaller:
-            chosen.insert(0, min(smaller, key=lambda size: abs(math.log(known[size] * share / known[able[-1]]))))
+    found: tuple[list[str], float] = [], 0.0
+    for number, share in _LONG.items():
+        long = share * allowed
+        cap = min(2 * centre(speed, long), centre(speed, training))
+        able = [size for size, n in known.items() if n <= max(1.25 * cap, sorted(known.values())[1])]
+        while len(able) > 2 and long / pace(sized(settled, able[-1]), corpus) < 0.95 * FEWEST_STEPS:
+            able.pop()
+        found = probe_sizes({size: known[size] for size in able}, number), long
+        if len(found[0]) == number:
+            break
+    return found
+
+
+def probe_sizes(known: dict[str, int], number: int) -> list[str]:
+    """The largest of the sizes (with their N), and down to `number` of them, each about half of the one before."""
+    chosen = [max(known, key=lambda size: known[size])]
+    while len(chosen) < number and (smaller := [s for s in known if known[s] < 0.8 * known[chosen[0]]]):
+        chosen.insert(0, min(smaller, key=lambda size: abs(math.log(2 * known[size] / known[chosen[0]]))))
     return chosen
 
 

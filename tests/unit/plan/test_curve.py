@@ -50,7 +50,8 @@ def test_larger_models_and_more_text_are_never_worse():
 
 
 def test_many_runs_overrule_the_priors():
-    runs = [SmallRun(n, d, truth(n, d, alpha=0.8, beta=0.9)) for n in (2e5, 6e5, 2e6, 6e6) for d in (1e6, 4e6, 16e6, 64e6)]
+    places = [(n, d) for n in (2e5, 6e5, 2e6, 6e6) for d in (1e6, 4e6, 16e6, 64e6)]
+    runs = [SmallRun(n, d, truth(n, d, alpha=0.8, beta=0.9)) for n, d in places]
     numbers = fit_curve(runs, ceiling=CEILING).numbers
     assert numbers["alpha"][1] == pytest.approx(0.8, rel=0.15) and numbers["beta"][1] == pytest.approx(0.9, rel=0.15)
     assert numbers["E"][1] == pytest.approx(0.5, rel=0.1)

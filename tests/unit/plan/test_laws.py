@@ -5,7 +5,17 @@ import math
 import pytest
 
 from dougong.plan import laws
-from dougong.plan.laws import BATCH_LAWS, CHINCHILLA, DATA_CONSTRAINED, DEEPSEEK, KAPLAN, NANOCHAT, RATE_LAWS, Range, worth
+from dougong.plan.laws import (
+    BATCH_LAWS,
+    CHINCHILLA,
+    DATA_CONSTRAINED,
+    DEEPSEEK,
+    KAPLAN,
+    NANOCHAT,
+    RATE_LAWS,
+    Range,
+    worth,
+)
 
 
 def test_the_refit_gives_gophers_compute_to_chinchillas_shape():
