@@ -30,8 +30,9 @@ class SlowStep:
 
 @dataclass(frozen=True)
 class Slow:
-    """`phases`: seconds of process 0 over the whole run, largest first; `ranks`: mean seconds a step by phase, of the processes of the last attempt;
-    `straggler`: {rank, late_s, phase, share}; `early_s` and `late_s`: median seconds of the first and last quarter."""
+    """`phases`: seconds of process 0 over the whole run, largest first; `ranks`: mean seconds a step by phase, of the
+    processes of the last attempt; `straggler`: {rank, late_s, phase, share, others_wait_s}; `early_s` and `late_s`:
+    median seconds of the first and last quarter."""
 
     steps: int
     step_s: float

@@ -91,8 +91,8 @@ WHY_PHRASES: dict[str, tuple[str, str]] = {
         "{steps} 步中有 {n} 步被跳过。",
     ),
     "why_faults": (
-        "Steps with a wrong result once and a good one when computed again: {n}. The machine{where} is suspect, the "
-        "data are not. The good result was taken.",
+        "Steps with a wrong result once and a good one when computed again: {n}. The machine{where} is suspect, "
+        "the data are not. The good result was taken.",
         "有 {n} 步第一次结果有误、重算后正常：可疑的是机器{where}，而不是数据。已采用正常的结果。",
     ),
     "why_where": (" of process {ranks}", "（进程 {ranks}）"),

@@ -45,9 +45,10 @@ def fit(state: TrainState, objective: Objective, runtime: Runtime, config: Train
             with clock("data"):
                 number = state.spikes.next_allowed(state.loader)
                 batch = next(batches)
+                own = objective.weight(batch)
             check_additive(state.model, objective, batch.rows, config.micro_rows)
             with clock("wait"):
-                weight, asked = _together(objective.weight(batch), state.asked_to_stop, runtime.mesh)
+                weight, asked = _together(own, state.asked_to_stop, runtime.mesh)
 
             result = take_step(state, objective, batch, runtime, micro_rows=config.micro_rows,
                                clip_norm=config.clip_norm, weight=weight, gradients=gradients, clock=clock,
