@@ -32,7 +32,7 @@ from dougong.runtime.layout import AutoLayoutConfig, LayoutConfig
 from dougong.runtime.processes import expect_steps, from_first, join, launched, process_rank, wait_for_all
 from dougong.train import Checkpointer, fit, latest_valid, load_checkpoint
 from dougong.train.hooks import Evaluate, Hooks, Sample, SaveCheckpoints, refuse_to_linger, stop_on_signals
-from dougong.train.metrics import Reporter, StepMeter
+from dougong.train.metrics import RankMeter, Reporter, StepMeter
 from dougong.train.phases import Clock
 from dougong.train.rewind import go_back
 from dougong.train.trackers import check_trackers, open_trackers
@@ -222,9 +222,11 @@ def _hooks(reporter: Reporter, built: Assembly, directory: RunDirectory, checkpo
            peak: float) -> list[Any]:
     recipe, state, config = built.recipe, built.state, built.recipe.train
     total_steps = given(config.steps)
-    hooks: list[Any] = [StepMeter(reporter, every=config.log_every, total_steps=total_steps,
-                                  device=built.runtime.device, flops_per_token=built.flops_per_token,
-                                  peak_flops_per_s=peak * launched())]
+    hooks: list[Any] = [
+        StepMeter(reporter, every=config.log_every, total_steps=total_steps, device=built.runtime.device,
+                  flops_per_token=built.flops_per_token, peak_flops_per_s=peak * launched(),
+                  layers_every=config.log_layers_every) if built.runtime.is_first else
+        RankMeter(reporter, every=config.log_every, total_steps=total_steps)]
     score = quick_score(recipe, built.corpus, built.runtime, divided=built.parallel,
                         poll=lambda: refuse_to_linger(state, built.runtime.mesh))
     if score is not None:
