@@ -160,8 +160,9 @@ def _shape(notes: _Notes, size: int) -> None:
         raise ConfigError(f"size sets the shape of a family; model.kind={kind} has none. Leave size out, or choose "
                           "model.kind=qwen3, llama, gpt2 or nano.")
     if "num_experts" in asked or asked.get("feed_forward"):
-        raise ConfigError(f"size sets the shape of a dense model, and model.kind={kind} here has experts or a feed-forward "
-                          "of its own. Leave size out (size=null) and give model.dim, num_layers and num_heads.")
+        raise ConfigError(f"size sets the shape of a dense model, and model.kind={kind} here has experts or a "
+                          "feed-forward of its own. Leave size out (size=null) and give model.dim, num_layers and "
+                          "num_heads.")
     given = {key: value for key, value in asked.items() if value is not None}
     vocabulary = asked["vocab_size"] or notes.value("tokenizer.vocab_size") or 256
     shapes = [{**_proportions(kind, dim, layers), **given} for layers in range(2, 65) for dim in _widths(layers)]
