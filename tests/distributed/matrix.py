@@ -61,6 +61,8 @@ class Case:
     steps: int = 2
     clip_norm: float = 1.0
     checkpoint_activations: str = "none"
+    compiled: bool = False
+    """each layer, where the model is divided"""
     seed: int = 0
 
     def batch(self, step: int) -> Batch:
@@ -107,7 +109,8 @@ def divided(case: Case, layout: LayoutConfig, fault: Callable[[nn.Module], Any] 
     runtime = Runtime.start(CPU, layout)
     with torch.device("meta"):
         model = case.model.build()
-    parallel = parallelize(model, case.objective.build(), runtime, micro_batches=case.micro_batches)
+    parallel = parallelize(model, case.objective.build(), runtime, micro_batches=case.micro_batches,
+                           compile=_compile if case.compiled else None)
     return _train(case, parallel.model.to_empty(device="cpu"), runtime, parallel.gradients,
                   micro_batches=case.micro_batches, fault=fault)
 
@@ -146,6 +149,14 @@ def _train(case: Case, model: nn.Module, runtime: Runtime, gradients: GradientFu
         trace.append(Step(result.metrics, result.grad_norm, seen,
                           {name: _whole(p) for name, p in model.named_parameters()}, result.skipped))
     return trace
+
+
+def _compile(model: nn.Module) -> None:
+    import jaxtyping
+
+    jaxtyping.config.update("jaxtyping_disable", True)      # shape checks cannot be traced; this process was forked
+    for block in model.get_submodule("stack").children():
+        block.compile(backend="aot_eager", fullgraph=True)
 
 
 def _slice(batch: Batch, rank: int, size: int) -> Batch:

@@ -4,6 +4,7 @@ Every loss is divided by the weight of the whole step before it is differentiate
 averaged. What PyTorch averages by itself is told not to.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,8 +59,9 @@ class _LossOf(nn.Module):
 
 
 def _ddp(module: nn.Module, group: Any) -> DistributedDataParallel:
-    ddp = DistributedDataParallel(module, process_group=group, init_sync=False, broadcast_buffers=False,
-                                  gradient_as_bucket_view=True)
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):      # broadcast_buffers is being renamed
+        ddp = DistributedDataParallel(module, process_group=group, init_sync=False, broadcast_buffers=False,
+                                      gradient_as_bucket_view=True)
     ddp.register_comm_hook(group, _sum_bucket)
     return ddp
 
@@ -102,7 +104,8 @@ def divide(model: nn.Module, mesh: Mesh, dtype: torch.dtype, *,
     return left
 
 
-def _wrap(module: nn.Module, mesh: Mesh, axes: tuple[Axis, ...], *, reshard_after_forward: bool, **options: Any) -> None:
+def _wrap(module: nn.Module, mesh: Mesh, axes: tuple[Axis, ...], *, reshard_after_forward: bool,
+          **options: Any) -> None:
     """FSDP2 where there are axes to divide over, its twin that only copies where there are replicas alone."""
     shards, replicas = mesh.along(*axes), mesh.along("replicate")
     if shards is not None:
@@ -127,7 +130,8 @@ def _divided_experts(model: nn.Module) -> list[nn.Module]:
 def divided_gradients(model: nn.Module, objective: Objective, batches: Sequence[Batch], weight: float,
                       runtime: Runtime) -> Losses:
     """Gradients of a model that `divide` divided."""
-    return plain_gradients(model, objective, batches, weight, runtime, begin=lambda last: exchange(model, runtime, last))
+    return plain_gradients(model, objective, batches, weight, runtime,
+                           begin=lambda last: exchange(model, runtime, last))
 
 
 def exchange(model: nn.Module, runtime: Runtime, last: bool) -> None:
@@ -142,6 +146,14 @@ def exchange(model: nn.Module, runtime: Runtime, last: bool) -> None:
     if runtime.mesh.layout.gathered == "step" or runtime.mesh.along(*SHARDS) is None:
         model.set_requires_gradient_sync(last)
         model.set_reshard_after_backward(last)
+
+
+def put_back(model: nn.Module) -> None:
+    """Frees what a forward has gathered: after a forward alone nothing else does, and the next step would compute with
+    weights that are no more."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 class GradientSums:

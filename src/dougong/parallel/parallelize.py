@@ -13,7 +13,7 @@ from dougong.data.batch import Batch
 from dougong.objectives.losses import Losses
 from dougong.objectives.objective import Objective
 from dougong.parallel.context import context_slice
-from dougong.parallel.data import CopiedGradients, GradientSums, divide, divided_gradients
+from dougong.parallel.data import CopiedGradients, GradientSums, divide, divided_gradients, put_back
 from dougong.parallel.gradients import GradientFunction, plain_gradients, why_not_additive
 from dougong.runtime.device import Runtime
 from dougong.runtime.mesh import Mesh
@@ -79,11 +79,14 @@ def parallelize(model: nn.Module, objective: Objective, runtime: Runtime, *, mic
 
 
 def forward_only(model: nn.Module, objective: Objective, runtime: Runtime) -> Callable[[Batch], Losses]:
-    """The objective's sums of a batch, without gradients."""
+    """The objective's sums of a batch, without gradients; weights lie as before."""
 
     @torch.no_grad()
     def losses(batch: Batch) -> Losses:
-        return objective.losses(model, context_slice(batch, runtime.mesh).to(runtime.device))
+        found = objective.losses(model, context_slice(batch, runtime.mesh).to(runtime.device))
+        if runtime.mesh.devices is not None:
+            put_back(model)
+        return found
 
     return losses
 
