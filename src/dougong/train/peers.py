@@ -1,5 +1,6 @@
 """Processes that read or write one checkpoint together: what one finds, all know, and an error of one is all's."""
 
+import datetime
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -9,6 +10,8 @@ from dougong.core.errors import CheckpointError, DougongError
 from dougong.runtime.mesh import Mesh
 
 T = TypeVar("T")
+_SLOWEST_WRITER_S = 900
+"""how long the first to have written its files waits for the last, before it takes it for lost"""
 
 
 class Peers:
@@ -31,7 +34,9 @@ class Peers:
     def apart(cls, mesh: Mesh | None) -> "Peers":
         """The same processes in a gloo group of their own, for a background thread: in the default group its messages
         would get between those of the step. Every process calls this alike."""
-        return cls() if mesh is None or mesh.devices is None else cls(dist.new_group(backend="gloo"))
+        if mesh is None or mesh.devices is None:
+            return cls()
+        return cls(dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=_SLOWEST_WRITER_S)))
 
     @property
     def first(self) -> bool:
