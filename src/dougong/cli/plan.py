@@ -33,7 +33,7 @@ def plan(
         from dougong.recipes.choose import plan_budget
 
         emit(plan_budget(budget=budget, data=data, memory_for_serving=memory_for_serving, probe=bool(probe),
-                         recipe=recipe or "small", overrides=overrides or [], out=out, progress=progress), as_json)
+                         recipe=recipe, overrides=overrides or [], out=out, progress=progress), as_json)
         return
     from dougong.recipes.plan_recipe import plan_recipe
     from dougong.recipes.recipe import load_recipe
