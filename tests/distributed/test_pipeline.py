@@ -109,12 +109,12 @@ def _evaluated(case, layout):
     model = parallel.model.to_empty(device="cpu").eval()
     model.initialise(case.seed)
     batch = matrix._slice(case.batch(0), runtime.mesh.data_rank, runtime.mesh.data_size)
-    found = []
+    found, in_parts = [], []
     for rows in (batch.rows, 3, batch.rows):        # a last batch may be shorter
         losses = parallel.losses(batch.split(rows)[-1])
         found.append([float(losses.sums["model"]), *map(float, losses.metrics.values())])
+        in_parts += [isinstance(p, DTensor) for p in model.parameters() if p.ndim]      # nothing stays gathered
         parallel.gradients(model, objective, batch.split(batch.rows // case.micro_batches), 1.0, runtime)
-    in_parts = [isinstance(p, DTensor) for p in model.parameters() if p.ndim]
     return found, list(losses.metrics), in_parts
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining import schedules as torch_schedules
 
@@ -164,10 +163,7 @@ class Pipeline:
     def losses(self, objective: Objective, batch: Batch) -> Losses:
         """The sums of `gradients`, forward only: this process's share. As many micro-batches as there are stages."""
         count = num_stages(self.layout.pipeline, self.layout.schedule)
-        found = self._run(objective, batch.split(-(-batch.rows // count)), training=False)
-        for module in (module for stage in self.stages for module in stage.modules() if isinstance(module, FSDPModule)):
-            module.reshard()    # what was gathered may be out of date when training goes on
-        return found
+        return self._run(objective, batch.split(-(-batch.rows // count)), training=False)
 
     def _run(self, objective: Objective, batches: Sequence[Batch], *, training: bool) -> Losses:
         for stage in self.stages:
