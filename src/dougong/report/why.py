@@ -109,7 +109,7 @@ def _slow_sentences(slow: Slow | None) -> list[Text]:
         cost = sum(one.seconds - slow.step_s for one in slow.outliers)
         found.append(say("why_slow_steps", n=len(slow.outliers) + slow.more_outliers, time=numbers.duration(cost)))
     head = say("why_computing" if found else "why_nothing_slow", share=computing, step=step)
-    if data < _WORTH_A_WORD:
+    if data < _WORTH_A_WORD and (slow.straggler or {}).get("phase") != "data":
         found.append(say("why_not_input_bound", share=numbers.percent(data, 1)))
     if slow.mfu:
         found.append(say("why_mfu", mfu=numbers.percent(slow.mfu)))

@@ -122,7 +122,7 @@ class LiveView:
 
     def __call__(self, record: dict[str, Any]) -> None:
         self.numbers.take(record)
-        if record["event"] in ("warning", "skip"):
+        if record["event"] in ("warning", "skip", "fault", "rewind"):
             self._live.console.print(Text(_ALWAYS[record["event"]](self.numbers, record), style="yellow"))
         self._live.update(self.render())
 
@@ -169,6 +169,10 @@ _ALWAYS: dict[str, Callable[[Numbers, dict[str, Any]], str]] = {
     "checkpoint": lambda numbers, record: (f"checkpoint  {record['path']} ({_size(record['bytes'])}, "
                                            f"{record['reason']})"),
     "skip": lambda numbers, record: f"skipped     step {record['step']:,}: {record['reason']}",
+    "fault": lambda numbers, record: (f"computed again: step {record['step']:,}, because "
+                                      f"{record['fault']['reason']}; the second time was good"),
+    "rewind": lambda numbers, record: (f"going back  from step {record['step']:,} to {record['to_step']:,}; batches "
+                                       f"{record['first_batch']:,} to {record['last_batch']:,} are passed over"),
     "warning": lambda numbers, record: f"warning     {record['message']}",
 }
 

@@ -1,5 +1,6 @@
 """Accumulation, groups, clipping, skipping: one step seen from all sides; gradients are compared."""
 
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -183,3 +184,57 @@ def test_training_learns_and_a_stop_ends_it_after_the_step():
         if result.step == 4:
             state.stop = "early stop"
     assert state.step == 4
+
+
+def test_the_phases_of_a_step_add_up_to_its_time_and_name_what_was_slow():
+    from dougong.train.phases import Clock
+
+    class Slow(type(OBJECTIVE)):
+        def losses(self, model, batch):
+            time.sleep(0.03)
+            return super().losses(model, batch)
+
+    objective, clock, state = Slow.__new__(Slow), Clock(), tiny_state()
+    objective.__dict__.update(OBJECTIVE.__dict__)
+    results = []
+    for result in fit(state, objective, RUNTIME, tiny_config(4, micro_rows=3, gc_every=2), clock=clock):
+        results.append(result)
+        with clock("evaluation"):
+            time.sleep(0.02)
+    for result in results[1:]:
+        own = {name: seconds for name, seconds in result.phases.items() if name not in ("evaluation", "other")}
+        assert sum(own.values()) == pytest.approx(result.seconds, rel=0.05, abs=0.003)
+        assert 0.06 <= own["forward"] < 0.12, "two micro-batches of 30 ms"
+        assert own["backward"] < 0.05 and 0.02 <= result.phases["evaluation"] < 0.05
+    assert "evaluation" not in results[0].phases and clock.step == 4
+
+
+def test_garbage_is_collected_every_so_many_steps_and_python_gets_its_way_back(monkeypatch):
+    import gc
+
+    collected, real = [], gc.collect
+    monkeypatch.setattr(gc, "collect", lambda *a: (collected.append(state.step), real(*a))[1])
+    state = tiny_state()
+    for _ in fit(state, OBJECTIVE, RUNTIME, tiny_config(7, gc_every=3)):
+        assert not gc.isenabled()
+    assert collected == [0, 3, 6] and gc.isenabled()
+    steps = fit(state := tiny_state(), OBJECTIVE, RUNTIME, tiny_config(7, gc_every=3))
+    next(steps)
+    steps.close()
+    assert gc.isenabled(), "a loop that is left early leaves the collector off"
+
+
+def test_layer_norms_are_those_of_the_layers_and_make_up_the_whole():
+    from dougong.train.layers import Layers
+
+    state = tiny_state(dropout=0.0)
+    batch = next(iter(state.loader))
+    result = take_step(state, OBJECTIVE, batch, RUNTIME, micro_rows=None, clip_norm=0.0,
+                       weight=OBJECTIVE.weight(batch))
+    model = tiny_state(dropout=0.0).model
+    plain_gradients(model, OBJECTIVE, [batch], OBJECTIVE.weight(batch), RUNTIME)
+    assert set(result.layers) == {"embedding", "stack.0", "stack.1", "norm"} == set(Layers(model, RUNTIME.mesh).names)
+    for name, norm in result.layers.items():
+        parts = [p.grad.flatten() for p in model.get_submodule(name).parameters()]
+        assert norm == pytest.approx(float(torch.cat(parts).norm()), rel=1e-5)
+    assert sum(norm**2 for norm in result.layers.values()) == pytest.approx(result.grad_norm**2, rel=1e-5)
