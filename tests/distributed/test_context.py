@@ -24,6 +24,7 @@ CASES = {
         model=decoder(position=LearnedConfig(), value_embeddings="all"), packed=True),
     "packed, rope and alibi, checkpointed": Case(
         model=decoder(position=RoPEALiBiConfig()), packed=True, checkpoint_activations="full"),
+    "packed, four layers": Case(model=decoder(num_layers=4, tied=False), packed=True, micro_batches=4),
     "alibi": Case(model=decoder(position=ALiBiConfig())),
     "packed, sinusoidal": Case(model=decoder(position=SinusoidalConfig()), packed=True),
 }
@@ -31,9 +32,10 @@ METHODS = ("gather", "all_to_all")
 ON_FOUR = ("packed, one key head, windows", "packed, rope and alibi, checkpointed")
 ROWS = [(name, method, LayoutConfig(context=4, replicate=1)) for name in ON_FOUR for method in METHODS]
 ROWS += [(name, method, LayoutConfig(context=2, replicate=1)) for name in CASES for method in METHODS
-         if name not in ON_FOUR]
+         if name not in (*ON_FOUR, "packed, four layers")]
 ROWS += [("packed", method, LayoutConfig(context=2, shard=2, replicate=1)) for method in METHODS]
-ROWS += [("packed", "all_to_all", LayoutConfig(context=2, replicate=2))]
+ROWS += [("packed", "all_to_all", LayoutConfig(context=2, replicate=2)),
+         ("packed, four layers", "all_to_all", LayoutConfig(context=2, pipeline=2, replicate=1))]
 ROWS += [(name, method, LayoutConfig(context=2, tensor=2, replicate=1)) for name, method in
          (("alibi", "all_to_all"), ("packed", "gather"), ("packed, one key head, windows", "all_to_all"))]
 

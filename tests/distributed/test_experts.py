@@ -2,18 +2,24 @@
 
 import pytest
 import torch
+from divided_state import Place, _leave_traces, assert_same, together, whole
 from matrix import CPU, Case, check, decoder, divided, reference
 from processes import run_processes
 
 from dougong.core.config import replace
 from dougong.core.errors import ConfigError
+from dougong.core.run import RunDirectory
 from dougong.models import FAMILIES
 from dougong.nn.init import initialise
 from dougong.nn.moe import MoE, MoEConfig
 from dougong.optim.build import MuonConfig
 from dougong.parallel.expert import divide_experts, why_not_experts
+from dougong.parallel.parallelize import parallelize
 from dougong.runtime.device import Runtime
 from dougong.runtime.layout import LayoutConfig
+from dougong.train.checkpoint import load_checkpoint, save_checkpoint
+from dougong.train.shadow import Shadow
+from dougong.train.state import TrainState
 
 MOE = MoEConfig(num_experts=8, top_k=2, ffn_dim=16, shared_experts=1, score="sigmoid", balance_rate=0.05)
 CASES = {
@@ -22,14 +28,16 @@ CASES = {
                                   packed=True, micro_batches=2),
     "checkpointed": Case(model=decoder(feed_forward=MOE), checkpoint_activations="full", steps=3),
     "width without a grouped kernel": Case(model=decoder(feed_forward=replace(MOE, ffn_dim=7, shared_experts=0))),
+    "four layers": Case(model=decoder(feed_forward=MOE, num_layers=4, tied=False), micro_batches=4),
     "muon": Case(model=decoder(feed_forward=MOE), optimizer=MuonConfig(lr=1e-2, eps=1e-3)),
 }
-ROWS = [(name, LayoutConfig(expert=2, replicate=1)) for name in CASES if name != "muon"]
+ROWS = [(name, LayoutConfig(expert=2, replicate=1)) for name in CASES if name not in ("muon", "four layers")]
 ROWS += [("balanced, shared", LayoutConfig(expert=4, replicate=1)),
          ("balanced, shared", LayoutConfig(expert=2, replicate=2)),
          ("muon", LayoutConfig(expert=2, shard=2, replicate=1)),
          ("packed, micro-batches", LayoutConfig(expert=2, shard=2, replicate=1)),
          ("packed, micro-batches", LayoutConfig(expert=2, context=2, replicate=1)),
+         ("four layers", LayoutConfig(pipeline=2, expert=2, replicate=1, schedule="interleaved_zb")),
          ("balanced, shared", LayoutConfig(shard=2, replicate=1)),
          ("balanced, shared", LayoutConfig(replicate=2)),
          ("balanced, shared", LayoutConfig(context=2, replicate=1))]
@@ -103,6 +111,40 @@ def test_a_process_whose_experts_nobody_wants_takes_part(expert):
 def test_what_cannot_be_divided_is_refused_with_the_reason(model, expert, tensor, reason):
     found = why_not_experts(model, expert, tensor)
     assert found is None if reason is None else reason in found
+
+
+def _state(layout, seed):
+    """A training state whose experts are divided by `layout`, with the traces of some steps, and its mesh."""
+    runtime, case = Runtime.start(CPU, layout), CASES["balanced, shared"]
+    with torch.device("meta"):
+        model = case.model.build()
+    model = parallelize(model, case.objective.build(), runtime).model.to_empty(device="cpu")
+    model.initialise(seed)
+    state = TrainState(model, case.optimizer.build(model), lambda step: 1.0, Place(), Shadow(model, tau=0.25))
+    _leave_traces(state)
+    return state, runtime.mesh
+
+
+def _saved(run, layout):
+    state, mesh = _state(layout, seed=0)
+    save_checkpoint(run, state, mesh=mesh)
+    return whole(state)
+
+
+def _loaded(path, layout):
+    state, mesh = _state(layout, seed=1)
+    load_checkpoint(path, state, mesh=mesh)
+    return whole(state)
+
+
+def test_a_checkpoint_of_divided_experts_loads_into_any_layout(tmp_path):
+    run, layout = RunDirectory(tmp_path / "run"), LayoutConfig(expert=2, shard=2, replicate=1)
+    saved = together(run_processes(4, _saved, run, layout))
+    assert saved["model/stack.0.feed_forward.experts.gate"].shape == (8, 16, 32)
+    assert saved["model/stack.0.feed_forward.balance_bias"].tolist() == [2.0] * 8
+    for layout in (LayoutConfig(replicate=1), LayoutConfig(expert=4, replicate=1), LayoutConfig(expert=2, replicate=2)):
+        parts = run_processes(layout.processes, _loaded, run.checkpoint(7), layout)
+        assert_same(saved, together(parts))
 
 
 def _refused():
