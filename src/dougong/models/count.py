@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -97,7 +98,7 @@ def activation_bytes(config: Any, *, rows: int, context: int, dtype: torch.dtype
     Not a formula: the real forward runs on the meta device and every storage autograd keeps is counted once.
     The head and the loss come on top. `fused_attention` keeps queries, keys, values, output and a sum per
     query instead of the T × S scores. With full checkpointing, the inputs of all layers plus what one layer keeps;
-    with selective, the products besides, as counted while a layer runs on the meta device.
+    with selective, the products besides.
     """
     model = _on_meta(config)
     assert isinstance(model, Decoder), "only decoders have layers to count"
@@ -135,21 +136,32 @@ def _kept_bytes(model: Decoder, tokens: Tensor) -> int:
 
 def _product_bytes(model: Decoder, tokens: Tensor) -> int:
     """Bytes of the results that selective checkpointing keeps."""
-    with _Products() as products, torch.no_grad():
-        model.hidden(tokens)
-    return products.bytes
+    model.stack.checkpoint_activations = "selective"
+    with Products() as products:
+        hidden = model.hidden(tokens)
+        total = products.alive()
+    del hidden
+    return total
 
 
-class _Products(TorchDispatchMode):
-    """Counts the results of the operations that selective checkpointing keeps."""
+class Products(TorchDispatchMode):
+    """Watches the results of the operations that selective checkpointing keeps: autograd does not know of them."""
 
-    bytes = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, operation: Any, types: Any, inputs: Any = (), options: Any = None) -> Any:
         result = operation(*inputs, **(options or {}))
         if operation in KEPT:
-            self.bytes += sum(t.nbytes for t in tree_leaves(result) if isinstance(t, Tensor))
+            for tensor in (leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)):
+                storage = tensor.untyped_storage()
+                self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         return result
+
+    def alive(self) -> int:
+        """Bytes of those results that someone still holds."""
+        return sum(nbytes for storage, nbytes in self._storages.values() if not storage.expired())
 
 
 class _FusedStandIn(torch.autograd.Function):

@@ -1,5 +1,6 @@
 """How many rows fit in memory at once, found before training begins."""
 
+import contextlib
 from pathlib import Path
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 
 from dougong.core.errors import ConfigError
 from dougong.data.batch import Batch
+from dougong.models.count import Products
 from dougong.objectives.objective import Objective
 from dougong.runtime import seeds
 from dougong.runtime.device import Runtime
@@ -60,10 +62,12 @@ def kept_bytes(model: nn.Module, objective: Objective, batch: Batch, runtime: Ru
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with _nothing_happened(model), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    selective = getattr(getattr(model, "stack", None), "checkpoint_activations", "none") == "selective"
+    products = Products() if selective else contextlib.nullcontext()
+    with _nothing_happened(model), products, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         losses = objective.losses(model, batch.to(runtime.device))
         # read while the graph is alive: freed addresses would be counted as one
-        total = sum(kept.values())
+        total = sum(kept.values()) + (products.alive() if isinstance(products, Products) else 0)
         del losses
     return total
 

@@ -79,6 +79,19 @@ def test_activation_bytes_are_what_a_real_forward_keeps(kind, dtype):
     assert planned == pytest.approx(real, rel=0.02)
 
 
+def test_selective_checkpointing_keeps_the_products_of_each_layer():
+    """Counted by hand: queries and what attention returns, keys, values, the two matrices that write to the stream, the
+    feed-forward's other two, and the scores."""
+    config = FAMILIES["qwen3"](**(SMALL | {"num_layers": 8}))
+    none, selective, full = (count.activation_bytes(config, rows=2, context=64, checkpoint_activations=mode,
+                                                    fused_attention=False) for mode in ("none", "selective", "full"))
+    section, tokens = config.decoder(), 2 * 64
+    N, K, H = section.attention.heads(section.dim)
+    products = tokens * (2 * N * H + 2 * K * H + 2 * section.dim + 2 * section.feed_forward.width(section.dim) + N * 64)
+    assert selective - full == 8 * 4 * products
+    assert full < selective < none
+
+
 def test_fused_attention_and_checkpointing_keep_less():
     config = FAMILIES["qwen3"](**(SMALL | {"num_layers": 8}))
     plain, fused, again = (

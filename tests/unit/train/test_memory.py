@@ -58,5 +58,20 @@ def test_kept_bytes_count_what_a_known_graph_keeps():
     assert 2 * 50 * 1000 * 4 <= kept < 2.1 * 50 * 1000 * 4      # GELU's input and its output
 
 
+def test_kept_bytes_count_the_products_that_selective_checkpointing_keeps():
+    from dougong.models import FAMILIES
+
+    model = FAMILIES["qwen3"](vocab_size=31, context=32, dim=32, num_layers=3, num_heads=4).build()
+    model.initialise(0)
+    tokens = torch.zeros(2, 16, dtype=torch.long)
+    batch = Batch(tokens=tokens, targets=tokens, weight=torch.ones(2, 16))
+    found = {}
+    for mode in ("none", "selective", "full"):
+        model.stack.checkpoint_activations = mode
+        found[mode] = memory.kept_bytes(model, OBJECTIVES["causal_lm"]().build(), batch, RUNTIME)
+    a_query = 2 * 16 * 32 * 4
+    assert found["full"] + 3 * 8 * a_query < found["selective"] < found["none"]
+
+
 def test_available_memory_is_a_sensible_number():
     assert 1e7 < memory.available_bytes(torch.device("cpu")) < 1e14
