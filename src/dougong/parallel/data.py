@@ -69,6 +69,7 @@ def _ddp(module: nn.Module, group: Any) -> DistributedDataParallel:
 def _sum_bucket(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """The sum, where DDP's own hook takes the mean."""
     work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
+    assert work is not None, "asynchronous"
     return work.get_future().then(lambda done: done.value()[0])
 
 

@@ -20,7 +20,8 @@ from dougong.runtime.parts import local
 
 def copies(parameter: Tensor, mesh: Mesh) -> int:
     """Processes of one pipeline stage that hold the same elements of `parameter`."""
-    return mesh.size(*(axis for axis in AXES if axis != "pipeline")) // parts(parameter)
+    assert AXES[0] == "pipeline"
+    return mesh.size(*AXES[1:]) // parts(parameter)
 
 
 def parts(parameter: Tensor) -> int:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -60,7 +60,7 @@ def parallelize(model: nn.Module, objective: Objective, runtime: Runtime, *, mic
     if mesh.size("context") > 1:
         from dougong.parallel.context import divide_context
 
-        divide_context(model, mesh)
+        divide_context(cast(Any, model), mesh)
     if compile is not None:
         compile(model)
     if stages:

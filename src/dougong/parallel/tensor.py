@@ -205,7 +205,7 @@ def _divide_attention(attention: Attention, team: Team) -> None:
         _columns(attention.value_gate, team, slice(head, head + 1) if shared else None)
     _rows(attention.output, team)
     attention.register_forward_pre_hook(partial(_enter_attention, team), with_kwargs=True)
-    attention.register_forward_hook(lambda _module, _inputs, y: team.leave(y))
+    attention.register_forward_hook(partial(_leave, team))
 
 
 def _enter_attention(team: Team, _module: nn.Module, inputs: tuple[Tensor, ...],
@@ -221,7 +221,11 @@ def _divide_feed_forward(module: SwiGLU | FeedForward, team: Team) -> None:
         _columns(linear, team)
     _rows(module.down, team)
     module.register_forward_pre_hook(lambda _module, inputs: (team.enter(inputs[0]),))
-    module.register_forward_hook(lambda _module, _inputs, y: team.leave(y))
+    module.register_forward_hook(partial(_leave, team))
+
+
+def _leave(team: Team, _module: nn.Module, _inputs: Any, y: Any) -> Tensor:
+    return team.leave(y)
 
 
 def _divide_ends(model: Any, team: Team, vocabulary_parallel: bool) -> None:
@@ -244,7 +248,7 @@ def _divide_ends(model: Any, team: Team, vocabulary_parallel: bool) -> None:
         model.norm.register_forward_hook(lambda _module, _inputs, x: gather(x))
 
 
-def _divide_values(table: Embedding, attention: Attention, team: Team) -> None:
+def _divide_values(table: Any, attention: Any, team: Team) -> None:
     """A table of value embeddings: the channels of this process's key/value heads."""
     table.__class__ = ColumnEmbedding
     if attention.num_kv_heads % team.size == 0:
@@ -253,7 +257,7 @@ def _divide_values(table: Embedding, attention: Attention, team: Team) -> None:
         table.rows = attention.value.rows
 
 
-def _columns(linear: Linear, team: Team, rows: slice | None = None) -> None:
+def _columns(linear: Any, team: Team, rows: slice | None = None) -> None:
     linear.__class__ = ColumnLinear
     linear.rows = rows or slice(None)
     if rows is None:
@@ -262,7 +266,7 @@ def _columns(linear: Linear, team: Team, rows: slice | None = None) -> None:
             divide_parameter(linear, "bias", 0, team)
 
 
-def _rows(linear: Linear, team: Team) -> None:
+def _rows(linear: Any, team: Team) -> None:
     linear.__class__ = RowLinear
     linear.team = team
     divide_parameter(linear, "weight", 1, team)

@@ -1,6 +1,8 @@
 """Embedding, head and loss in parts along the vocabulary: no process holds a row of logits, and only a few numbers per
 token travel (Megatron-LM: arXiv:1909.08053, section 3)."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -54,18 +56,19 @@ class VocabularyTiedHead(_InParts, TiedHead):
     """The embedding's part of this process."""
 
 
-def divide_embedding(table: Embedding, team: Team) -> None:
+def divide_embedding(table: Any, team: Team) -> None:
     table.__class__ = VocabularyEmbedding
-    table.team = team  # type: ignore[attr-defined]
+    table.team = team
     divide_parameter(table, "weight", 0, team)
 
 
-def divide_head(head: Head | TiedHead, team: Team) -> None:
+def divide_head(head: Any, team: Team) -> None:
     """In place; a tied head reads its embedding, which is divided by itself."""
-    if isinstance(head, Head):
+    tied = isinstance(head, TiedHead)
+    head.__class__ = VocabularyTiedHead if tied else VocabularyHead
+    head.team = team
+    if not tied:
         divide_parameter(head, "weight", 0, team)
-    head.__class__ = VocabularyHead if isinstance(head, Head) else VocabularyTiedHead
-    head.team = team  # type: ignore[union-attr]
 
 
 def token_losses_in_parts(logits_Nv: Float[Tensor, "N v"], targets_N: Int[Tensor, " N"], weight_N: Float[Tensor, " N"],
