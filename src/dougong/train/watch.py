@@ -33,6 +33,7 @@ EXIT_HUNG = 70
 """exit code of processes that leave because one of them hangs"""
 _ORDER = {"data": 1, "wait": 2, "forward": 3, "backward": 3, "norm": 4, "rerun": 4, "optimizer": 5, "gc": 5}
 _TIMES = 10
+_FRAMES = 6
 _WAITS_IN = (f"torch{os.sep}distributed", f"torch{os.sep}autograd")
 """where a process's stack ends while it waits for others"""
 
@@ -181,11 +182,10 @@ class Watch:
         os._exit(EXIT_HUNG)
 
     def _publish_stack(self) -> None:
-        """This process's stack: the main thread's on the board, those of all threads in a file."""
+        """Where this process stands: in short on the board, all threads whole in a file."""
         if self.board.read(f"stack-{self.rank}"):
             return
-        frame = sys._current_frames().get(self._main)
-        stack = "".join(traceback.format_stack(frame)[-12:]) if frame else ""
+        stack = self._stacks()
         path = self.directory / f"stacks-rank-{self.rank:05d}.txt"
         with open(path, "w", encoding="utf-8") as file:
             place = f"step {self.clock.step + 1}, phase {self.clock.phase}"
@@ -193,6 +193,14 @@ class Watch:
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
         self.board.write(f"stack-{self.rank}", stack or "?")
+
+    def _stacks(self) -> str:
+        """The ends of the stacks of all threads that Python knows, the main thread's last."""
+        frames, names = sys._current_frames(), {thread.ident: thread.name for thread in threading.enumerate()}
+        others = [f"in thread {names[ident]}:\n" + "".join(traceback.format_stack(frame)[-_FRAMES // 2:])
+                  for ident, frame in frames.items() if ident != self._main and names.get(ident, "watch") != "watch"]
+        main = frames.get(self._main)
+        return "".join([*others, "in the main thread:\n", *(traceback.format_stack(main)[-_FRAMES:] if main else [])])
 
 
 def _place(entry: dict[str, Any]) -> tuple[int, int]:
@@ -212,5 +220,5 @@ def _message(fields: dict[str, Any], size: int, directory: Path) -> str:
         what = "gives no sign of life" if one["silent"] else f"has not moved for {one['still_s']:.0f} s"
         lines.append(f"process {one['rank']} of {size} hangs: step {one['step'] + 1}, phase {one['phase']}; it {what}.")
         lines.append((one["stack"] or "  (it could not write its stack)").rstrip())
-    return "\n".join([*lines, f"The others wait for it and have been for {fields['waited_s']:.0f} s; all processes end "
-                      f"now. Stacks of all threads: {directory}/stacks-rank-*.txt"])
+    return "\n".join([*lines, f"The others have been waiting for {fields['waited_s']:.0f} s; all processes end now. "
+                      f"Stacks of all threads: {directory}/stacks-rank-*.txt"])

@@ -1,6 +1,7 @@
 """A process that hangs is named, with the line it hangs in, and all processes end; a slow one is waited for."""
 
 import json
+import threading
 import time
 
 import pytest
@@ -45,7 +46,7 @@ def test_a_hung_process_is_named_with_its_phase_and_line(tmp_path, capfd, use_st
     message = capfd.readouterr().err
     assert f"process 1 of 2 hangs: step 4, phase {phase}" in message
     assert "time.sleep(seconds)     # the line that is to be shown" in message
-    assert "process 0 of 2 hangs" not in message and message.count("hangs:") == 1
+    assert "in the main thread:" in message and "process 0 of 2 hangs" not in message and message.count("hangs:") == 1
     for rank in range(2):
         told = json.loads((tmp_path / f"hang-{rank}.json").read_text())
         assert [one["rank"] for one in told["processes"]] == [1] and told["processes"][0]["phase"] == phase
@@ -96,3 +97,20 @@ def test_of_two_at_the_same_place_the_one_that_waits_is_not_guilty():
     waiting = 'File "loop.py", line 3, in fit\n  File "/x/torch/distributed/distributed_c10d.py", line 9, in all_reduce'
     stuck = 'File "/x/torch/distributed/launcher.py", line 3, in run\n  File "loss.py", line 7, in losses\n    sleep()'
     assert _waits(waiting) and not _waits(stuck) and not _waits(None)
+
+
+def test_a_thread_that_the_main_thread_waits_for_is_shown_too(tmp_path):
+    clock, stop = Clock(), threading.Event()
+
+    def fetch_from_a_dead_disk():
+        stop.wait()
+
+    worker = threading.Thread(target=fetch_from_a_dead_disk, name="loader_0")
+    worker.start()
+    try:
+        shown = Watch(clock, FolderBoard(tmp_path), rank=0, size=1, directory=tmp_path)._stacks()
+    finally:
+        stop.set()
+        worker.join()
+    assert "in thread loader_0:" in shown and "in fetch_from_a_dead_disk" in shown
+    assert shown.index("loader_0") < shown.index("in the main thread:")
