@@ -97,7 +97,7 @@ class MoE(nn.Module):
         place_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
         experts_E = torch.arange(self.section.num_experts, device=sorted_R.device)
         ends_E = torch.searchsorted(sorted_R, experts_E, right=True, out_int32=True)
-        if self.balance_bias is not None and self.training and torch.is_grad_enabled():
+        if self.load is not None and self.training and torch.is_grad_enabled():
             self.load += ends_E.diff(prepend=ends_E.new_zeros(1))
         rows_RD = take_rows(x_MD, order_R, place_R, self.top_k)
         rows_RD = self.experts(rows_RD, ends_E) if self.exchange is None else \
@@ -124,7 +124,7 @@ class MoE(nn.Module):
         `group` are the processes that read other tokens: all agree on the loads of the global batch. A step that was
         not `applied` (its loss was not finite) moves nothing.
         """
-        if self.balance_bias is None:
+        if self.balance_bias is None or self.load is None:
             return
         load_E = all_sum(self.load, group)
         if applied:
@@ -133,9 +133,8 @@ class MoE(nn.Module):
 
     @torch.no_grad()
     def reset_buffers(self) -> None:
-        if self.balance_bias is not None:
-            self.balance_bias.zero_()
-            self.load.zero_()
+        for buffer in self.buffers(recurse=False):
+            buffer.zero_()
 
     def extra_repr(self) -> str:
         return f"{self.top_k} of {self.section.num_experts}, {self.section.score}, balance={self.section.balance}"

@@ -44,7 +44,7 @@ def why_not_experts(config: Any, expert: int, tensor: int = 1) -> str | None:
     if expert == 1:
         return None
     section = config.decoder().feed_forward if hasattr(config, "decoder") else None
-    if getattr(section, "kind", None) != "moe":
+    if section is None or section.kind != "moe":
         return (f"layout.expert={expert} divides experts, and model.kind={getattr(config, 'kind', None)} has none. "
                 "Try layout.expert=1, or model.feed_forward=moe.")
     if section.num_experts % expert:
