@@ -68,7 +68,7 @@ def train_run(asked: Recipe, base: Recipe, *, path: Path | None = None, progress
     join(asked.runtime.device or best_device())
     path = path or Path("runs") / asked.name
     if (begun := from_first(run_of_this_launch(path.parent))) is not None:
-        return resume_run(Path(begun), layout=asked.layout, progress=progress)
+        return resume_run(Path(begun), layout=nearest(asked.layout, launched()), progress=progress)
     recipe, derived, corpus, runtime = settle(asked, progress=progress)
     with explained_disk_errors(f"the run {path}"), contextlib.ExitStack() as held:
         directory = RunDirectory(from_first(_create(path, recipe, corpus, base, held) if process_rank() == 0 else None))

@@ -2,6 +2,8 @@
 
 import datetime
 import os
+import time
+import uuid
 from collections.abc import Iterable
 from typing import Any
 
@@ -30,7 +32,36 @@ def join(device_type: str) -> None:
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=START_TIMEOUT_S))
+    timeout = datetime.timedelta(seconds=START_TIMEOUT_S)
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    dist.init_process_group(backend, store=_of_this_start(store, rank, size), rank=rank, world_size=size,
+                            timeout=timeout)
+
+
+def _of_this_start(store: Any, rank: int, size: int) -> dist.PrefixStore:
+    """The store under a name that only the processes of this start know.
+
+    torchrun keeps its store when it starts processes again, and in it the addresses of the dead: whoever reads a
+    neighbour's address before the neighbour has written the new one waits for a dead process for ever. So each process
+    asks under a number never used before, and process 0 answers with a name as new, until all have it.
+    """
+    own = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"asks/{rank}", own)
+        name = store.get(f"name-for/{own}").decode()    # waits
+        store.add(f"{name}/have-it", 1)
+        return dist.PrefixStore(name, store)
+    answered: dict[int, str] = {}
+    end = time.monotonic() + START_TIMEOUT_S
+    while store.add(f"{own}/have-it", 0) < size - 1:
+        for other in range(1, size):
+            if store.check([f"asks/{other}"]) and (asked := store.get(f"asks/{other}").decode()) != answered.get(other):
+                store.set(f"name-for/{asked}", own)
+                answered[other] = asked
+        if time.monotonic() > end:
+            raise RuntimeError(f"after {START_TIMEOUT_S} s not all of {size} processes have started")
+        time.sleep(0.01)
+    return dist.PrefixStore(own, store)
 
 
 def expect_steps(groups: Iterable[Any]) -> None:
