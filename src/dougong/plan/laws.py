@@ -7,7 +7,7 @@ is no promise about other text.
 """
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 PETAFLOP_DAY = 8.64e19
@@ -158,6 +158,25 @@ KAPLAN = Allocation(
 DEEPSEEK = Allocation(
     "DeepSeek", "DeepSeek-AI 2024 (arXiv:2401.02954), section 3.2: non-embedding FLOPs per token 0.1715 · C^0.5243",
     0.1715 / 6, 0.5243, (Range("FLOPs", 1e17, 3e20),), "FLOPs per token / 6")
+
+MINUTES_TOKENS_PER_PARAMETER, _MINUTES_FLOPS = 4.0, 1e14
+_TOWARDS_NANOCHAT = math.log(NANOCHAT_TOKENS_PER_PARAMETER / MINUTES_TOKENS_PER_PARAMETER) / math.log(1e18 / 1e14)
+
+
+def small_scale(flops: float) -> LossLaw:
+    """What orders shapes below the laws: the form for repeated text, balanced for fewer tokens per parameter.
+
+    Four in runs of minutes on a CPU (few passes over little text: a larger model learns more from each token; what
+    `dougong demo` uses), nanochat's twelve from 1e18 FLOPs on, in between by the logarithm. Its loss means nothing.
+    """
+    ratio = MINUTES_TOKENS_PER_PARAMETER * max(flops / _MINUTES_FLOPS, 1.0) ** _TOWARDS_NANOCHAT
+    ratio = min(ratio, float(NANOCHAT_TOKENS_PER_PARAMETER))
+    source = (f"{ratio:.1f} tokens per parameter: 4 in runs of minutes on a CPU (as in dougong demo), 12 from 1e18 "
+              "FLOPs on (nanochat), in between by the logarithm; repeated text as in Muennighoff et al. 2023 "
+              "(arXiv:2305.16264)")
+    return replace(DATA_CONSTRAINED, name="a rule for small runs", source=source, ranges=CHINCHILLA.ranges,
+                   B=DATA_CONSTRAINED.A * ratio**DATA_CONSTRAINED.alpha)
+
 
 OTHER_ALLOCATIONS = (NANOCHAT, DEEPSEEK, KAPLAN)
 

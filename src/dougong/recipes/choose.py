@@ -26,13 +26,13 @@ from dougong.plan.laws import (
     BATCH_LAWS,
     CHINCHILLA,
     DATA_CONSTRAINED,
-    NANOCHAT,
     OTHER_ALLOCATIONS,
     RATE_LAWS,
     Figure,
     LossLaw,
     amount,
     fitted,
+    small_scale,
 )
 from dougong.plan.shapes import Option, Shape, ladder
 from dougong.recipes.derive import parse_size, resolve
@@ -118,12 +118,12 @@ def _choose_by_law(base: Recipe, money: Budget, text: Text, serving: Serving | N
     precision = base.runtime.precision or ("bf16" if money.machine.peak_bf16_flops > money.machine.peak_fp32_flops
                                            else "fp32")
     flops = money.flops_per_s(precision) * money.seconds
-    law = CHINCHILLA if math.isinf(text.unique_tokens(32_768)) else DATA_CONSTRAINED
+    below = flops < next(one.low for one in CHINCHILLA.ranges if one.what == "FLOPs")
+    law = small_scale(flops) if below else CHINCHILLA if math.isinf(text.unique_tokens(32_768)) else DATA_CONSTRAINED
     options = law_options(base, flops, text, serving, law)
     best = pick(options, money)
     shape = best.shape
     outside = law.outside(shape.matrices, best.tokens)
-    below = [said for said in outside if " below " in said]
     rows, figures = _batch_and_rate(base, best, money)
     layout = _layout(base, best, rows, money, precision)
     if layout:
@@ -185,7 +185,8 @@ def law_options(base: Recipe, flops: float, text: Text, serving: Serving | None,
     """Every size of the ladder around the law's optimum, the whole compute spent on it."""
     centre = law.optimum(flops)[0]
     options = []
-    for size in ladder(max(centre / 30, _SMALLEST), min(max(centre * 10, 10 * _SMALLEST), _LARGEST)):
+    far = 8 if serving is None and math.isinf(text.unique_tokens(32_768)) else 30    # what could make it smaller
+    for size in ladder(max(centre / far, _SMALLEST), min(max(centre * 5, 10 * _SMALLEST), _LARGEST)):
         shape, _ = shape_of(base, size)
         tokens = flops / shape.flops_per_token
         unique = _unique(base, text, shape)
@@ -268,8 +269,8 @@ def _refusal(flops: float, money: Budget) -> str:
     here = "--probe trains small models on this machine and fits your own curve" if money.here else \
         "on the machine itself, --budget \"here x …\" with --probe fits your own curve"
     return (f"No loss is predicted: {amount(flops)} FLOPs are {lowest / flops:,.0f} times below the smallest run that "
-            "the Chinchilla law was fitted on, where its error has no bound. The size is its order of shapes, "
-            f"extrapolated; {NANOCHAT.name} and others are beside it. {here[0].upper() + here[1:]}.")
+            "the Chinchilla law was fitted on, where its error has no bound. The size follows a rule for small runs; "
+            f"what the laws would say, extrapolated, is beside it. {here[0].upper() + here[1:]}.")
 
 
 def _budget_facts(money: Budget) -> dict[str, Any]:

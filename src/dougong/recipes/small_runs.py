@@ -19,7 +19,7 @@ from dougong.core.config import replace
 from dougong.core.errors import ConfigError
 from dougong.plan.budget import Budget, Serving, Text, duration
 from dougong.plan.curve import Curve, SmallRun, fit_curve
-from dougong.plan.laws import DATA_CONSTRAINED, Figure
+from dougong.plan.laws import DATA_CONSTRAINED, Figure, small_scale
 from dougong.plan.shapes import Option, Shape, ladder, written
 from dougong.recipes.assemble import assemble, prepare_data
 from dougong.recipes.choose import pick, shape_of, shape_overrides
@@ -32,8 +32,6 @@ from dougong.train import fit
 
 SHARE, LEAST_S, MOST = 0.15, 120.0, 0.3
 """of the budget's time: 15 %, but two minutes where that is more, and never above 30 %"""
-TOKENS_PER_PARAMETER = 4.0
-"""where the search begins, in runs of seconds to minutes on a CPU (benchmarks/plan_budget.py); the probe moves it"""
 SAME = 0.005
 """relative difference of losses below which two shapes count as equal, and the smaller is taken"""
 FEWEST_STEPS = 500
@@ -185,8 +183,8 @@ def probe_sizes(known: dict[str, int], number: int) -> list[str]:
 
 
 def centre(flops_per_s: float, seconds: float) -> float:
-    """Where runs of minutes had their best size: C = 6·N·D with D = 4·N."""
-    return max(math.sqrt(flops_per_s * seconds / 6 / TOKENS_PER_PARAMETER), _SMALLEST)
+    """Where the search begins: the size that the rule for small runs gives; what the small runs say moves it."""
+    return max(small_scale(flops_per_s * seconds).optimum(flops_per_s * seconds)[0], _SMALLEST)
 
 
 def settle_probe(base: Recipe, size: float) -> Recipe:

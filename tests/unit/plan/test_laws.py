@@ -106,3 +106,19 @@ def test_amounts_are_short(value, text):
 def test_every_law_names_a_source_and_a_range():
     for law in (CHINCHILLA, DATA_CONSTRAINED, *laws.OTHER_ALLOCATIONS, *BATCH_LAWS, *RATE_LAWS):
         assert law.source and law.ranges and all(math.isfinite(one.high) and one.low < one.high for one in law.ranges)
+
+
+@pytest.mark.parametrize(("flops", "ratio"), [(1e12, 4), (1e14, 4), (1e16, 48**0.5), (1e18, 12), (5e18, 12)])
+def test_below_the_laws_the_tokens_per_parameter_go_from_four_to_nanochats_twelve(flops, ratio):
+    parameters, tokens = laws.small_scale(flops).optimum(flops)
+    assert tokens / parameters == pytest.approx(ratio, rel=1e-3)
+
+
+def test_below_the_laws_too_repeated_text_makes_models_smaller():
+    law = laws.small_scale(1e14)
+
+    def best(unique):
+        return min((law.loss(n, 1e14 / 6 / n, unique), n) for n in (10**(5 + i / 20) for i in range(60)))[1]
+
+    assert best(math.inf) == pytest.approx(law.optimum(1e14)[0], rel=0.15)
+    assert best(2e5) < 0.8 * best(math.inf)

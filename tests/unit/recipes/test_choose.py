@@ -89,7 +89,7 @@ def test_below_the_laws_no_loss_is_promised_and_the_probe_is_offered(budget):
 
 
 def test_above_the_laws_a_loss_is_marked():
-    plan = plan_budget(budget="1024 h200 x 60 days")
+    plan = plan_budget(budget="1 b200 x 300 weeks")
     assert plan["refused"] is None and any("above" in said for said in plan["loss"]["extrapolated"])
 
 
