@@ -15,6 +15,7 @@ from dougong.nn.moe import MoEConfig
 from dougong.nn.position import LearnedConfig
 from dougong.nn.residual import X0ResidualConfig
 from dougong.objectives.causal_lm import CausalLMConfig
+from dougong.optim.build import AdamWConfig
 from dougong.parallel import pipeline as pipeline_module
 from dougong.parallel.stages import TWICE, num_stages, process_of, stages_of, why_not_pipeline
 from dougong.runtime.device import Runtime
@@ -30,6 +31,8 @@ UNEVEN = Case(model=decoder(num_layers=2), rows=7, micro_batches=3)     # 2 + 2 
 SHALLOW = Case(model=decoder(num_layers=3), micro_batches=4, steps=3)
 ROUTED = Case(model=decoder(num_layers=4, tied=False, feed_forward=MoEConfig(num_experts=8, top_k=2, ffn_dim=16)),
               micro_batches=2, steps=3)
+PATTERNS = Case(model=decoder(num_layers=2, tied=False), micro_batches=2,     # parameters of one stage only
+                optimizer=AdamWConfig(lr=1e-2, eps=1e-3, rates={"head.*": 0.5}, no_decay=("stack.0.*",)))
 DEEP = Case(model=decoder(num_layers=9), micro_batches=8)
 
 
@@ -62,6 +65,7 @@ def test_every_schedule(compare, case, schedule):
     (TIED, LayoutConfig(pipeline=2, shard=2, tensor=2, schedule="interleaved")),
     (ROUTED, LayoutConfig(pipeline=2, schedule="interleaved_zb")),
     (ROUTED, LayoutConfig(pipeline=2, expert=2, schedule="zbv")),
+    (PATTERNS, LayoutConfig(pipeline=2)),
     (Case(model=decoder(num_layers=2), micro_batches=2, checkpoint_activations="selective"), LayoutConfig(pipeline=2)),
 ], ids=lambda value: f"{value}, {value.schedule}" if isinstance(value, LayoutConfig) else "")
 def test_with_other_axes(compare, case, layout):

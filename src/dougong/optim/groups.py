@@ -2,7 +2,7 @@
 
 import fnmatch
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,7 @@ def hidden_matrices(model: nn.Module, excluded: Sequence[str] = ()) -> set[str]:
     outside = {id(p) for module in tables for p in module.parameters(recurse=False)}
     if isinstance(head := getattr(model, "head", None), nn.Module):
         outside |= {id(p) for p in head.parameters()}
-    taken = {name for pattern in excluded for name in _matching(pattern, names)}
+    taken = {name for pattern in excluded for name in _matching(pattern, _names_of_whole(model))}
     experts = [module for module in model.modules() if isinstance(module, Experts)]
     stacks = {id(p) for module in experts for p in module.parameters(recurse=False)}
     return {name for name, p in names.items()
@@ -70,11 +70,16 @@ def parameter_groups(parameters: Mapping[str, Tensor], rules: GroupRules, *, lr:
 
 def check_patterns(model: nn.Module, rules: GroupRules) -> None:
     """Raises ConfigError for a pattern that matches no parameter: it would silently change nothing."""
-    names = trainable(model)
+    names = _names_of_whole(model)
     if not names:
         raise ConfigError("the model has no parameter that wants a gradient, so there is nothing to train.")
     for pattern in [*rules.no_decay, *(rules.rates or {})]:
         _matching(pattern, names)
+
+
+def _names_of_whole(model: nn.Module) -> Collection[str]:
+    """Names of all trainable parameters; a pipeline stage, which holds some of them, knows the others' too."""
+    return getattr(model, "names_of_whole", None) or trainable(model)
 
 
 def describe(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -104,7 +109,7 @@ def _fold(names: Sequence[str]) -> list[str]:
     return [key if count == 1 else f"{key} ×{count}" for key, count in counts.items()]
 
 
-def _matching(pattern: str, names: Mapping[str, Any], *, optional: bool = False) -> list[str]:
+def _matching(pattern: str, names: Collection[str], *, optional: bool = False) -> list[str]:
     found = fnmatch.filter(names, pattern)
     if not found and not optional:
         raise ConfigError(f"the pattern {pattern!r} matches no "

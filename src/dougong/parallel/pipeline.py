@@ -43,8 +43,9 @@ _TIED = "stem.tokens.weight"
 def split(model: nn.Module, mesh: Mesh, *, micro_batches: int, compile: bool = False) -> "list[Stage]":
     """Removes from `model` what other processes of the pipeline hold, and returns the stages that this one runs.
 
-    Names stay those of the whole model. A tied embedding lies on the first and the last process; `held_elsewhere`
-    (name -> processes that hold it) says so. Raises ConfigError where model, layout and micro-batches do not fit.
+    Names stay those of the whole model; `model.names_of_whole` lists them all, for patterns to be checked against. A
+    tied embedding lies on the first and the last process; `model.held_elsewhere` (name -> processes that hold it) says
+    so. Raises ConfigError where model, layout and micro-batches do not fit.
     """
     layout = mesh.layout
     checkpointing = model.stack.checkpoint_activations if isinstance(model, Decoder) else "none"
@@ -56,6 +57,7 @@ def split(model: nn.Module, mesh: Mesh, *, micro_batches: int, compile: bool = F
     here, last = mesh.rank("pipeline"), len(cuts) - 1
     mine = [stage for stage in range(len(cuts)) if process_of(stage, layout.pipeline, layout.schedule) == here]
     tied = not list(model.head.parameters())
+    model.names_of_whole = [name for name, p in model.named_parameters() if p.requires_grad]    # type: ignore[assignment]
     x0 = any(not isinstance(block.residual, PlainResidual) for block in model.stack.values())
     _keep(model, {str(i) for stage in mine for i in cuts[stage]}, first=0 in mine, last=last in mine, tied=tied)
     ends = {process_of(stage, layout.pipeline, layout.schedule) for stage in (0, last)}
