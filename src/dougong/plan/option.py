@@ -95,7 +95,7 @@ def step_seconds(work: Work, counts: Counts, layout: LayoutConfig, machine: Mach
     """Parts of a step's time: computing, and what communication cannot hide behind it.
 
     FSDP and DDP talk while the device computes: only what takes longer than computing shows, and the first layer's
-    gather and the last one's sum. Tensor and context parallel wait for every message.
+    gather and the last one's sum. Tensor, context and pipeline parallel wait for every message.
     """
     flops = counts.flops_per_token * work.tokens_per_step / layout.processes * _imbalance(counts, layout)
     compute = flops / (machine.peak(work.precision) * machine.efficiency)

@@ -1,9 +1,9 @@
 """The real divided model on fake tensors: what one process of thousands holds and sends, without another process.
 
 `parallelize` divides the model over a process group that answers at once and moves nothing; one forward and backward
-run on tensors without values under a counter. Memory and messages are linear in layers, so two shallow models tell of a deep
-one. Not simulated: passing activations through pipeline stages (a stage is simulated by itself, and its micro-batches
-in flight are multiplied), the optimiser's step (its state is added), fragmentation, time.
+run on tensors without values under a counter. Memory and messages are linear in layers, so two shallow models tell of a
+deep one. Not simulated: passing activations through pipeline stages (a stage is simulated by itself, and its
+micro-batches in flight are multiplied), the optimiser's step (its state is added), fragmentation, time.
 """
 
 import contextlib
@@ -34,6 +34,10 @@ from dougong.plan.work import Work
 from dougong.runtime.device import Runtime
 from dougong.runtime.layout import LayoutConfig
 from dougong.runtime.mesh import Mesh
+
+
+_SHALLOW = 4
+"""layers from which FSDP gathers one while it computes another, as it goes on to do in all of a deep model"""
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,8 @@ def simulate(work: Work, layout: LayoutConfig, *, checkpoint: str, micro_rows: i
     stage = replace(layout, pipeline=1)
     layers = -(-counts.layers // layout.pipeline)
     period = period_of(work.model)
-    few, more = 2 * period, 4 * period
+    few = period * -(-_SHALLOW // period)
+    more = few + max(2, period)
     with fake_processes(stage):
         runtime = _runtime(work, stage)
         _run(work, runtime, checkpoint, micro_rows, micro_batches, period)     # DTensor's rules, tried on whole shapes

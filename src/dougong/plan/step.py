@@ -144,9 +144,10 @@ def _prepare(counter: MemoryCounter, model: Any, optimizer: Any, *, ema: bool) -
     counter.label(shadow, "weights")
     for p in model.parameters():
         p.grad = torch.empty_like(p)
+    _fuse(optimizer, False)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    _fuse(optimizer)
+    _fuse(optimizer, True)
     counter.label((t for slots in optimizer.state.values() for t in slots.values() if isinstance(t, torch.Tensor)),
                   "optimizer")
     model.shadow_of_the_count = shadow     # held as long as the model is
@@ -154,11 +155,12 @@ def _prepare(counter: MemoryCounter, model: Any, optimizer: Any, *, ema: bool) -
     counter._look()
 
 
-def _fuse(optimizer: Any) -> None:
+def _fuse(optimizer: Any, wanted: bool) -> None:
     """Torch refuses to begin with its fused form on the meta device, where a real device has it; it goes on with it."""
+    optimizer._need_device_dtype_check_for_fused = False
     for group in optimizer.param_groups:
         if "fused" in group:
-            group |= {"fused": True, "foreach": False}
+            group |= {"fused": wanted, "foreach": not wanted}
         for p in group["params"]:
             state = optimizer.state.get(p, {})
             if "step" in state:

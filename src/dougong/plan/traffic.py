@@ -13,6 +13,7 @@ from dougong.plan.memory import FP32, Split, end_parameters, layer_parameters
 from dougong.runtime.layout import AXES, Axis, LayoutConfig
 from dougong.runtime.mesh import SHARDS
 
+_BUCKET = 25 * 2**20      # DDP's
 BUS_EFFICIENCY = 0.8
 """share of a link that large collectives reach (NCCL's tests on DGX hosts: 75-90 %)"""
 
@@ -53,8 +54,10 @@ def traffic(counts: Counts, layout: LayoutConfig, machine: Machine, mode: str, m
         add(SHARDS, "gradients summed, each to its owner", (split.layers + 1) * times,
             share * (weights + ends) * FP32 * times, hidden=True)
     if (n := layout.size("replicate")) > 1:
-        add(("replicate",), "gradients summed", split.layers + 1,
-            2 * (n - 1) / n * (weights + ends) / split.shards * FP32, hidden=True)
+        size = (weights + ends) / split.shards * FP32
+        alone = layout.size("replicate") == layout.processes        # DDP sends buckets, FSDP2 each layer by itself
+        add(("replicate",), "gradients summed", math.ceil(size / _BUCKET) if alone else split.layers + 1,
+            2 * (n - 1) / n * size, hidden=True)
     if (n := layout.tensor) > 1:
         passes = 2 + (mode == "full")
         stream = counts.stream_bytes / layout.context * micro_rows
@@ -73,7 +76,7 @@ def traffic(counts: Counts, layout: LayoutConfig, machine: Machine, mode: str, m
         stream = counts.stream_bytes / layout.context * micro_rows
         each = split.stages // layout.pipeline
         add(("pipeline",), "activations and their gradients passed on", 2 * micro_batches * each,
-            2 * stream * micro_batches * each, hidden=True)
+            2 * stream * micro_batches * each, hidden=False)
     return found
 
 

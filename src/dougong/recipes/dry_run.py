@@ -6,15 +6,14 @@ import torch
 
 from dougong.core.config import to_dict
 from dougong.models import count
-from dougong.nn.attention_kernels import choose_kernel, fused
 from dougong.plan import estimate
+from dougong.plan.step import Step, step_memory
+from dougong.plan.work import CHECKPOINTING
 from dougong.recipes.assemble import assemble
 from dougong.recipes.probe import measure_step
 from dougong.recipes.recipe import Recipe
 from dougong.recipes.train import given, settle
 from dougong.runtime.device import Runtime
-
-_LOGIT_COPIES = 2   # the logits and their gradient
 
 
 def dry_run(asked: Recipe, *, out: Any, progress: Any = None) -> dict[str, Any]:
@@ -43,24 +42,19 @@ def dry_run(asked: Recipe, *, out: Any, progress: Any = None) -> dict[str, Any]:
 
 
 def _language_model(recipe: Recipe, total: int, runtime: Runtime) -> dict[str, Any]:
-    context, rows = recipe.model.context, given(recipe.train.micro_rows)
-    logits = min(rows * context * recipe.model.vocab_size, getattr(recipe.objective, "chunk_logits", 1 << 62))
+    """Bytes and operations; memory is one whole step of this process, counted on the meta device."""
+    context, rows, micro_rows = recipe.model.context, given(recipe.train.rows), given(recipe.train.micro_rows)
+    step = Step(recipe.model, recipe.objective, recipe.optim, micro_rows=micro_rows,
+                micro_batches=min(2, -(-rows // micro_rows)), context=context,
+                precision="bf16" if runtime.dtype == torch.bfloat16 else "fp32", device=runtime.device.type,
+                checkpoint=CHECKPOINTING[recipe.train.gradient_checkpointing], ema=recipe.train.ema is not None)
+    counted = step_memory(step).kinds
     planned = estimate(
         parameters=total, flops_per_token=count.flops_per_token(recipe.model, context) or 0,
-        tokens_per_step=given(recipe.train.rows) * context, steps=given(recipe.train.steps),
-        optimizer=recipe.optim.kind,
+        tokens_per_step=rows * context, steps=given(recipe.train.steps), optimizer=recipe.optim.kind,
         ema=recipe.train.ema is not None, checkpoints_kept=recipe.train.keep_last + recipe.train.keep_best,
-        activations_bytes=count.activation_bytes(recipe.model, rows=rows, context=context, dtype=runtime.dtype,
-                                                 checkpoint_activations=recipe.train.checkpoint_activations,
-                                                 fused_attention=_fuses_attention(context, runtime)),
-        logits_bytes=_LOGIT_COPIES * logits * 4)
+        counted=counted)
     return planned.to_dict()
-
-
-def _fuses_attention(context: int, runtime: Runtime) -> bool:
-    """Whether attention over a whole context keeps no T × S weights here."""
-    query = torch.empty(1, 1, context, 1, dtype=runtime.dtype, device=runtime.device)
-    return choose_kernel(query, query) is fused
 
 
 def _table(figures: dict[str, Any]) -> Any:

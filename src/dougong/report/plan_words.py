@@ -25,7 +25,8 @@ _PHRASES: dict[str, tuple[str, str]] = {
                     "每条是一个进程在一步中占用最多的时刻；竖线是设备的容量。"),
     "layout_title": ("The layout, drawn", "布局图"),
     "layout_lead": ("Each square is a device, each row a host. One colour: the same part (of more than eight parts, "
-                    "neighbouring ones).", "每格是一个设备，每行是一台主机。同色者持有相同的部分（多于八份时为相邻的几份）。"),
+                    "neighbouring ones).",
+                    "每格是一个设备，每行是一台主机。同色者持有相同的部分（多于八份时为相邻的几份）。"),
     "some_hosts": ("{shown} of {all} hosts, evenly spread", "{all} 台主机中均匀取 {shown} 台"),
     "curve_title": ("Speed against memory", "速度与内存"),
     "curve_lead": ("Numbers are places in the ranking; the line joins layouts that none beats in both; crosses do "
@@ -65,7 +66,8 @@ _PHRASES: dict[str, tuple[str, str]] = {
 }
 
 KINDS = {
-    "weights": Text("weights", "权重"), "gradients": Text("gradients", "梯度"), "optimizer": Text("optimiser", "优化器"),
+    "weights": Text("weights", "权重"), "gradients": Text("gradients", "梯度"),
+    "optimizer": Text("optimiser", "优化器"),
     "activations": Text("activations", "激活"), "logits": Text("logits", "输出分数"),
     "gathered": Text("gathered weights", "收集的权重"), "recomputed": Text("layer at work", "当前层"),
     "temporary": Text("temporary", "临时"), "inputs": Text("inputs", "输入"), "allowance": Text("allowance", "余量"),

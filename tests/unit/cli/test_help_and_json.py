@@ -106,7 +106,7 @@ def test_seeds_show_their_spread(tmp_path, monkeypatch):
 def test_a_dry_run_counts_and_leaves_nothing(made, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = dougong("train", made / "tiny.yaml", "train.steps=1000", "--dry-run", "--json").json
-    parts = ("weights_bytes", "gradients_bytes", "optimizer_bytes", "activations_bytes", "logits_bytes")
+    parts = ("weights_bytes", "gradients_bytes", "optimizer_bytes", "activations_bytes", "temporary_bytes")
     assert found["memory_bytes"] == sum(found[part] for part in parts)
     assert found["weights_bytes"] == 2 * 4 * found["parameters"], "weights and their moving average"
     assert found["training_seconds"] == pytest.approx(1000 * found["seconds_per_step"])

@@ -1,0 +1,62 @@
+"""The plan's arithmetic against the divided model itself, run on fake tensors."""
+
+import math
+import resource
+
+import pytest
+import torch.distributed as dist
+
+from dougong.models.families.llama import LlamaConfig
+from dougong.objectives.causal_lm import CausalLMConfig
+from dougong.optim import OPTIMIZERS
+from dougong.plan.counts import Counts
+from dougong.plan.machine import machine
+from dougong.plan.memory import memory
+from dougong.plan.simulate import simulate
+from dougong.plan.traffic import traffic
+from dougong.plan.work import Work
+from dougong.runtime.layout import LayoutConfig
+
+MODEL = LlamaConfig(vocab_size=4096, context=512, dim=512, num_layers=8, num_heads=8, num_kv_heads=8, ffn_dim=1536)
+LAYOUTS = [LayoutConfig(replicate=4), LayoutConfig(replicate=1, shard=4),
+           LayoutConfig(replicate=1, shard=4, gathered="step"), LayoutConfig(replicate=2, shard=2),
+           LayoutConfig(replicate=1, tensor=4), LayoutConfig(replicate=1, shard=2, tensor=2),
+           LayoutConfig(replicate=1, shard=2, context=2)]
+
+
+def work(model, precision="bf16", rows=16):
+    return Work(model=model, objective=CausalLMConfig(), optim=OPTIMIZERS["adamw"](), rows=rows, context=model.context,
+                steps=1, precision=precision)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout}, {layout.gathered}")
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_arithmetic_is_within_a_tenth_of_the_simulation(layout, mode):
+    job = work(MODEL)
+    found = simulate(job, layout, checkpoint=mode, micro_rows=4, micro_batches=1)
+    told = sum(memory(Counts(job.step()), layout, mode, 4, 1, gpu=False).values())
+    assert math.isfinite(found.peak_bytes) and 0.9 < told / found.peak_bytes < 1.1
+    assert not dist.is_initialized()
+
+
+def test_messages_are_those_that_the_arithmetic_tells():
+    layout = LayoutConfig(replicate=1, shard=2, tensor=2)
+    job = work(MODEL)
+    found = simulate(job, layout, checkpoint="none", micro_rows=4, micro_batches=1)
+    told = {item.what: item for item in traffic(Counts(job.step()), layout, machine("h100"), "none", 4, 1)}
+    assert told["weights gathered"].collectives == round(found.messages["_allgather_base_"])
+    assert told["gradients summed, each to its owner"].collectives == round(found.messages["_reduce_scatter_base_"])
+    between = found.messages["all_gather_into_tensor"] + found.messages["reduce_scatter_tensor"]
+    assert told["activations gathered and summed"].collectives == pytest.approx(between, rel=0.05)
+
+
+def test_405_billion_on_16384_devices_in_a_minute_and_two_gib():
+    model = LlamaConfig(vocab_size=128_256, context=8192, dim=16_384, num_layers=126, num_heads=128, num_kv_heads=8,
+                        ffn_dim=53_248)
+    layout = LayoutConfig(replicate=1, shard=2048, tensor=8)
+    found = simulate(work(model, rows=2048), layout, checkpoint="full", micro_rows=1, micro_batches=1)
+    told = sum(memory(Counts(work(model, rows=2048).step()), layout, "full", 1, 1, gpu=False).values())
+    assert 0.9 < told / found.peak_bytes < 1.1
+    assert found.weights == pytest.approx(4 * 405.85e9 / 16_384, rel=0.01)
+    assert found.seconds < 60
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < 2 * 2**30

@@ -1,0 +1,44 @@
+"""`dougong plan` on a laptop's command line."""
+
+import json
+
+from typer.testing import CliRunner
+
+from dougong.cli.main import app
+
+SMALL = ["size=null", "tokenizer.vocab_size=512", "model.context=128", "model.dim=64", "model.num_layers=2",
+         "model.num_heads=2", "model.num_kv_heads=2", "model.head_dim=32", "model.ffn_dim=128", "train.rows=16",
+         "train.steps=100"]
+
+
+def plan(*arguments):
+    return CliRunner().invoke(app, ["plan", "first", *SMALL, *arguments])
+
+
+def test_a_plan_for_gpus_prints_draws_and_gives_json(tmp_path):
+    page = tmp_path / "plan.html"
+    result = plan("--gpus", "8", "--gpu", "h100", "--price", "2.5", "--html", str(page), "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout.splitlines()[-1])
+    best = found["best"][0]
+    assert best["fits"] and best["bill"]["cost"] > 0 and best["memory_bytes"] == sum(best["memory"].values())
+    assert found["work"]["tokens"] == 100 * 16 * 128
+    assert found["simulated"]["peak_bytes"] > 0
+    text = page.read_text()
+    for harmless in ("http-equiv", "http://www.w3.org/2000/svg", "http%3A//www.w3.org/2000/svg"):
+        text = text.replace(harmless, "")
+    assert "http" not in text       # the page loads nothing
+    assert "Memory, layout by layout" in text and "各布局的内存" in text
+
+
+def test_a_plan_for_this_machine_counts_one_step_exactly():
+    result = plan("--no-probe", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert found["devices"] == 1 and found["best"][0]["memory"]["weights"] == \
+        4 * found["model"]["parameters"]["total"]
+
+
+def test_wrong_machines_are_refused_in_words():
+    assert "h200" in str(plan("--gpus", "8", "--gpu", "h2000").exception)
+    assert "--gpu" in str(plan("--gpus", "8").exception)

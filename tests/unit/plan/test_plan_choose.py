@@ -1,0 +1,132 @@
+"""The ranking of layouts, its machines, and the pipeline's bubble."""
+
+import time
+
+import pytest
+
+from dougong.core.errors import ConfigError
+from dougong.models.families.llama import LlamaConfig
+from dougong.objectives.causal_lm import CausalLMConfig
+from dougong.optim import OPTIMIZERS
+from dougong.plan import choose, choose_layout
+from dougong.plan.choose import nothing_fits, rank
+from dougong.plan.machine import KINDS, here, load_machine, machine
+from dougong.plan.option import bill
+from dougong.plan.schedule import SCHEDULES, pipeline
+from dougong.plan.work import Work
+from dougong.runtime.device import RuntimeConfig
+from dougong.runtime.layout import LayoutConfig
+from dougong.train import TrainConfig
+
+SMALL = LlamaConfig(vocab_size=1024, context=256, dim=256, num_layers=4, num_heads=4, num_kv_heads=4, ffn_dim=768)
+EIGHT_B = LlamaConfig(vocab_size=128_256, context=8192, dim=4096, num_layers=32, num_heads=32, num_kv_heads=8,
+                      ffn_dim=14_336)
+
+
+def work(model=SMALL, rows=64, **given):
+    return Work(model=model, objective=CausalLMConfig(), optim=OPTIMIZERS["adamw"](), rows=rows, context=model.context,
+                steps=100, **given)
+
+
+def test_what_fits_one_device_is_only_copied():
+    best = rank(work(), machine("h200"), 8).best[0]
+    assert best.layout.on(8) == LayoutConfig(replicate=8) and best.fits
+
+
+def test_what_does_not_fit_one_device_is_divided():
+    ranking = rank(work(EIGHT_B, rows=64), machine("h100"), 8, keep=3)
+    divided = [option.layout.size("shard", "tensor", "pipeline", "context") for option in ranking.best]
+    assert all(option.fits for option in ranking.best) and min(divided) > 1
+    copies = next(o for o in ranking.others if o.layout.size("replicate") == 8)
+    assert not copies.fits and "does not fit" in copies.reason
+    speeds = [option.tokens_per_s for option in ranking.best]
+    assert speeds[0] >= 0.97 * max(speeds)
+
+
+def test_refusals_are_those_of_the_rooms_below():
+    odd = LlamaConfig(vocab_size=1000, context=256, dim=240, num_layers=4, num_heads=3, num_kv_heads=3, ffn_dim=768)
+    ranking = rank(work(odd), machine("h200"), 2)
+    tensor = next(o for o in ranking.others if o.layout.tensor == 2 and o.layout.processes == 2)
+    assert tensor.refused and "num_heads=3" in tensor.refused
+
+
+def test_nothing_fits_says_how_many_would():
+    big = LlamaConfig(vocab_size=32_000, context=1024, dim=8192, num_layers=80, num_heads=64, num_kv_heads=8,
+                      ffn_dim=28_672)
+    ranking = rank(work(big, rows=64), machine("rtx3090"), 2)
+    assert ranking.chosen is None
+    text = nothing_fits(work(big, rows=64), machine("rtx3090"), 2, ranking)
+    number = int(text.split("that fits is ")[1].split()[0])
+    assert 2 < number <= 256 and rank(work(big, rows=max(64, number)), machine("rtx3090"), number).chosen
+
+
+def test_auto_layout_is_quick_and_fits_the_processes(monkeypatch):
+    small = machine("h200")
+    monkeypatch.setattr(choose, "here", lambda: small)
+    choose_layout(SMALL, TrainConfig(rows=16), RuntimeConfig(), OPTIMIZERS["adamw"](), 2)      # imports
+    for processes in (1, 2, 4, 8):
+        begin = time.process_time()
+        layout, reason = choose_layout(SMALL, TrainConfig(rows=16), RuntimeConfig(), OPTIMIZERS["adamw"](), processes)
+        assert time.process_time() - begin < 1.0
+        assert layout.on(processes).processes == processes and reason
+
+
+def test_figures_follow_the_machine():
+    one = rank(work(), machine("h200"), 1).best[0]
+    assert one.seconds["compute"] == pytest.approx(
+        work().tokens_per_step * rank_flops() / (KINDS["h200"].peak_bf16_flops * KINDS["h200"].efficiency))
+    from dougong.core.config import replace
+
+    priced = bill(one, work(), replace(machine("h200"), price_per_hour=2.0))
+    assert priced["cost"] == pytest.approx(2.0 * 24 * priced["days"])
+    assert bill(one, work(), machine("h200"))["cost"] is None
+
+
+def rank_flops():
+    from dougong.models import count
+
+    return count.flops_per_token(SMALL, SMALL.context)
+
+
+@pytest.mark.parametrize(("schedule", "theory"), [
+    ("gpipe", 7 / 23), ("1f1b", 7 / 23), ("interleaved", 7 / 39), ("looped_bfs", 7 / 39)])
+def test_bubbles_are_those_of_theory(schedule, theory):
+    """(p - 1) / (v m + p - 1): p = 8 processes, m = 16 micro-batches, v stages each (arXiv:2104.04473, section 2.2)."""
+    assert pipeline(schedule, 8, 16).bubble == pytest.approx(theory)
+
+
+@pytest.mark.parametrize("schedule", list(SCHEDULES))
+def test_long_steps_repeat_what_short_ones_do(schedule, monkeypatch):
+    from dougong.plan import schedule as module
+
+    short = pipeline(schedule, 4, 32)
+    monkeypatch.setattr(module, "_STEADY", 100)
+    whole = module.pipeline.__wrapped__(schedule, 4, 32)
+    assert short.bubble == pytest.approx(whole.bubble) and short.in_flight == whole.in_flight
+
+
+def test_1f1b_holds_fewer_micro_batches_at_later_stages():
+    assert pipeline("1f1b", 4, 8).in_flight == (4, 3, 2, 1)
+    assert pipeline("gpipe", 4, 8).in_flight == (8, 8, 8, 8)
+    assert pipeline("zbv", 8, 16).bubble < pipeline("1f1b", 8, 16).bubble / 3
+
+
+def test_an_unknown_gpu_is_answered_with_the_nearest():
+    with pytest.raises(ConfigError, match="h200"):
+        machine("h2000")
+    assert machine("A100") is KINDS["a100-80"]
+
+
+def test_a_machine_of_your_own(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("like: h100\nhost_devices: 4\nefficiency: 0.3\n")
+    mine = load_machine(file)
+    assert (mine.name, mine.host_devices, mine.efficiency, mine.watts) == ("mine", 4, 0.3, KINDS["h100"].watts)
+    assert mine.link(4) == KINDS["h100"].host_link_bytes_per_s and mine.link(8) == KINDS["h100"].network_bytes_per_s
+    file.write_text("like: h100\nhost_device: 4\n")
+    with pytest.raises(ConfigError, match="host_devices"):
+        load_machine(file)
+
+
+def test_this_machine_is_measured():
+    assert here().peak_fp32_flops > 1e8 and here().memory_bytes > 1e8 and here() is here()
