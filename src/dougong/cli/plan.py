@@ -32,8 +32,13 @@ def plan(
     if budget is not None:
         from dougong.recipes.choose import plan_budget
 
-        emit(plan_budget(budget=budget, data=data, memory_for_serving=memory_for_serving, probe=bool(probe),
-                         recipe=recipe, overrides=overrides or [], out=out, progress=progress), as_json)
+        chosen = plan_budget(budget=budget, data=data, memory_for_serving=memory_for_serving, probe=bool(probe),
+                             recipe=recipe, overrides=overrides or [], out=out, progress=progress)
+        if html is not None:
+            from dougong.report.budget_page import write_budget_page
+
+            out.print(f"\n{write_budget_page(chosen, html)}")
+        emit(chosen, as_json)
         return
     from dougong.recipes.plan_recipe import plan_recipe
     from dougong.recipes.recipe import load_recipe
