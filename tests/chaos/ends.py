@@ -66,6 +66,15 @@ def starts(run: RunDirectory) -> list[int]:
     return [event["step"] for event in read_events(run.events) if event["event"] == "start"]
 
 
+def processes(run: RunDirectory) -> list[int]:
+    """How many processes each attempt had."""
+    return [event["processes"] for event in read_events(run.events) if event["event"] == "start"]
+
+
+def steps_done(run: RunDirectory) -> int:
+    return max(losses(run), default=0)
+
+
 def warnings(run: RunDirectory) -> list[str]:
     return [event["message"] for event in read_events(run.events) if event["event"] == "warning"]
 

@@ -131,3 +131,57 @@ def fill_disk(folder: Path, leaving: int) -> None:
                 raise
             break
     os.close(ballast)
+
+
+def every_step(action: Callable[[int], None]) -> None:
+    """The action with the number of each step, while the loop's reader holds its result."""
+    import dougong.recipes.train as story
+
+    fit = story.fit
+
+    def disturbed(*arguments: Any, **named: Any) -> Any:
+        for result in fit(*arguments, **named):
+            action(result.step)
+            yield result
+
+    story.fit = disturbed
+
+
+def slow(seconds: float, steps: range) -> None:
+    """Steps that take so much longer."""
+    every_step(lambda step: time.sleep(seconds) if step in steps else None)
+
+
+def hang_at(step: int) -> None:
+    """A process that does nothing any more."""
+    at_step(step, lambda: time.sleep(3600))
+
+
+def impatient_watch(floor_s: float) -> None:
+    """A hang counts after so many seconds instead of a minute."""
+    from dougong.train.watch import Watch
+
+    begin = Watch.__init__
+
+    def disturbed(self: Any, *arguments: Any, **named: Any) -> None:
+        begin(self, *arguments, **{**named, "floor_s": floor_s, "interval_s": 0.2})
+
+    Watch.__init__ = disturbed
+
+
+def record_rows(file: Path) -> None:
+    """Adds a line for each row that this process takes: number of its batch, place in it, hash of its tokens."""
+    import hashlib
+
+    from dougong.data.loader import Loader
+
+    take = Loader.batch
+
+    def recorded(self: Any, number: int) -> Any:
+        batch = take(self, number)
+        hashes = [hashlib.sha256(row.numpy().tobytes()).hexdigest()[:16] for row in batch["tokens"]]
+        with open(file, "a") as out:
+            out.writelines(f"{number} {place} {text}\n" for place, text in zip(self._mine, hashes, strict=True))
+        return batch
+
+    Loader.batch = recorded

@@ -30,7 +30,8 @@ def test_one_bad_batch(lab, reference, told):
 
 
 @pytest.mark.chaos("every batch from step 22 on with a NaN in it",
-                   must="training stops with a clear error; the batch and the last good weights are on disk")
+                   must="training stops with a clear error; the batch and the last good weights are on disk; "
+                        "with the data repaired the run goes on")
 def test_bad_batches_without_end(lab, reference, told):
     run = RunDirectory(lab / "all-nan")
     ended = Life(lab, "train", lab / "tiny.yaml", "--run", run.path,
@@ -41,15 +42,9 @@ def test_bad_batches_without_end(lab, reference, told):
     for step in run.checkpoint_steps():
         weights = load_file(run.checkpoint(step) / "model.safetensors")
         assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
-    told(f"stopped after skipping steps {skips(run)[0]} to {skips(run)[-1]}, exit code 2; {batch.name} holds the batch")
-
-
-@pytest.mark.chaos("the same run started again after the data were repaired",
-                   must="goes on from its last checkpoint and ends")
-def test_repaired_data(lab, told):
-    run = RunDirectory(lab / "all-nan")
-    ended = Life(lab, "train", "--resume", "--run", run.path).end()
-    assert ended.code == 0, ended.err
+    repaired = Life(lab, "train", "--resume", "--run", run.path).end()
+    assert repaired.code == 0, repaired.err
     own = losses(run)
     assert own[60] < own[21]
-    told(f"loss {own[60]:.4f} at the end")
+    told(f"stopped after skipping steps {skips(run)[0]} to {skips(run)[-1]}, exit code 2; {batch.name} holds the "
+         f"batch; with good data it went on to loss {own[60]:.4f}")

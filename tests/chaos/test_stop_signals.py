@@ -8,6 +8,8 @@ import pytest
 from ends import RunDirectory, assert_same_end, starts
 from lives import Life
 
+from dougong.core.events import read_events
+
 TERM = partial(faults.stop_with, signal.SIGTERM)
 
 
@@ -24,10 +26,14 @@ def stop_and_go_on(lab, reference, name, fault):
 
 
 @pytest.mark.chaos("SIGTERM during an evaluation",
-                   must="stops at once with everything saved; ends as the uninterrupted run")
+                   must="leaves the evaluation, with everything saved; ends as the uninterrupted run")
 def test_during_an_evaluation(lab, reference, told):
     term = partial(faults.around, "dougong.evaluate:bits_per_byte", before=TERM, turn=2)
-    told(f"stopped at step {stop_and_go_on(lab, reference, 'evaluating', term)}")
+    step = stop_and_go_on(lab, reference, "evaluating", term)
+    evaluated = [event["attempt"] for event in read_events(lab / "evaluating" / "events.jsonl")
+                 if event["event"] == "evaluation" and event["step"] == step]
+    assert step == 40 and evaluated == [2], "it lingered until the evaluation had ended"
+    told(f"left the evaluation of step {step}, and made up for it when resumed")
 
 
 @pytest.mark.chaos("SIGTERM during a save",
