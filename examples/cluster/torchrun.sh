@@ -20,10 +20,15 @@ export DOUGONG_CACHE=${DOUGONG_CACHE:-/shared/cache}    # prepared data, shared 
 LOCAL_ADDRESS=${LOCAL_ADDRESS:-}                        # this machine's, where the host name does not lead to it
 # ----
 
+more=()
+if [[ -n $LOCAL_ADDRESS ]]; then
+  more+=(--local-addr "$LOCAL_ADDRESS")
+  if [[ $LOCAL_ADDRESS == "$FIRST_HOST" ]]; then more+=(--rdzv-conf is_host=1); else more+=(--rdzv-conf is_host=0); fi
+fi
+
 # The identity is the run's: a launch of the same identity goes on with the run that an earlier one began.
 exec torchrun \
   --nnodes "$MIN_NODES:$MAX_NODES" --nproc-per-node "$PROCESSES" \
   --rdzv-backend c10d --rdzv-endpoint "$FIRST_HOST:$PORT" --rdzv-id "$(basename "$RUN")" \
-  ${LOCAL_ADDRESS:+--local-addr "$LOCAL_ADDRESS"} \
-  --max-restarts 100 --shutdown-timeout 300 \
+  "${more[@]}" --max-restarts 100 --shutdown-timeout 300 \
   --module -- dougong train "$RECIPE" --run "$RUN" "layout.shard=$SHARD" "$@"

@@ -76,7 +76,7 @@ def test_torchrun_script_starts_what_both_parsers_know(stand_ins, tmp_path):
     launch, train = check_torchrun(calls(tmp_path)[0])
     assert (launch.nnodes, launch.nproc_per_node, launch.rdzv_backend) == ("1:2", "2", "c10d")
     assert (launch.rdzv_endpoint, launch.rdzv_id, launch.local_addr) == ("10.0.0.1:29400", "tiny", "10.0.0.2")
-    assert launch.max_restarts > 0
+    assert launch.max_restarts > 0 and launch.rdzv_conf == "is_host=0"
     assert train["overrides"] == ["layout.shard=2", "train.steps=3"] and train["run"] == tmp_path / "runs/tiny"
 
 
