@@ -8,7 +8,7 @@ from dougong.nn.init import Init, Normal
 
 
 class Embedding(nn.Embedding):
-    """Looks up rows of a (vocabulary, width) table, in the table's own precision; torch's class underneath, as `Linear`."""
+    """Looks up rows of a (vocabulary, width) table, in the table's own precision; torch's class, as `Linear` is."""
 
     def __init__(self, vocab_size: int, dim: int, *, init: Init | None = None) -> None:
         super().__init__(vocab_size, dim)

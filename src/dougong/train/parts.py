@@ -7,16 +7,15 @@ that `torch.distributed.checkpoint`'s HuggingFaceStorageReader understands, and 
 import json
 import math
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from dougong.core.errors import CheckpointError
+from dougong.runtime.parts import local, part_of
 from dougong.train.safetensors_file import TYPES, read_header, write_tensors
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
@@ -24,54 +23,41 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 _OFFSETS, _SHAPES = "DCP_SHARDING_INFO", "whole_shapes"
 
 
-def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor, sharing its memory."""
-    held: Any = tensor.detach()
-    return held.to_local() if isinstance(held, DTensor) else held
-
-
 def box(tensor: Tensor) -> Box:
-    """Which part of the whole tensor that is. Raises CheckpointError where it is not one contiguous block."""
-    if not isinstance(tensor, DTensor):
-        return (0,) * tensor.ndim, tuple(tensor.shape)
-    spans = [_span(tuple(tensor.shape), dim, tensor.device_mesh, tensor.placements) for dim in range(tensor.ndim)]
-    offset, shape = tuple(start for start, _ in spans), tuple(length for _, length in spans)
-    if shape != tuple(tensor.to_local().shape):
-        raise CheckpointError(f"a tensor of {tuple(tensor.shape)} placed as {tensor.placements} should leave {shape} "
-                              f"here, and there are {tuple(tensor.to_local().shape)}: it cannot be saved.\n"
+    """Which part of the whole tensor this process holds. Raises CheckpointError where that is not one block."""
+    pieces, here = part_of(tensor), tuple(local(tensor).shape)
+    offset, shape = tuple(piece.start for piece in pieces), tuple(piece.stop - piece.start for piece in pieces)
+    if shape != here:
+        placements = getattr(tensor, "placements", ())
+        raise CheckpointError(f"a tensor of {tuple(tensor.shape)} placed as {placements} should leave {shape} here, "
+                              f"and there are {here}: it cannot be saved.\n"
                               "Choose a layout whose axes divide the model's widths.")
     return offset, shape
-
-
-@lru_cache(maxsize=4096)
-def _span(shape: tuple[int, ...], dim: int, mesh: Any, placements: tuple[Any, ...]) -> tuple[int, int]:
-    """First index and length along one dimension: DTensor itself is asked, by placing the indices as it would the
-    tensor (`_StridedShard` included), without a message to anyone."""
-    along = [p if getattr(p, "dim", None) == dim else Replicate() for p in placements]
-    indices = torch.arange(shape[dim]).view([-1 if d == dim else 1 for d in range(len(shape))])
-    here = distribute_tensor(indices, mesh, along, src_data_rank=None).to_local().flatten().tolist()
-    start = here[0] if here else 0
-    if here != list(range(start, start + len(here))):
-        raise CheckpointError(f"a tensor of {shape} placed as {placements} lies scattered along dimension {dim}: "
-                              "it cannot be saved in parts.")
-    return start, len(here)
 
 
 def placed_like(own: Tensor, part: Tensor) -> Tensor:
     """`part` (what this process holds) as a tensor of the same placement as `own`."""
     part = part.to(own.device)
-    if not isinstance(own, DTensor):
+    if not _is_divided(own):
         return part
-    return DTensor.from_local(part, own.device_mesh, own.placements, run_check=False, shape=own.shape,
+    from torch.distributed.tensor import DTensor
+
+    lying: Any = own
+    return DTensor.from_local(part, lying.device_mesh, lying.placements, run_check=False, shape=own.shape,
                               stride=own.stride())
 
 
 @torch.no_grad()
 def fill(own: Tensor, value: Tensor) -> None:
     """Copies into what this process holds of `own`, from a tensor placed like it or from a whole one."""
-    if isinstance(own, DTensor) and not isinstance(value, DTensor):
+    if _is_divided(own) and not _is_divided(value):
         value = value[tuple(slice(start, start + length) for start, length in zip(*box(own)))]
-    local(own).copy_(local(value))
+    local(own.detach()).copy_(local(value.detach()))
+
+
+def _is_divided(tensor: Tensor) -> bool:
+    """Whether it is a DTensor (whose module takes half a second to import)."""
+    return hasattr(tensor, "_local_tensor")
 
 
 def write_parts(path: Path, parts: Mapping[str, tuple[Tensor, Box, tuple[int, ...]]]) -> dict:

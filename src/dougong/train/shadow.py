@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from dougong.train.parts import fill, local
+from dougong.runtime.parts import local
+from dougong.train.parts import fill
 
 
 class Shadow:
@@ -51,7 +51,7 @@ class Shadow:
     @torch.no_grad()
     def _exchange(self, model: nn.Module) -> None:
         for name, tensor in tracked(model).items():
-            if isinstance(tensor, DTensor):     # FSDP keeps views of this memory: contents change places, not pointers
+            if local(tensor) is not tensor:     # FSDP keeps views of this memory: contents change places, not pointers
                 mine, lagged = local(tensor), local(self.tensors[name])
                 before = mine.clone()
                 mine.copy_(lagged)

@@ -23,8 +23,9 @@ from dougong.core.errors import CheckpointError, DougongError
 from dougong.core.run import RunDirectory
 from dougong.runtime import seeds
 from dougong.runtime.mesh import Mesh
+from dougong.runtime.parts import local
 from dougong.train.manifest import Saved, publish, temporary
-from dougong.train.parts import Box, Stored, box, local, write_parts
+from dougong.train.parts import Box, Stored, box, write_parts
 from dougong.train.peers import Peers
 from dougong.train.shadow import tracked
 from dougong.train.state import TrainState, check, merge_optimizers, narrow_optimizer
