@@ -9,6 +9,7 @@ from dougong.optim.build import AdamWConfig, MuonConfig
 from dougong.optim.schedules import CosineConfig, WSDConfig
 from dougong.recipes.recipe import Recipe, SampleConfig
 from dougong.train import TrainConfig
+from dougong.train.config import SpikeConfig
 
 PROMPTS = ("The ", "In this chapter, ")
 
@@ -25,7 +26,7 @@ def gpt2_124m() -> Recipe:
         objective=CausalLMConfig(),
         optim=AdamWConfig(lr=6e-4),
         schedule=CosineConfig(warmup=2000),
-        train=TrainConfig(rows=480),
+        train=TrainConfig(rows=480, spikes=SpikeConfig()),
         sample=SampleConfig(prompts=PROMPTS),
     )
 
@@ -43,5 +44,6 @@ def qwen3_1b() -> Recipe:
         objective=CausalLMConfig(z_loss=1e-4),
         optim=MuonConfig(),
         schedule=WSDConfig(),
+        train=TrainConfig(spikes=SpikeConfig()),
         sample=SampleConfig(prompts=PROMPTS),
     )

@@ -1,0 +1,1 @@
+"""A run over HTTP, in the words that existing clients speak."""
