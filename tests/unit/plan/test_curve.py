@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dougong.plan.curve import SmallRun, effective_tokens, fit_curve
+from dougong.plan.curve import DRIFT, SmallRun, effective_tokens, fit_curve
 
 CEILING = 3.7
 
@@ -67,3 +67,19 @@ def test_repeated_text_counts_less():
 def test_the_same_runs_give_the_same_curve():
     first, again = (fit_curve(probe(4), ceiling=CEILING).predict(2e6, 8e6) for _ in range(2))
     assert first == again
+
+
+def test_the_interval_is_that_of_one_run_not_of_the_curve():
+    """Many runs determine the curve; what a single one reaches still scatters as they did."""
+    random = np.random.default_rng(5)
+    places = [(n, d) for n in (2e5, 6e5, 2e6, 6e6) for d in (1e6, 4e6, 16e6, 64e6)]
+    runs = [SmallRun(n, d, truth(n, d) * np.exp(0.03 * random.standard_normal())) for n, d in places]
+    _, (low, high) = fit_curve(runs, ceiling=CEILING).predict(1e6, 10e6)
+    assert 2 * 1.5 * 0.03 < np.log(high / low) < 2 * 2.8 * 0.03
+
+
+@pytest.mark.parametrize("place", [(6e6, 64e6 * 32), (6e6 * 32, 64e6)])
+def test_the_form_itself_is_not_trusted_far_beyond_the_runs(place):
+    runs = [SmallRun(n, d, truth(n, d)) for n in (2e5, 6e5, 2e6, 6e6) for d in (1e6, 4e6, 16e6, 64e6)]
+    _, (low, high) = fit_curve(runs, ceiling=CEILING).predict(*place)
+    assert np.log(high / low) > 2 * 1.9 * 5 * DRIFT
