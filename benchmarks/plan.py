@@ -58,8 +58,9 @@ def memory(quick: bool) -> list[dict[str, Any]]:
                 planned, found = step_memory(step).peak_bytes, measured_peak(step)
                 rows.append({"shape": name, "precision": precision, "checkpoint": checkpoint, "optimizer": optimizer,
                              "planned": planned, "measured": found, "ratio": planned / found})
-                print(f"memory  {name:<12} {precision} {checkpoint:<10} {optimizer:<6} planned {planned / 2**20:7.1f} MiB"
-                      f"  measured {found / 2**20:7.1f}  ratio {planned / found:.3f}", flush=True)
+                print(f"memory  {name:<12} {precision} {checkpoint:<10} {optimizer:<6} planned "
+                      f"{planned / 2**20:7.1f} MiB  measured {found / 2**20:7.1f}  ratio {planned / found:.3f}",
+                      flush=True)
     return rows
 
 
@@ -85,8 +86,8 @@ def times(quick: bool) -> list[dict[str, Any]]:
 def large() -> dict[str, Any]:
     """A fresh process, so that nothing of this one is counted."""
     begin = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "dougong", "plan", str(ROOT / "examples/plan/llama405b.yaml"), "--gpus", "16384",
-                    "--gpu", "h200"], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-m", "dougong", "plan", str(ROOT / "examples/plan/llama405b.yaml"),
+                    "--gpus", "16384", "--gpu", "h200"], check=True, stdout=subprocess.DEVNULL)
     seconds, held = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     print(f"large   405B on 16,384: {seconds:.1f} s, {held / 2**30:.2f} GiB resident (asked: 60 s, 2 GiB)", flush=True)
     return {"seconds": seconds, "resident_bytes": held}
@@ -99,8 +100,9 @@ def main() -> None:
     options = parser.parse_args()
     report = {**header(), "large": large(), "memory": memory(options.quick), "time": times(options.quick)}
     ratios = [row["ratio"] for row in report["memory"]]
-    print(f"\nmemory: {min(ratios):.3f} to {max(ratios):.3f} of the measured peak over {len(ratios)} cases (asked: 0.9 to "
-          f"1.1)\ntime: {', '.join(f'{row['ratio']:.2f}' for row in report['time'])} of the measured (asked: 0.8 to 1.2)")
+    timed = ", ".join(f"{row['ratio']:.2f}" for row in report["time"])
+    print(f"\nmemory: {min(ratios):.3f} to {max(ratios):.3f} of the measured peak, {len(ratios)} cases (asked: 0.9 to "
+          f"1.1)\ntime: {timed} of the measured (asked: 0.8 to 1.2)")
     write(options.json, report)
 
 

@@ -35,7 +35,8 @@ def test_arithmetic_is_within_a_tenth_of_the_simulation(layout, mode):
     job = work(MODEL)
     found = simulate(job, layout, checkpoint=mode, micro_rows=4, micro_batches=1)
     told = sum(memory(Counts(job.step()), layout, mode, 4, 1, gpu=False).values())
-    assert math.isfinite(found.peak_bytes) and 0.9 < told / found.peak_bytes < 1.1
+    assert math.isfinite(found.peak_bytes)
+    assert 0.9 < told / found.peak_bytes < 1.1
     assert not dist.is_initialized()
 
 
@@ -57,6 +58,7 @@ def test_405_billion_on_16384_devices_in_a_minute_and_two_gib():
     found = simulate(work(model, rows=2048), layout, checkpoint="full", micro_rows=1, micro_batches=1)
     told = sum(memory(Counts(work(model, rows=2048).step()), layout, "full", 1, 1, gpu=False).values())
     assert 0.9 < told / found.peak_bytes < 1.1
-    assert found.weights == pytest.approx(4 * 405.85e9 / 16_384, rel=0.01)
+    # more than an equal share: where a matrix has fewer rows than processes, the first ones hold a row each
+    assert 1.0 <= found.weights / (4 * 405.85e9 / 16_384) < 1.4
     assert found.seconds < 60
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < 2 * 2**30

@@ -86,6 +86,9 @@ def kept_per_row(counts: Counts, layout: LayoutConfig, mode: str) -> Line:
         row = outside.per_row / tensor + gathered + inside.per_row / tensor
     else:
         row = outside.per_row + inside.per_row / tensor
+    if layout.context > 1 and layout.context_method == "all_to_all" and mode != "full":
+        heads, groups, width = counts.section.attention.heads(counts.dim)     # as exchanged, beside as computed
+        row += counts.context * (heads + 2 * groups) * width / tensor * counts.itemsize
     casts = 0.0 if layout.size(*SHARDS) > 1 else outside.fixed + inside.fixed / tensor
     return Line(casts, row / layout.context)
 
@@ -118,13 +121,13 @@ def _one(counts: Counts, layout: LayoutConfig, mode: str, micro_rows: int, micro
     at_work = _AT_WORK * one_layer
     kinds = {"weights": held * FP32 * (2 if ema else 1), "gradients": held * FP32,
              "optimizer": held * FP32 * counts.optimizer_copies}
-    in_loss, going_back = _gathered(counts, layout, split, micro_batches, first=first)
+    in_loss, going_back, at_end = _gathered(counts, layout, split, micro_batches, first=first)
     before = {**kinds, "gradients": kinds["gradients"] if micro_batches > 1 else 0.0, "activations": activations}
     moments = (
         {**before, "gathered": in_loss, "logits": head_held + head_peak},
         {**before, "gathered": going_back, "logits": head_held,         # the backward pass begins
          "recomputed": at_work + (one_layer if mode != "none" else 0)},
-        {**kinds, "gathered": going_back, "activations": casts / split.layers + one_layer,      # and ends
+        {**kinds, "gathered": at_end, "activations": casts / split.layers + one_layer,      # and ends
          "recomputed": at_work})
     worst = max(moments, key=lambda kinds: sum(kinds.values()))
     if gpu:
@@ -141,17 +144,19 @@ def _layers_in_flight(layout: LayoutConfig, split: Split, micro_batches: int, *,
 
 
 def _gathered(counts: Counts, layout: LayoutConfig, split: Split, micro_batches: int, *,
-              first: bool) -> tuple[float, float]:
-    """Whole weights, and gradients not yet divided, that FSDP holds in the loss and in the backward pass.
+              first: bool) -> tuple[float, float, float]:
+    """Whole weights, and gradients not yet divided, that FSDP holds in the loss, in the backward pass, at its end.
 
-    By layer: two layers' weights. For the step: all layers', and, where there are several micro-batches, gradients that
-    wait for the last. Stem and head, in fp32, stay from their first use to their last. On the way back: one layer's
-    gradients, and their copy to be divided.
+    By layer: two layers' weights, one at the end. For the step: all layers', and, with several micro-batches, gradients
+    that wait for the last. Stem and head, in fp32, stay from their first use to their last. On the way back:
+    one layer's gradients, and their copy to be divided; at the end also those of stem and head.
     """
     if split.shards == 1:
-        return 0.0, 0.0
+        return 0.0, 0.0, 0.0
     layer, ends = layer_parameters(counts, split.tensor), end_parameters(counts, layout, first=first)
     size, whole = counts.itemsize, layout.gathered == "step"
     weights = (split.layers if whole else 2) * layer * size + ends * FP32
     waiting = split.layers * layer * FP32 if whole and micro_batches > 1 else 0.0
-    return weights + waiting, weights + waiting + layer * (size + FP32) + ends * FP32
+    leaving = layer * (size + FP32)
+    last = weights + waiting + leaving + ends * FP32 - (0 if whole else layer * size)
+    return weights + waiting, weights + waiting + leaving, last
