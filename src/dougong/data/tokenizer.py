@@ -90,6 +90,20 @@ class Tokenizer:
     def special_tokens(self) -> dict[str, int]:
         return {token["content"]: token["id"] for token in self._spec["added_tokens"] if token["special"]}
 
+    @property
+    def begin_id(self) -> int | None:
+        """What a text is read after: the tokenizer's own first token where it has one apart from the last (Llama), else
+        `document_id`."""
+        name = _content(self._settings.get("bos_token"))
+        found = None if name is None else self.backend.token_to_id(name)
+        return self.document_id if found is None else found
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja template that turns a conversation into text, where there is one."""
+        template = self._settings.get("chat_template")
+        return template if isinstance(template, str) and template else None
+
     @cached_property
     def fingerprint(self) -> str:
         """Hash of everything that decides ids."""
