@@ -188,6 +188,8 @@ def law_options(base: Recipe, flops: float, text: Text, serving: Serving | None,
     far = 8 if serving is None and math.isinf(text.unique_tokens(32_768)) else 30    # what could make it smaller
     for size in ladder(max(centre / far, _SMALLEST), min(max(centre * 5, 10 * _SMALLEST), _LARGEST)):
         shape, _ = shape_of(base, size)
+        if options and options[-1].shape.model == shape.model:
+            continue    # the smallest sizes share a shape
         tokens = flops / shape.flops_per_token
         unique = _unique(base, text, shape)
         options.append(Option(shape, tokens, None if math.isinf(unique) else tokens / unique, None,

@@ -19,6 +19,8 @@ def print_choice(plan: dict[str, Any], out: Any) -> None:
     out.print(_figures(plan["figures"]), "")
     if plan.get("probe"):
         out.print(_small_runs(plan["probe"]), "")
+        if plan["probe"]["warning"]:
+            out.print(_escaped(plan["probe"]["warning"]) + "\n", style="yellow")
     out.print(_curve(plan), "")
     if plan["others"]:
         out.print(_others(plan["others"]), "")

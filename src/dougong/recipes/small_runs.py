@@ -140,7 +140,10 @@ def run_probe(base: Recipe, allowed: float, training: float, *, pace: Callable[.
         report(round(time.perf_counter() - begin), round(allowed), f"probe: small run {number} of {len(plan)}")
         recipe = sized(settled, size)
         step = timings[_flops_per_step(recipe, corpus)] = pace(recipe, corpus)
-        runs.append(train(recipe, corpus, size, max(FEWEST_STEPS // 4, round(seconds / step))))
+        steps = max(FEWEST_STEPS // 4, round(seconds / step))
+        if number == len(plan):
+            steps = min(steps, max(FEWEST_STEPS // 8, runs[0].steps // 2))   # the smallest again, for less
+        runs.append(train(recipe, corpus, size, steps))
     for factor in (0.5, 1.0, 2.0):
         report(round(time.perf_counter() - begin), round(allowed), "probe: timing larger shapes")
         recipe = sized(settled, written(factor * centre(speed, training)))
@@ -238,8 +241,19 @@ def choose(base: Recipe, probe: Probe, training: float, money: Budget, serving: 
             "loss": loss, "refused": None, "figures": [figure.to_dict() for figure in figures], "others": [],
             "curve": [option.to_dict() for option in options],
             "probe": {"runs": [run.to_dict() for run in probe.runs], "seconds": probe.seconds,
+                      "warning": _warning(probe),
                       "training_seconds": training, "numbers": {key: list(value) for key, value in numbers.items()}},
-            "overrides": [*shape_overrides(base, best.shape), f"train.steps={steps}"]}
+            "overrides": [*shape_overrides(base, best.shape), f"train.rows={rows}", f"train.steps={steps}"]}
+
+
+def _warning(probe: Probe) -> str | None:
+    """What makes the figures rougher than they look; None where nothing does."""
+    fewest = min(run.steps for run in probe.runs[:-1])
+    if fewest >= 0.9 * FEWEST_STEPS:
+        return None
+    return (f"The time was too short: a small run had {fewest} steps, and below {FEWEST_STEPS} models are still in "
+            "their first, sudden progress, which says little about later. Give a longer budget before trusting this "
+            "choice.")
 
 
 def probe_options(base: Recipe, probe: Probe, training: float, serving: Serving | None) -> list[Option]:
@@ -251,7 +265,9 @@ def probe_options(base: Recipe, probe: Probe, training: float, serving: Serving 
         per_step = rows * shape.model.context
         pace = probe.seconds_per_step(shape.flops_per_token * per_step)
         tokens = training / pace * per_step
-        if tokens < FEWEST_STEPS / 2 * per_step:
+        if options and options[-1].shape.model == shape.model:
+            continue
+        if tokens < FEWEST_STEPS / 2 * per_step and len(options) > 1:
             break   # it would not come out of its first steps
         middle, interval = probe.curve.predict(shape.matrices, tokens, probe.unique)
         options.append(Option(shape, tokens, tokens / probe.unique, pace, middle, interval, shape.fits(serving)))

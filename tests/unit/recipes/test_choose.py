@@ -195,6 +195,7 @@ def test_no_small_run_ends_in_its_first_steps_and_sizes_are_about_halves(world, 
     sizes = [run.shape.matrices for run in long]
     assert len(sizes) == number and all(1.25 < b / a < 4 for a, b in itertools.pairwise(sizes))
     assert probe.runs[-1].shape == long[0].shape and probe.runs[-1].steps < 0.6 * long[0].steps
+    assert small_runs._warning(probe) is None
     spent = sum(run.steps * run.seconds_per_step for run in probe.runs)
     assert 0.7 * allowed < spent < 0.95 * allowed
 
@@ -225,8 +226,23 @@ def test_the_probe_trains_real_models_and_says_what_it_found(text, monkeypatch):
     assert any(what.startswith("probe: small run") for what in told)
     recipe = resolve(load_recipe("first", [*overrides, *plan["overrides"]])[0])[0]
     assert recipe.train.steps == plan["steps"] and parse_size(plan["choice"]["size"]) > 0
+    assert runs[-1]["steps"] < runs[0]["steps"], "the smallest again, for less"
 
 
 def test_the_least_loss_of_a_law_is_where_its_formula_has_it(three_days):
     best = min(three_days["curve"], key=lambda option: option["loss"])
     assert best["matrices"] == pytest.approx(CHINCHILLA.optimum(9.2e20)[0], rel=0.3)
+
+
+def test_a_probe_that_had_too_little_time_says_so(world):
+    base, pace, train, _ = world
+    probe = small_runs.run_probe(base, 20.0, 47.0, pace=pace, train=train)
+    assert "too short" in small_runs._warning(probe) and len({run.tokens for run in probe.runs}) > 1
+    plan = small_runs.choose(base, probe, 47.0, Budget(1, machine("here"), 67.0), None)
+    assert plan["probe"]["warning"] and f"train.rows={plan['rows']}" in plan["overrides"]
+
+
+def test_no_shape_is_considered_twice(three_days):
+    for plan in (three_days, plan_budget(budget="here x 1 min")):
+        shapes = [(o["num_layers"], o["dim"], o["vocab_size"]) for o in plan["curve"]]
+        assert len(set(shapes)) == len(shapes)
