@@ -42,10 +42,10 @@ class Counts:
         self.step = dataclasses.replace(step, micro_rows=1, micro_batches=1, ema=False)
         self.section: DecoderConfig = step.model.decoder()
         self._found: dict[tuple[str, int, int, int], Forward] = {}
-        self.context = step.context or step.model.context
-        self.layers: int = self.section.num_layers
-        self.dim: int = self.section.dim
-        self.vocab_size: int = self.section.vocab_size
+        num_layers, dim, vocab_size = self.section.num_layers, self.section.dim, self.section.vocab_size
+        assert num_layers and dim and vocab_size, "the plan is made for a resolved recipe"
+        self.context: int = step.context or step.model.context
+        self.layers, self.dim, self.vocab_size = num_layers, dim, vocab_size
         self.itemsize = ITEMSIZE[step.precision]
         self.stream_bytes = self.context * self.dim * self.itemsize
         """one row of the residual stream"""

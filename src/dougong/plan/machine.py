@@ -161,7 +161,7 @@ def here() -> Machine:
     if device.type == "cuda":
         return _gpu_here(bf16, fp32)
     bandwidth = _copy_bytes_per_s(device)
-    return Machine(name="here", device=device.type, peak_bf16_flops=bf16, peak_fp32_flops=fp32,
+    return Machine(name="here", device=best_device(), peak_bf16_flops=bf16, peak_fp32_flops=fp32,
                    memory_bytes=_memory_bytes(), memory_bytes_per_s=bandwidth, host_devices=1,
                    host_link_bytes_per_s=bandwidth / 4, network_bytes_per_s=1e8, latency_s=1e-4,
                    watts=15 + 10 * usable_cores(),   # a laptop's board, and its processor's cores under load

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from dougong.core.config import replace
@@ -34,7 +35,6 @@ from dougong.plan.work import Work
 from dougong.runtime.device import Runtime
 from dougong.runtime.layout import LayoutConfig
 from dougong.runtime.mesh import Mesh
-
 
 _SHALLOW = 4
 """layers from which FSDP gathers one while it computes another, as it goes on to do in all of a deep model"""
@@ -126,7 +126,7 @@ def _run(work: Work, runtime: Runtime, checkpoint: str, micro_rows: int, micro_b
             kept = _observed(objective, counter)
             # copies hold what one process holds; DDP waits for answers that nobody gives
             gradients = plain_gradients if isinstance(divided.gradients, CopiedGradients) else divided.gradients
-            gradients(divided.model, kept, batches, 2.0, runtime)
+            gradients(divided.model, kept, batches, 2.0, runtime)   # type: ignore[arg-type]
     share = 1 / len(batches)
     return Simulated(counter.peak_bytes, weights, kept.bytes, _named(counter.collectives, share),
                      _named(counter.collective_bytes, share))
@@ -164,7 +164,7 @@ def materialise(model: nn.Module) -> None:
             if buffer is not None:
                 module._buffers[name] = torch.empty_like(buffer, device="cpu")
     for module in model.modules():
-        state = module._get_fsdp_state() if hasattr(module, "_get_fsdp_state") else None
+        state = module._get_fsdp_state() if isinstance(module, FSDPModule) else None
         for group in getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]:
             for parameter in group.fsdp_params if group is not None else ():
                 parameter.reset_sharded_param()
@@ -177,7 +177,7 @@ def _fake(parameter: nn.Parameter) -> nn.Parameter:
     else:
         data = torch.empty_like(parameter.detach(), device="cpu")
     fresh = nn.Parameter(data, requires_grad=parameter.requires_grad)
-    fresh.__dict__.update(parameter.__dict__)
+    vars(fresh).update(vars(parameter))   # type: ignore[union-attr]
     return fresh
 
 
