@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from dougong.cli import data, demo, evaluate, generate, plan, recipes, report, show, train
+from dougong.cli import data, demo, evaluate, export, generate, plan, recipes, report, show, train
 from dougong.core.errors import ConfigError, DougongError
 from dougong.core.files import explained_disk_errors
 
@@ -30,6 +30,7 @@ app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("report")(report.report)
+app.command("export")(export.export)
 app.add_typer(data.app, name="data")
 
 

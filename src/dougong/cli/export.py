@@ -1,0 +1,37 @@
+"""`dougong export`: a run as files that other programs read, read back by one of them before they get their name."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from dougong.cli.output import Json, console, emit, tell_passed_over
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="A run, one of its checkpoints, or a Hugging Face directory.")],
+    to: Annotated[Literal["hf"], typer.Option("--to", help="hf: a directory for transformers.")] = "hf",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where; default: RUN-hf beside the run.")] = None,
+    dtype: Annotated[Literal["f32", "bf16", "f16"] | None, typer.Option(
+        "--dtype", help="Type of the weights in hf; default: f32, or that of the imported model.")] = None,
+    license: Annotated[str, typer.Option("--license", help="For the model card, such as apache-2.0.")] = "unknown",
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not read back what was written.")] = False,
+    checkpoint: Annotated[str, typer.Option("--checkpoint", help="best, last, or a step.")] = "best",
+    as_json: Json = False,
+) -> None:
+    """Write a run's model for other programs, and check that they compute the same."""
+    from dougong.recipes.export import export_hf
+    from dougong.recipes.open_run import open_run
+
+    opened = open_run(run, checkpoint=checkpoint)
+    tell_passed_over(opened)
+    place = out or run.with_name(f"{run.name}-{to}")
+    exported = export_hf(opened, place, dtype=dtype, verify=not no_verify, license=license)
+    screen = console(as_json)
+    for name, size in exported.files.items():
+        screen.print(f"  {name:<36}{size:>16,} bytes", style="dim")
+    for note in exported.notes:
+        screen.print(note)
+    screen.print(exported.verified.sentence() if exported.verified else "not verified (--no-verify).")
+    screen.print(f"written: {exported.path}", style="bold")
+    emit(exported.to_dict(), as_json)

@@ -1,0 +1,123 @@
+"""README.md of an exported model, made from what its run recorded: nothing is claimed that was not measured."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card tells. Mappings are events of docs/design/events.md; empty where a run has none."""
+
+    name: str
+    architecture: str
+    parameters: int
+    context: int
+    dtype: str
+    step: int
+    license: str
+    version: str
+    recipe: str = ""
+    """YAML"""
+    about: str = ""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    result: Mapping[str, Any] = field(default_factory=dict)
+    tokens: int | None = None
+    """read in training, repetitions counted"""
+    imported_from: str | None = None
+    begins_with: str | None = None
+    """the token that a text is read after"""
+    chat: bool = False
+    rounding: str = ""
+
+
+def model_card(facts: CardFacts) -> str:
+    """Markdown with the front matter that Hugging Face's hub reads."""
+    parts = [_front_matter(facts), f"# {facts.name}", _summary(facts), _use(facts), _data(facts), _figures(facts),
+             _limits(facts), _recipe(facts)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _front_matter(facts: CardFacts) -> str:
+    return (f"---\nlibrary_name: transformers\npipeline_tag: text-generation\nlicense: {facts.license}\n"
+            "tags:\n- dougong\n---")
+
+
+def _summary(facts: CardFacts) -> str:
+    origin = f"imported from `{facts.imported_from}`" if facts.imported_from else f"trained to step {facts.step:,}"
+    if facts.tokens:
+        origin += f" on {facts.tokens:,} tokens, repetitions counted"
+    return (f"{facts.about}\n\n" if facts.about else "") + (
+        f"A language model of {facts.parameters:,} parameters (`{facts.architecture}`, {facts.dtype}, context of "
+        f"{facts.context:,} tokens), {origin} with dougong {facts.version}.{facts.rounding}")
+
+
+def _use(facts: CardFacts) -> str:
+    prompt = "tokenizer.bos_token + \"Once upon a time\"" if facts.begins_with else "\"Once upon a time\""
+    why = (f"Every training document followed `{facts.begins_with}`, and so should a prompt: `bos_token` above is that "
+           "token. It is also what the model ends a text with.\n") if facts.begins_with else ""
+    chat = "For conversations use `tokenizer.apply_chat_template(messages, add_generation_prompt=True)`.\n" \
+        if facts.chat else "It continues text; it was not taught to hold a conversation.\n"
+    return f"""## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForCausalLM.from_pretrained(".")
+inputs = tokenizer({prompt}, return_tensors="pt", add_special_tokens=False)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0], skip_special_tokens=True))
+```
+
+{why}{chat}""".rstrip()
+
+
+def _data(facts: CardFacts) -> str:
+    data = facts.data
+    if not data.get("splits"):
+        return "## Data\n\nNot recorded." if not facts.imported_from else \
+            "## Data\n\nOf the imported model's training nothing is known here; see its own card."
+    rows = ["| split | documents | bytes | tokens |", "| --- | ---: | ---: | ---: |"]
+    rows += [f"| {name} | {split.get('documents', 0):,} | {split.get('bytes', 0):,} | {split.get('tokens', 0):,} |"
+             for name, split in data["splits"].items()]
+    sources = [f"- `{source['name']}`: {source.get('documents', 0):,} documents, {source.get('bytes', 0):,} bytes"
+               for source in data.get("sources", []) if "name" in source]
+    left_out = "".join(f"\n\n{what}: {value}." for what, value in (("Split", (data.get("split") or {}).get("sentence")),)
+                       if value)
+    return "## Data\n\n" + "\n".join(rows) + ("\n\nSources:\n\n" + "\n".join(sources) if sources else "") + \
+        left_out.replace("..", ".") + f"\n\nFingerprint of the data and the tokenizer: `{data.get('fingerprint', '')}`."
+
+
+def _figures(facts: CardFacts) -> str:
+    result = facts.result
+    if result.get("bits_per_byte") is None:
+        return "## Figures\n\nNot scored on held-out text."
+    rows = [f"| {result.get('split', 'held-out')} split | bits per byte | 95 % interval | model − this (paired 95 %) |",
+            "| --- | ---: | ---: | ---: |",
+            f"| this model | {result['bits_per_byte']:.4f} | {_interval(result.get('interval'))} | |"]
+    rows += [f"| {row['name']} | {row['bits_per_byte']:.4f} | | {row['difference']:+.4f} {_interval(row.get('interval'))} |"
+             for row in result.get("baselines", [])]
+    of = f" of step {result['step']:,}" if "step" in result else ""
+    other = "" if result.get("step", facts.step) == facts.step else \
+        f" **The weights here are those of step {facts.step:,}, which these figures are not about.**"
+    return ("## Figures\n\n" + "\n".join(rows) + f"\n\nEvery token{of} scored once ({result.get('weights', 'raw')} "
+            f"weights before any rounding; {result.get('documents', 0):,} documents, {result.get('bytes', 0):,} bytes). "
+            f"Lower is better; below 0 in the last column says that the model is better.{other}")
+
+
+def _limits(facts: CardFacts) -> str:
+    limits = [f"It reads at most {facts.context:,} tokens; beyond them nothing was learned.",
+              "It repeats what its data say, errors and prejudices included, and invents what they do not say.",
+              "It was not tested for safety, and not outside the data above."]
+    if not facts.imported_from and facts.parameters < 1_000_000_000:
+        limits.append(f"At {facts.parameters:,} parameters it is small: do not expect facts or reasoning.")
+    if facts.license == "unknown":
+        limits.append("No licence was named when it was exported; ask its maker before you use it.")
+    return "## Limits\n\n" + "\n".join(f"- {limit}" for limit in limits)
+
+
+def _recipe(facts: CardFacts) -> str:
+    return f"## Recipe\n\n```yaml\n{facts.recipe.strip()}\n```" if facts.recipe else ""
+
+
+def _interval(pair: Any) -> str:
+    return f"[{pair[0]:.4f}, {pair[1]:.4f}]" if pair else ""

@@ -1,0 +1,143 @@
+"""From a run to a form that other programs read: what the formats need to know of a run, and the order of things.
+
+Written beside its place under a name with a dot, read back by another program, and given its name only then.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dougong import __version__
+from dougong.core.config import dump_yaml, to_dict
+from dougong.core.errors import ConfigError, DougongError
+from dougong.core.events import read_events
+from dougong.core.files import explained_disk_errors, sync_directory
+from dougong.interop.export_hf import rounded, verify_hf, write_hf
+from dougong.interop.model_card import CardFacts, model_card
+from dougong.interop.published import published_form
+from dougong.interop.verify import Verified
+from dougong.models import count
+from dougong.recipes.open_run import OpenRun
+from dougong.train.shadow import tracked
+
+_TEXTS, _TEXT_CHARACTERS = 16, 2000
+_DTYPE_NAMES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and what the independent reader found (None: it was not asked)."""
+
+    path: Path
+    format: str
+    dtype: str
+    files: dict[str, int]
+    """name -> bytes"""
+    verified: Verified | None
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"path": str(self.path), "format": self.format, "dtype": self.dtype, "files": self.files,
+                "bytes": sum(self.files.values()), "verified": to_dict(self.verified) if self.verified else None,
+                "notes": list(self.notes)}
+
+
+def export_hf(opened: OpenRun, out: Path, *, dtype: str | None = None, verify: bool = True, license: str = "unknown",
+              shard_bytes: int | None = None) -> Exported:
+    """A directory for transformers. `dtype` None: that of the model it was imported from, else f32.
+
+    Raises ConfigError for what the format cannot hold, Mismatch (and leaves nothing) where the reader disagrees.
+    """
+    family, config = published_form(refuse_without_tokens(opened).model)
+    dtype = dtype or stored_dtype(opened)
+    state = tracked(opened.model)
+    card = model_card(card_facts(opened, family.architecture, dtype, license))
+    sizes = {} if shard_bytes is None else {"shard_bytes": shard_bytes}
+
+    def write(place: Path) -> Verified | None:
+        write_hf(place, family, config, state, opened.tokenizer, dtype=dtype, card=card, **sizes)
+        return verify_hf(place, opened.model, opened.tokenizer, held_out_texts(opened), dtype=dtype) if verify else None
+
+    verified = published_whole(out, write)
+    return Exported(out, "hf", dtype, sizes_of(out), verified, _notes(opened, dtype, state))
+
+
+def published_whole(out: Path, write: Callable[[Path], Any]) -> Any:
+    """Lets `write` fill a directory that gets the name `out` only if nothing was raised; returns what it returned."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists already, and an export overwrites nothing. Choose another --out, or remove it.")
+    place = out.with_name(f".{out.name}-writing")
+    with explained_disk_errors(f"the export {out}"):
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        try:
+            result = write(place)
+            os.replace(place, out)
+            sync_directory(out.parent)
+        except BaseException:
+            shutil.rmtree(place, ignore_errors=True)
+            raise
+    return result
+
+
+def sizes_of(directory: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
+
+
+def refuse_without_tokens(opened: OpenRun) -> Any:
+    """The recipe of a language model. Raises ConfigError for other runs."""
+    if opened.tokenizer is None:
+        raise ConfigError(f"{opened.directory.path} holds no language model (model.kind={opened.recipe.model.kind}), and "
+                          "the formats here hold nothing else. Its weights are safetensors already: "
+                          f"{opened.directory.checkpoints}.")
+    return opened.recipe
+
+
+def stored_dtype(opened: OpenRun) -> str:
+    """The type an imported model came in, so that it leaves as it came; else f32, in which all training happens."""
+    return _DTYPE_NAMES.get((opened.recorded.get("imported") or {}).get("dtype", ""), "f32")
+
+
+def held_out_texts(opened: OpenRun) -> list[str]:
+    """Beginnings of held-out documents to compare on; none where the data are gone, and unusual strings remain."""
+    texts = list(opened.recipe.sample.prompts)
+    try:
+        view = next((v for v in map(opened.corpus.documents, ("test", "validation", "train")) if len(v)), [])
+    except DougongError:
+        return texts
+    step = max(1, len(view) // _TEXTS)
+    return texts + [view[i].text[:_TEXT_CHARACTERS] for i in range(0, len(view), step)][:_TEXTS]
+
+
+def card_facts(opened: OpenRun, architecture: str, dtype: str, license: str) -> CardFacts:
+    """What the run recorded, as the card tells it."""
+    events = read_events(opened.directory.events)
+    steps = [event for event in events if event["event"] == "step" and event.get("step", 0) <= opened.step]
+    imported, begin = opened.recorded.get("imported") or {}, opened.tokenizer.begin_id
+    return CardFacts(
+        name=opened.directory.path.resolve().name, architecture=architecture, dtype=dtype, license=license,
+        parameters=count.parameters(opened.recipe.model)["total"], context=opened.recipe.model.context,
+        step=opened.step, version=__version__, about=opened.recipe.about,
+        recipe="" if imported else dump_yaml(opened.recipe),
+        data=_last(events, "data").get("facts", {}), result=_last(events, "result"),
+        tokens=steps[-1].get("tokens") if steps else None, imported_from=imported.get("from"),
+        begins_with=None if begin is None else opened.tokenizer.backend.id_to_token(begin),
+        chat=opened.tokenizer.chat_template is not None,
+        rounding="" if dtype == stored_dtype(opened) else f" The weights were rounded to {dtype} from f32.")
+
+
+def _notes(opened: OpenRun, dtype: str, state: Any) -> tuple[str, ...]:
+    if dtype == "f32":
+        return ()
+    stored = rounded(state, dtype)
+    largest = max(((stored[name].float() - t.float()).abs().max() / t.abs().max().clamp(min=1e-30)).item()
+                  for name, t in state.items())
+    return () if largest == 0 else (
+        f"rounded to {dtype}: a weight moved by at most {largest:.1e} of the largest of its tensor.",)
+
+
+def _last(events: Sequence[dict[str, Any]], kind: str) -> dict[str, Any]:
+    return next((event for event in reversed(events) if event["event"] == kind), {})
