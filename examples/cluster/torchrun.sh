@@ -26,6 +26,9 @@ if [[ -n $LOCAL_ADDRESS ]]; then
   if [[ $LOCAL_ADDRESS == "$FIRST_HOST" ]]; then more+=(--rdzv-conf is_host=1); else more+=(--rdzv-conf is_host=0); fi
 fi
 
+# A store of its own for each start of the processes; with torchrun's one for all, a machine cannot come back (2.13).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
 # The identity is the run's: a launch of the same identity goes on with the run that an earlier one began.
 exec torchrun \
   --nnodes "$MIN_NODES:$MAX_NODES" --nproc-per-node "$PROCESSES" \

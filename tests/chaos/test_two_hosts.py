@@ -29,7 +29,8 @@ def test_cut_off_and_rejoined(lab, still, alone, told):   # noqa: F811
                        f"--local-addr={host.address}"]
             launches.append(Launch(lab, options, "train", still, "--run", run.path, "layout.shard=2",
                                    fault="watch_closely:0.5", log=log, prefix=host.prefix,
-                                   environment={"GLOO_SOCKET_IFNAME": host.card}))
+                                   environment={"GLOO_SOCKET_IFNAME": host.card,
+                                                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}))     # see torchrun.sh
             return launches[-1]
 
         try:
