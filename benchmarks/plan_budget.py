@@ -11,7 +11,8 @@ Equal time without equal load: the seconds of one step of every shape are measur
 a quiet machine; all runs then have fixed numbers of steps (time / seconds of a step), so what else the machine does
 later changes nothing but the waiting. Finished runs are kept in --runs (JSON lines): stopped at any moment, or by
 --minutes, the same command goes on. --scale divides the budgets: at 10 they are 36 s and 2.4 min of training. KEY=VALUE
-changes recipe `first`. The full form takes about 6.5 hours on two cores, --scale 10 about 45 minutes.
+changes recipe `first`. The full form takes about 6.5 hours on two cores, --scale 10 about 45 minutes; there the small
+runs stop within their first steps, where the probe itself warns, so 2 to 4 is as far as the figures keep their meaning.
 """
 
 import argparse
