@@ -14,12 +14,16 @@ import pytest
 import typer
 
 from dougong.cli.main import app
-from dougong.core.errors import ConfigError
+from dougong.cli.plan import _machine
+from dougong.cli.train import _run_to_resume
+from dougong.plan.budget import parse_budget, parse_serving, parse_text
+from dougong.plan.machine import KINDS, load_machine
 from dougong.recipes import RECIPES
 from dougong.recipes.recipe import load_recipe
+from dougong.runtime.layout import LayoutConfig
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("docs/**/*.md"), *ROOT.glob("*.md")])
+PAGES = sorted([*ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md"), *ROOT.glob("*.md")])
 SHELLS = ("", "sh", "bash", "shell", "console")
 
 
@@ -106,12 +110,13 @@ def test_every_page_is_reached_from_the_index():
 # ---- commands
 
 def commands() -> list[str]:
-    """Every `dougong …` line of the shell blocks, joined over `\\`, without prompts and comments."""
+    """Every `dougong …` and `torchrun … dougong …` line of the shell blocks, joined over `\\`, without prompts and
+    comments."""
     found = []
     for block in BLOCKS:
         if block.language in SHELLS:
             for line in block.text.replace("\\\n", " ").splitlines():
-                if match := re.match(r"\s*(?:\$ )?(?:\.venv/bin/)?(dougong(?: .*)?)$", line):
+                if match := re.match(r"\s*(?:\$ )?(?:\.venv/bin/)?((?:dougong|torchrun)(?: .*)?)$", line):
                     found.append(match[1])
     return found
 
@@ -120,6 +125,27 @@ def yaml_blocks() -> list[Block]:
     """Whole recipes; but for that of the page whose test adds the family it names."""
     return [block for block in BLOCKS if block.language == "yaml" and "base:" in block.text
             and block.page.name != "add-an-architecture.md"]
+
+
+def machine_blocks() -> list[Block]:
+    """Descriptions of machines."""
+    return [block for block in BLOCKS if block.language == "yaml" and re.search(r"^like:", block.text, flags=re.M)]
+
+
+def launched_by(line: str) -> tuple[str, int]:
+    """The command that a line runs, and in how many processes. torchrun's own parser reads what is torchrun's."""
+    words = shlex.split(line, comments=True)
+    if words[0] == "dougong":
+        return line, 1
+    from torch.distributed.run import get_args_parser
+
+    try:
+        launch = get_args_parser().parse_args(words[1:])
+    except SystemExit:
+        raise AssertionError(f"torchrun does not understand {line!r}; options of dougong go behind `-m --`") from None
+    assert launch.module and launch.training_script == "dougong", f"{line!r} does not start `-m dougong`"
+    return shlex.join(["dougong", *launch.training_script_args]), \
+        int(launch.nnodes.split(":")[-1]) * int(launch.nproc_per_node)
 
 
 def parse(line: str):
@@ -131,38 +157,78 @@ def parse(line: str):
     return command.make_context("dougong", words).params
 
 
+def check(line: str) -> None:
+    """What a command line says is understood: its options, the recipe and its keys, layout, machine and budget."""
+    line, processes = launched_by(line)
+    params = parse(line)
+    recipe, overrides = params.get("recipe", "first"), params.get("overrides")
+    if params.get("resume"):
+        _run_to_resume(recipe, overrides, params["run"], other="")
+    elif "overrides" in params and recipe is not None and not recipe.isupper():
+        layout = load_recipe(recipe, overrides)[0].layout
+        if isinstance(layout, LayoutConfig) and "train" in line:
+            layout.on(processes)
+    if params.get("budget") is not None:
+        parse_budget(params["budget"]), parse_text(params["data"]), parse_serving(params["memory_for_serving"])
+    elif any(params.get(name) for name in ("gpus", "gpu", "machine")):
+        _machine(params["gpus"], params["gpu"], params["hosts"], params["machine"], params["price"])
+
+
 @pytest.fixture
-def recipes_of_the_docs(tmp_path, monkeypatch):
-    """The YAML recipes that the pages show, as files of their names, in the folder in which commands run."""
+def beside_the_docs(tmp_path, monkeypatch):
+    """A folder in which commands run: the YAML recipes and machines that the pages show, as files of their names, the
+    examples, and some texts."""
     monkeypatch.chdir(tmp_path)
-    for block in yaml_blocks():
+    for block in [*yaml_blocks(), *machine_blocks()]:
         if match := re.search(r"^name: (\S+)$", block.text, flags=re.M):
             Path(f"{match[1]}.yaml").write_text(block.text, encoding="utf-8")
+    Path("examples").symlink_to(ROOT / "examples")
+    Path("texts").mkdir()
+    Path("texts/one.txt").write_text("some text", encoding="utf-8")
 
 
 def test_there_are_commands():
     assert len(set(commands())) > 20
-    assert {line.split()[1] for line in commands()} >= {"demo", "show", "train", "data", "eval", "generate", "report"}
+    assert {launched_by(line)[0].split()[1] for line in commands()} >= {
+        "demo", "show", "plan", "train", "data", "eval", "generate", "report"}
+    assert sum(line.startswith("torchrun") for line in set(commands())) >= 4
+    assert machine_blocks()
 
 
 @pytest.mark.parametrize("line", named(commands()))
-def test_commands_parse_and_their_keys_exist(line, recipes_of_the_docs):
-    params = parse(line)
-    if "overrides" in params:
-        recipe, overrides = params.get("recipe", "first"), params["overrides"]
-        if recipe is not None and not params.get("resume") and not recipe.isupper():
-            load_recipe(recipe, overrides)
+def test_commands_parse_and_their_keys_exist(line, beside_the_docs):
+    check(line)
 
 
-@pytest.mark.parametrize("line", ["dougong trian first", "dougong train first --steps 3", "dougong data peek"])
-def test_wrong_commands_are_caught(line):
-    with pytest.raises(Exception, match=r"trian|steps|peek"):
-        parse(line)
+@pytest.mark.parametrize(("line", "says"), [
+    ("dougong trian first", "trian"),
+    ("dougong train first --steps 3", "steps"),
+    ("dougong data peek", "peek"),
+    ("dougong train first train.stepps=3", "stepps"),
+    ("dougong train --resume --run runs/first optim.lr=3e-4", "optim.lr"),
+    ("dougong train --resume --run runs/first layout.shrad=2", "shrad"),
+    ("dougong train first layout.shard=2", "needs 2 processes"),
+    ("torchrun --standalone --nproc-per-node 4 -m dougong train first layout.shard=3", "there are 4"),
+    ("torchrun --standalone --nproc-per-node 2 -m dougong train first --run runs/two", "torchrun does not understand"),
+    ("torchrun --standalone --nproc-per-node 2 -m dougnog train first", "dougnog"),
+    ("torchrun --nnodes 1:2 --nproc-per-node 2 -m -- dougong train first --runn runs/two", "runn"),
+    ("dougong plan first --gpus 8 --gpu h2000", "h2000"),
+    ("dougong plan first --gpus 8", "which kind"),
+    ("dougong plan first --gpuss 8", "gpuss"),
+    ("dougong plan --budget '8 h200'", "is no budget"),
+    ("dougong plan --budget '8 h200 x 3 days' --data nowhere", "nowhere"),
+    ("dougong report runs/first --whi", "whi")])
+def test_wrong_commands_are_caught(line, says, beside_the_docs):
+    with pytest.raises(Exception, match=says):
+        check(line)
 
 
-def test_wrong_keys_are_caught():
-    with pytest.raises(ConfigError, match="stepps"):
-        load_recipe("first", parse("dougong train first train.stepps=3")["overrides"])
+@pytest.mark.parametrize("block", named(machine_blocks(), key=lambda block: block.text))
+def test_machines_load(block, tmp_path):
+    path = tmp_path / "from-the-docs.yaml"
+    path.write_text(block.text, encoding="utf-8")
+    like = KINDS[re.search(r"^like: (\S+)$", block.text, flags=re.M)[1]]
+    assert load_machine(path) != like
 
 
 @pytest.mark.parametrize("block", named(yaml_blocks(), key=lambda block: block.text))
