@@ -41,7 +41,7 @@ class Life:
         self._log.parent.mkdir(exist_ok=True)
         settings = {"DOUGONG_CACHE": str(lab / "cache"), "OMP_NUM_THREADS": "1", "COLUMNS": "500"} | (environment or {})
         self.process = _server().Process(target=_live, args=(list(map(str, arguments)), self._log, settings, fault))
-        self._began = time.monotonic()
+        self._began, self._ended = time.monotonic(), None
         self.process.start()
 
     @property
@@ -69,10 +69,11 @@ class Life:
     def end(self, limit_s: float = LIMIT_S) -> Ended:
         """Waits for its end. Fails, after killing it, if that takes longer than the limit."""
         self.process.join(limit_s)
+        self._ended = self._ended or time.monotonic()
         if self.alive:
             self.send(signal.SIGKILL)
             raise AssertionError(f"still running after {limit_s} s; it said:\n{self._text('err')[-2000:]}")
-        return Ended(self.process.exitcode, self._text("out"), self._text("err"), time.monotonic() - self._began)
+        return Ended(self.process.exitcode, self._text("out"), self._text("err"), self._ended - self._began)
 
     def _text(self, stream: str) -> str:
         path = self._log.with_suffix(f".{stream}")
