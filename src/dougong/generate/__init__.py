@@ -2,7 +2,10 @@
 
 from dougong.generate.cache import KVCache
 from dougong.generate.engine import Decoding, Engine, Token
+from dougong.generate.request import Constraint, Request
 from dougong.generate.sampling import SamplingConfig
+from dougong.generate.scheduler import Scheduler
 from dougong.generate.text import Generation, generate
 
-__all__ = ["Decoding", "Engine", "Generation", "KVCache", "SamplingConfig", "Token", "generate"]
+__all__ = ["Constraint", "Decoding", "Engine", "Generation", "KVCache", "Request", "SamplingConfig", "Scheduler",
+           "Token", "generate"]

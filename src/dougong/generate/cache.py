@@ -35,9 +35,9 @@ class KVCache:
         values.narrow(2, length, end - length).copy_(v_BKTH)
         return keys.narrow(2, 0, end), values.narrow(2, 0, end)
 
-    def advance(self, count: int) -> None:
-        """Counts `count` positions as read. The model calls it once, after its last layer."""
-        self.length += count
+    def advance(self, T: int) -> None:
+        """Counts T positions as read. The model calls it once, after its last layer."""
+        self.length += T
 
     def keep(self, rows: list[int]) -> None:
         """Keeps these rows, in this order; a row may be named several times (samples of one prompt).

@@ -12,16 +12,17 @@ from dougong.core.errors import ConfigError
 from dougong.generate.cache import KVCache
 from dougong.generate.fused import fuse
 from dougong.generate.sampling import Draws, SamplingConfig, choose, log_probabilities
+from dougong.nn.attention import Cache
 from dougong.runtime.device import Runtime
 from dougong.runtime.seeds import derive
 
-Finish = Literal["stop", "length", "context"]
+Finish = Literal["stop", "length", "context", "error"]
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One token of one row. `finish` says why the row ends with it: a stop id, enough tokens, or a full
-    context.
+    """One token of one row. `finish` says why the row ends with it: a stop id, enough tokens, a full context, or an
+    error (only from a Scheduler), which `error` explains; there is then no token, and `id` is -1.
     """
 
     row: int
@@ -29,6 +30,7 @@ class Token:
     finish: Finish | None = None
     logprob: float | None = None
     alternatives: list[tuple[int, float]] | None = None
+    error: str | None = None
 
 
 @dataclass(slots=True)
@@ -57,7 +59,9 @@ class Engine:
     def __init__(self, model: nn.Module, runtime: Runtime = Runtime()) -> None:  # noqa: B008 (a frozen value)
         self.runtime = runtime
         self.model: Any = _for_inference(model, runtime)   # a LanguageModel and a Module, which no type says
-        self.context: int | None = getattr(getattr(model, "config", None), "context", None)
+        config = getattr(model, "config", None)
+        self.context: int | None = getattr(config, "context", None)
+        self.vocab_size: int | None = getattr(config, "vocab_size", None)
 
     def start(self, prompts: Sequence[Sequence[int]], config: SamplingConfig, *, stop_ids: Iterable[int] = (),
               samples: Sequence[int] | None = None, vocab_size: int | None = None) -> "Decoding":
@@ -71,11 +75,12 @@ class Engine:
         samples = samples if samples is not None else [0] * len(prompts)
         rows = []
         for i, (prompt, sample) in enumerate(zip(prompts, samples, strict=True)):
-            tokens = self._fit(prompt, config)
-            rows.append(_Row(i, tokens, len(tokens), Draws(_sample_seed(config.seed, sample))))
+            tokens = self.fit(prompt, config)
+            rows.append(_Row(i, tokens, len(tokens), Draws(sample_seed(config.seed, sample))))
         return Decoding(self, rows, config, frozenset(stop_ids), vocab_size)
 
-    def _fit(self, tokens: Sequence[int], config: SamplingConfig) -> list[int]:
+    def fit(self, tokens: Sequence[int], config: SamplingConfig) -> list[int]:
+        """The prompt as the model will read it. Raises ConfigError where it cannot."""
         tokens = [int(token) for token in tokens]
         if not tokens:
             raise ConfigError("a prompt has no tokens, and the model needs one to predict the next. "
@@ -88,10 +93,15 @@ class Engine:
         return tokens[-self.context:]
 
     @torch.inference_mode()
-    def read(self, tokens_BT: Tensor, cache: KVCache) -> Tensor:
+    def read(self, tokens_BT: Tensor, cache: Cache) -> Tensor:
         """Reads T tokens of every row into the cache; returns the logits after the last, (B V)."""
         hidden_BTD = self.model.hidden(tokens_BT.to(self.runtime.device), cache=cache)
         return self.model.head(hidden_BTD[:, -1])
+
+    @torch.inference_mode()
+    def read_each(self, tokens_BT: Tensor, cache: Cache) -> Tensor:
+        """Reads T tokens of every row into the cache; returns the logits after each of them, (B T V)."""
+        return self.model.head(self.model.hidden(tokens_BT.to(self.runtime.device), cache=cache))
 
 
 @dataclass
@@ -112,6 +122,7 @@ class Decoding:
     vocab_size: int | None = None
     _logits: Tensor | None = field(init=False, default=None)
     _seen: Tensor | None = field(init=False, default=None)
+    _counts: Tensor | None = field(init=False, default=None)
 
     def __iter__(self) -> Iterator[list[Token]]:
         return self
@@ -128,9 +139,11 @@ class Decoding:
         assert self._logits is not None
         logits_BV = self._logits[:, :self.vocab_size]
         uniforms = [row.draws.next() for row in self._rows] if self.config.temperature else None
-        ids_B = choose(logits_BV, self.config, uniforms, self._seen)
+        ids_B = choose(logits_BV, self.config, uniforms, self._seen, self._counts)
         if self._seen is not None:
             self._seen.scatter_(1, ids_B[:, None], True)
+        if self._counts is not None:
+            self._counts.scatter_add_(1, ids_B[:, None], torch.ones_like(ids_B, dtype=torch.float)[:, None])
         return self._record(ids_B, logits_BV)
 
     def stop(self, row: int) -> None:
@@ -172,6 +185,8 @@ class Decoding:
         if copies != list(range(len(different))):
             self._cache.keep(copies)
             self._logits = self._logits[torch.tensor(copies, device=self._logits.device)]
+        if self.config.counts:
+            self._counts = torch.zeros_like(self._logits[:, :self.vocab_size], dtype=torch.float)
         if self.config.repetition_penalty != 1:
             self._seen = torch.zeros_like(self._logits[:, :self.vocab_size], dtype=torch.bool)
             for seen_V, row in zip(self._seen, self._rows):
@@ -210,9 +225,11 @@ class Decoding:
             self._cache.keep(keep)
             if self._seen is not None:
                 self._seen = self._seen[torch.tensor(keep, device=self._seen.device)]
+            if self._counts is not None:
+                self._counts = self._counts[torch.tensor(keep, device=self._counts.device)]
 
 
-def _sample_seed(seed: int, sample: int) -> int:
+def sample_seed(seed: int, sample: int) -> int:
     """The first sample has the request's own seed; the others each a stream of their own."""
     return seed if sample == 0 else derive(seed, "sample", sample)
 

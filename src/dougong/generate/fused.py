@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dougong.generate.lanes import Reading
 from dougong.models.heads import Head, TiedHead, soften
 from dougong.nn.attention import Attention, Cache
 from dougong.nn.attention_kernels import choose_kernel
@@ -150,9 +151,22 @@ class FusedAttention(nn.Module):
             qk_BTMH = rotate(qk_BTMH, rotation)
         q_BNTH, k_BKTH = qk_BTMH.transpose(1, 2).split([N, K], dim=1)
         v_BKTH = v_BTKH.transpose(1, 2)
+        if isinstance(cache, Reading) and len(cache.lanes) > 1:
+            y_BNTH = self._attend_lanes(q_BNTH, cache.append(self.layer, k_BKTH, v_BKTH), mask)
+            return self.output(y_BNTH.transpose(1, 2).flatten(2))
         if cache is not None:
             k_BKTH, v_BKTH = cache.update(self.layer, k_BKTH, v_BKTH)
         return self.output(self._attend(q_BNTH, k_BKTH, v_BKTH, mask).transpose(1, 2).flatten(2))
+
+    def _attend_lanes(self, q_BNTH: Tensor, parts: list[tuple[slice, Tensor, Tensor]], mask: Mask) -> Tensor:
+        """Each lane's rows with their own keys. All end in the same column, so a lane sees the end of the bias."""
+        y = []
+        for rows, k_bKSH, v_bKSH in parts:
+            bias = mask.bias
+            if bias is not None:
+                bias = (bias if len(bias) == 1 else bias[rows])[..., -k_bKSH.shape[2]:]
+            y.append(self._attend(q_BNTH[rows], k_bKSH, v_bKSH, Mask(causal=mask.causal, bias=bias)))
+        return torch.cat(y)
 
     def _attend(self, q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Mask) -> Tensor:
         B, N, T, H = q_BNTH.shape

@@ -12,13 +12,16 @@ from torch import Tensor
 from dougong.core.config import config
 from dougong.core.errors import CheckpointError, ConfigError
 
+NOT_FINITE = ("the model's logits are not finite (NaN or infinity), so there is no next token to choose. Its training "
+              "probably diverged; try an earlier checkpoint.")
+
 
 @config
 class SamplingConfig:
     """How a continuation is chosen. The defaults draw from the model's own distribution.
 
-    Order of application: repetition penalty, temperature, top-k, top-p, min-p (that of Hugging Face's
-    `generate`).
+    Order of application: repetition penalty, frequency and presence penalty, logit bias, temperature, top-k, top-p,
+    min-p (that of Hugging Face's `generate`, as far as it has them).
     """
 
     max_tokens: int = Field(default=256, ge=1)
@@ -33,6 +36,12 @@ class SamplingConfig:
     """drop tokens less likely than this fraction of the most likely one (Nguyen et al. 2024)"""
     repetition_penalty: float = Field(default=1.0, gt=0)
     """above 1: makes tokens of the prompt and the text so far less likely (Keskar et al. 2019)"""
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    """taken from a token's logit for each time that it stands in the text so far, the prompt not counted"""
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    """taken once from the logit of each token in the text so far, the prompt not counted"""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(id, number): added to the logits of these tokens; -100 all but forbids one, 100 all but forces it"""
     stop: tuple[str, ...] = ()
     """strings that end the text; the one that ends it is not part of it"""
     seed: int = Field(default=0, ge=0)
@@ -49,6 +58,9 @@ class SamplingConfig:
     """a full context: end with reason "context" (stop), or read the latest half again and go on (slide)"""
 
     def __post_init__(self) -> None:
+        wrong = [(id, bias) for id, bias in self.logit_bias if id < 0 or not -100 <= bias <= 100]
+        if wrong:
+            raise ConfigError(f"logit_bias has {wrong[0]}: ids are at least 0, and biases from -100 to 100.")
         if any(not text for text in self.stop):
             raise ConfigError("stop holds an empty string, which every text contains. Leave it out.")
         if self.temperature == 0:
@@ -59,6 +71,11 @@ class SamplingConfig:
             if self.n > 1:
                 raise ConfigError(f"n={self.n} continuations at temperature=0 would all be the same. "
                                   "Set n=1, or a temperature above 0.")
+
+    @property
+    def counts(self) -> bool:
+        """Whether the choice depends on how often a token has been written."""
+        return self.frequency_penalty != 0 or self.presence_penalty != 0
 
 
 class Draws:
@@ -108,21 +125,41 @@ def _nucleus_floor(ranked_BC: Float[Tensor, "B C"], top_p: float) -> Float[Tenso
     return ranked_BC.gather(-1, last)
 
 
+def adjust(logits_BV: Float[Tensor, "B V"], config: SamplingConfig, seen_BV: Bool[Tensor, "B V"] | None = None,
+           counts_BV: Float[Tensor, "B V"] | None = None) -> Float[Tensor, "B V"]:
+    """Logits after penalties and bias. `seen_BV`: tokens of prompt or text, for the repetition penalty; `counts_BV`:
+    how often each stands in the text so far, for the other two (OpenAI's definition).
+    """
+    if seen_BV is not None and config.repetition_penalty != 1:
+        logits_BV = penalise_repetition(logits_BV, seen_BV, config.repetition_penalty)
+    if counts_BV is not None and config.counts:
+        logits_BV = logits_BV - config.frequency_penalty * counts_BV - config.presence_penalty * (counts_BV > 0)
+    if config.logit_bias:
+        known = [(id, bias) for id, bias in config.logit_bias if id < logits_BV.shape[-1]]
+        ids, biases = zip(*known) if known else ((), ())
+        at = torch.tensor(ids, dtype=torch.long, device=logits_BV.device)
+        logits_BV = logits_BV.index_add(-1, at, logits_BV.new_tensor(biases).expand(len(logits_BV), -1))
+    return logits_BV
+
+
 def choose(logits_BV: Float[Tensor, "B V"], config: SamplingConfig, uniforms: list[float] | None = None,
-           seen_BV: Bool[Tensor, "B V"] | None = None) -> Int[Tensor, "B"]:
-    """The next token of each row: the most likely one at temperature 0, else the inverse CDF at the row's
-    uniform.
+           seen_BV: Bool[Tensor, "B V"] | None = None, counts_BV: Float[Tensor, "B V"] | None = None,
+           ) -> Int[Tensor, "B"]:
+    """The next token of each row under one config: `adjust`, then `pick`. Raises CheckpointError for NaN logits."""
+    logits_BV = adjust(logits_BV.float(), config, seen_BV, counts_BV)
+    if not bool(logits_BV.max(-1).values.isfinite().all()):
+        raise CheckpointError(NOT_FINITE)
+    return pick(logits_BV, config, uniforms)
+
+
+def pick(logits_BV: Float[Tensor, "B V"], config: SamplingConfig, uniforms: list[float] | None = None,
+         ) -> Int[Tensor, "B"]:
+    """The most likely token of each row at temperature 0, else the inverse CDF at the row's uniform.
 
     One uniform per row and token makes a row's draw independent of its neighbours. The CDF is summed in
     float64, as a float32 sum over a large vocabulary would lose its smallest probabilities.
     """
-    logits_BV = logits_BV.float()
-    if seen_BV is not None and config.repetition_penalty != 1:
-        logits_BV = penalise_repetition(logits_BV, seen_BV, config.repetition_penalty)
     top_B, best_B = logits_BV.max(-1)
-    if not bool(top_B.isfinite().all()):
-        raise CheckpointError("the model's logits are not finite (NaN or infinity), so there is no next "
-                              "token to choose. Its training probably diverged; try an earlier checkpoint.")
     if config.temperature == 0:
         return best_B
     assert uniforms is not None and len(uniforms) == len(logits_BV)

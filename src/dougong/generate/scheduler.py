@@ -1,0 +1,391 @@
+"""Continuous batching: requests join and leave at any step, and each writes what it would write alone.
+
+A step reads one chunk of prompts that wait to be read, and one new token of everyone who writes. Rows lie in lanes by
+length (`lanes`); a budget of blocks counts the lanes' columns and the kept prefixes. When it is used up, kept prefixes
+go first, oldest first; then the newest request goes back to waiting, and is read again when there is room.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dougong.core.errors import ConfigError
+from dougong.generate.drafts import NGrams
+from dougong.generate.engine import Engine, Finish, Token, sample_seed
+from dougong.generate.lanes import BLOCK, Lane, Reading, width_for
+from dougong.generate.prefixes import Prefixes
+from dougong.generate.request import Request, Row
+from dougong.generate.sampling import NOT_FINITE, Draws, SamplingConfig, log_probabilities, pick
+
+Choice = int | str
+"""a chosen token, or why there is none"""
+
+
+class Scheduler:
+    """Runs requests on an engine; used from one thread.
+
+    `max_rows` write at a time. `cache_tokens` bounds the keys and values held, unused columns included (while a lane
+    is being resized, up to half as much again may be allocated). `chunk` tokens of prompts are read per step at most,
+    so a long prompt delays the others' next token by one chunk's time. `vocab_size`: ids from it on are never chosen.
+    """
+
+    def __init__(self, engine: Engine, *, max_rows: int = 16, cache_tokens: int = 16384, chunk: int = 256,
+                 vocab_size: int | None = None) -> None:
+        if max_rows < 1 or chunk < 1 or cache_tokens < 2 * BLOCK:
+            raise ConfigError(f"max_rows={max_rows}, chunk={chunk}, cache_tokens={cache_tokens}: at least one row and "
+                              f"one token at a time, and a cache of at least {2 * BLOCK} tokens.")
+        self.engine, self.max_rows, self.chunk, self.vocab_size = engine, max_rows, chunk, vocab_size
+        self.blocks = cache_tokens // BLOCK
+        self.prefixes = Prefixes()
+        self._used = 0
+        self._next_id = 0
+        self._rows: dict[int, Row] = {}             # all that have not ended, oldest first
+        self._waiting: deque[Row] = deque()
+        self._reading: deque[Row] = deque()         # prompts; each in a lane of its own
+        self._lanes: dict[int, Lane] = {}           # those who write, by width
+        self._alone: list[Lane] = []                # those who write and guess: each advances at its own pace
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        return len(self._rows) - len(self._waiting)
+
+    @property
+    def free_blocks(self) -> int:
+        """Blocks that no running request holds; kept prefixes give way, so theirs count as free."""
+        return self.blocks - self._used
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of kept prefixes."""
+        return len(self.prefixes) * BLOCK
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values held."""
+        reading = [row.lane for row in self._reading if row.lane is not None]
+        return self.prefixes.nbytes + sum(lane.nbytes for lane in [*self._lanes.values(), *self._alone, *reading])
+
+    def add(self, request: Request) -> int:
+        """Queues a request; returns its id, the `row` of its tokens. Raises ConfigError for what can never run."""
+        sampling = request.sampling
+        tokens = self.engine.fit(request.prompt, sampling)
+        vocabulary = self.vocab_size or self.engine.vocab_size
+        if vocabulary is not None and not all(0 <= token < vocabulary for token in tokens):
+            raise ConfigError(f"a prompt has the token {next(t for t in tokens if not 0 <= t < vocabulary)}; the model "
+                              f"knows 0 to {vocabulary - 1}. Encode it with the model's own tokenizer.")
+        if request.speculate < 0:
+            raise ConfigError(f"speculate={request.speculate}: how many tokens are guessed ahead, 0 for none.")
+        most = len(tokens) + sampling.max_tokens
+        most = most if self.engine.context is None else min(most, self.engine.context)
+        if most > self.blocks * BLOCK:
+            raise ConfigError(f"a prompt of {len(tokens)} tokens with max_tokens={sampling.max_tokens} may fill {most} "
+                              f"places of the cache, which has {self.blocks * BLOCK}. Ask for fewer tokens, or start "
+                              "with a larger cache (cache_tokens).")
+        row = Row(self._next_id, request, tokens, len(tokens), Draws(sample_seed(sampling.seed, request.sample)))
+        row.drafts = NGrams(request.speculate) if request.speculate else None
+        self._next_id += 1
+        self._rows[row.id] = row
+        self._waiting.append(row)
+        return row.id
+
+    def cancel(self, id: int) -> None:
+        """Ends a request without another token; harmless where it has ended."""
+        row = self._rows.get(id)
+        if row is not None:
+            self._end(row)
+
+    @torch.inference_mode()
+    def step(self) -> list[Token]:
+        """One step of everyone: the new tokens, none while prompts are only being read (`running` says so)."""
+        self._make_room()
+        self._admit()
+        tokens: list[Token] = []
+        lanes = [lane for lane in self._lanes.values() if lane.members]
+        guesses = self._guesses()
+        together = lanes if guesses else lanes + self._alone
+        rows = [row for lane in together for row in lane.members]
+        logits = []
+        if rows:
+            newest_B1 = torch.tensor([[row.tokens[-1]] for row in rows])
+            logits.append(self.engine.read(newest_B1, Reading(together, self.engine.runtime.device)))
+        written = self._write_guessed(guesses) if guesses else []
+        for row, logits_1V in self._read_prompts():
+            rows.append(row)
+            logits.append(logits_1V)
+        if rows:
+            tokens = self._choose_and_write(rows, torch.cat(logits))
+        return tokens + written
+
+    # Places in the cache.
+
+    def _admit(self) -> None:
+        """Takes requests from the queue, in order, while there are rows and blocks for them."""
+        while self._waiting and self.running < self.max_rows:
+            row = self._waiting[0]
+            lane = Lane(self._width(len(row.text) + 1))
+            if not self._take(lane.width // BLOCK):
+                break
+            self._waiting.popleft()
+            row.lane, row.blocks = lane, lane.width // BLOCK
+            self._reading.append(row)
+
+    def _make_room(self) -> None:
+        """Moves rows that are about to outgrow their lane; may send the newest back to waiting."""
+        for lane in self._alone[:]:
+            if not lane.members:    # sent back meanwhile
+                continue
+            row = lane.members[0]
+            need = min(1 + row.request.speculate, self._places(row))
+            if lane.crowded(need):
+                self._move(row, need)
+        for lane in list(self._lanes.values()):
+            for row in lane.crowded(1):
+                if row.lane is lane:    # else sent back meanwhile
+                    self._move(row, 1)
+            lane.shift(1)
+            if not lane.members:
+                self._lanes.pop(lane.width, None)
+
+    def _move(self, row: Row, need: int) -> None:
+        assert row.lane is not None
+        old, length = row.lane, row.lane.lengths[row.lane.members.index(row)]
+        width = max(self._width(length + need), min(old.width + BLOCK, self.blocks * BLOCK))
+        if not self._claim(row, max(width // BLOCK - row.blocks, 0)):
+            return
+        if old.width >= width:          # nothing wider exists: the budget, or the context, ends here
+            old.shift(need)
+            return
+        row.blocks = width // BLOCK
+        target = Lane(width) if row.drafts is not None else self._lanes.setdefault(width, Lane(width))
+        target.join(old, old.members.index(row))
+        self._leave(row)
+        row.lane = target
+        if row.drafts is not None:
+            self._alone.append(target)
+
+    def _width(self, length: int) -> int:
+        most = self.blocks * BLOCK
+        if self.engine.context is not None:
+            most = min(most, -(-self.engine.context // BLOCK) * BLOCK)
+        return width_for(length, most)
+
+    def _take(self, blocks: int) -> bool:
+        """Books blocks, from kept prefixes where none is free."""
+        if self._used + blocks > self.blocks:
+            return False
+        self._used += blocks
+        while self._used + len(self.prefixes) > self.blocks:
+            self.prefixes.drop_oldest()
+        return True
+
+    def _claim(self, row: Row, blocks: int) -> bool:
+        """Books blocks for a row that writes, from the newest requests where none is free; False: it was itself one."""
+        while not self._take(blocks):
+            newest = next(held for held in reversed(self._rows.values()) if held.lane is not None)
+            self._send_back(newest)
+            if newest is row:
+                return False
+        return True
+
+    def _send_back(self, row: Row) -> None:
+        """To the head of the queue: all who run are older than all who wait."""
+        self._release(row)
+        self._waiting.appendleft(row)
+
+    def _release(self, row: Row) -> None:
+        """Gives back the row's place and blocks."""
+        if row.lane is None:
+            return
+        if row in self._reading:
+            self._reading.remove(row)
+        else:
+            self._leave(row)
+        row.lane = None
+        self._used -= row.blocks
+        row.blocks = 0
+
+    def _leave(self, row: Row) -> None:
+        """Takes the row out of its lane."""
+        assert row.lane is not None
+        row.lane.remove(row)
+        if not row.lane.members:
+            if row.lane in self._alone:
+                self._alone.remove(row.lane)
+            elif self._lanes.get(row.lane.width) is row.lane:
+                del self._lanes[row.lane.width]
+
+    def _end(self, row: Row) -> None:
+        if row.lane is None:
+            self._waiting.remove(row)
+        else:
+            self._keep_prefix(row)
+            self._release(row)
+        del self._rows[row.id]
+
+    def _keep_prefix(self, row: Row) -> None:
+        """Keeps the whole blocks that the row has read, for requests that begin alike; only where nobody needs room."""
+        lane = row.lane
+        if lane is None or row not in lane.members:
+            return
+        at = lane.members.index(row)
+        self.prefixes.keep(row.text[:lane.lengths[at]], lambda number: lane.block(at, number), self._room_for_prefix)
+
+    def _room_for_prefix(self) -> bool:
+        if self._used >= self.blocks:
+            return False
+        while self._used + len(self.prefixes) >= self.blocks:
+            self.prefixes.drop_oldest()
+        return True
+
+    # Reading.
+
+    def _read_prompts(self) -> list[tuple[Row, Tensor]]:
+        """Reads up to `chunk` tokens of prompts; returns the rows read to their end, with logits (1 V).
+
+        A prompt is cut at multiples of `chunk` whatever else is being read, so that rounding is the same too.
+        """
+        finished, left = [], self.chunk
+        while self._reading:
+            row, text = self._reading[0], self._reading[0].text
+            lane = row.lane
+            assert lane is not None
+            if not lane.members:
+                lane.begin(row, self.prefixes.find(text[:-1]))
+            begin = lane.lengths[0]
+            end = min(len(text), (begin // self.chunk + 1) * self.chunk)
+            if end - begin > left:
+                break
+            left -= end - begin
+            logits_1V = self.engine.read(torch.tensor([text[begin:end]]), Reading([lane]))
+            if end == len(text):
+                self._reading.popleft()
+                self._keep_prefix(row)
+                self._begin_writing(row, lane)
+                finished.append((row, logits_1V))
+        return finished
+
+    def _begin_writing(self, row: Row, lane: Lane) -> None:
+        if row.drafts is not None:
+            self._alone.append(lane)
+        elif lane.width in self._lanes:
+            row.lane = self._lanes[lane.width]
+            row.lane.join(lane)
+        else:
+            self._lanes[lane.width] = lane
+
+    def _places(self, row: Row) -> int:
+        """Positions that the model may still read of this row."""
+        context = self.engine.context
+        return self.blocks * BLOCK if context is None else context - len(row.text) + 1
+
+    def _guesses(self) -> list[list[int]]:
+        """What each row of `_alone` guesses; empty where nobody guesses anything."""
+        guesses = []
+        for lane in self._alone:
+            row = lane.members[0]
+            sampling, written = row.request.sampling, len(row.tokens) - row.prompt_length
+            room = min(sampling.max_tokens - written - 1, self._places(row) - 1, lane.width - lane.end - 1)
+            assert row.drafts is not None
+            guesses.append(row.drafts.guess(row.tokens, room) if room > 0 else [])
+        room = min((min(self._places(lane.members[0]), lane.width - lane.end) for lane in self._alone), default=1) - 1
+        return [guess[:room] for guess in guesses] if any(guess[:room] for guess in guesses) else []
+
+    def _write_guessed(self, guesses: list[list[int]]) -> list[Token]:
+        """One forward over the newest token and the guess of each row of `_alone`; keeps the guess as far as it is what
+        is chosen, and the choice after it.
+        """
+        lanes, width = self._alone[:], max(map(len, guesses))
+        tokens_BT = torch.tensor([[lane.members[0].tokens[-1], *guess, *[0] * (width - len(guess))]
+                                  for lane, guess in zip(lanes, guesses)])
+        logits_BTV = self.engine.read_each(tokens_BT, Reading(lanes, self.engine.runtime.device))
+        written: list[Token] = []
+        for lane, guess, logits_TV in zip(lanes, guesses, logits_BTV):
+            row, right = lane.members[0], 0
+            for t in range(len(guess) + 1):
+                lane.advance(t + 1 - (width + 1) if t == 0 else 1)    # holds what is known to be the text
+                written += self._choose_and_write([row], logits_TV[t:t + 1])
+                if row.id not in self._rows or row.lane is not lane:
+                    break
+                if t == len(guess) or row.tokens[-1] != guess[t]:
+                    break
+                right += 1
+            if guess and row.drafts is not None:
+                row.drafts.learn(len(guess), right)
+        return written
+
+    # Choosing.
+
+    def _choose_and_write(self, rows: Sequence[Row], logits_NV: Tensor) -> list[Token]:
+        """The next token of each row, and what becomes of the row."""
+        logits_NV = logits_NV[:, :self.vocab_size].float()
+        choices = self._choose(rows, logits_NV)
+        tokens = []
+        for n, (row, choice) in enumerate(zip(rows, choices)):
+            if isinstance(choice, int):
+                token = self._write(row, choice, logits_NV[n:n + 1])
+            else:
+                token = Token(row.id, -1, "error", error=choice)
+            tokens.append(token)
+            if token.finish is not None:
+                self._end(row)
+        return tokens
+
+    def _choose(self, rows: Sequence[Row], logits_NV: Tensor) -> list[Choice]:
+        """Rows of one kind of sampling are chosen in one go; every operation treats its rows one by one."""
+        top_N, best_N = logits_NV.max(-1)
+        choices: list[Choice] = list(best_N.tolist())
+        kinds: dict[tuple, list[int]] = {}
+        changed: dict[int, Tensor] = {}
+        for n, (row, finite) in enumerate(zip(rows, top_N.isfinite().tolist())):
+            if not finite:
+                choices[n] = NOT_FINITE
+                continue
+            if row.adjusts:
+                try:
+                    changed[n] = row.adjusted(logits_NV[n:n + 1])
+                except Exception as error:   # somebody's constraint; the others go on
+                    choices[n] = f"{type(error).__name__}: {error}"
+                    continue
+            sampling = row.request.sampling
+            if sampling.temperature or row.adjusts:
+                kind = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+                kinds.setdefault(kind, []).append(n)
+        for members in kinds.values():
+            sampling: SamplingConfig = rows[members[0]].request.sampling
+            whole = not changed and len(members) == len(rows)
+            x_NV = logits_NV if whole else torch.cat([changed.get(n, logits_NV[n:n + 1]) for n in members])
+            uniforms = [rows[n].draws.next() for n in members] if sampling.temperature else None
+            for n, id in zip(members, pick(x_NV, sampling, uniforms).tolist()):
+                choices[n] = id
+        return choices
+
+    def _write(self, row: Row, id: int, logits_1V: Tensor) -> Token:
+        try:
+            row.write(id)
+        except Exception as error:
+            return Token(row.id, -1, "error", error=f"{type(error).__name__}: {error}")
+        told: tuple = (None, None)
+        if row.request.sampling.logprobs is not None:
+            chosen, ranked = log_probabilities(logits_1V, torch.tensor([id], device=logits_1V.device),
+                                               row.request.sampling.logprobs)
+            told = chosen[0], ranked[0]
+        finish = self._finish(row)
+        if finish is None and self._places(row) < 1:       # the context slides
+            row.window = len(row.tokens) - ((self.engine.context or 0) + 1) // 2
+            row.drafts = NGrams(row.request.speculate) if row.drafts else None
+            self._send_back(row)
+        return Token(row.id, id, finish, *told)
+
+    def _finish(self, row: Row) -> Finish | None:
+        sampling = row.request.sampling
+        if row.tokens[-1] in row.request.stop_ids:
+            return "stop"
+        if len(row.tokens) - row.prompt_length >= sampling.max_tokens:
+            return "length"
+        return "context" if self._places(row) < 1 and sampling.at_context_end == "stop" else None
