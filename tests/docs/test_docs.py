@@ -258,17 +258,25 @@ def test_python_compiles(block):
 
 @pytest.mark.parametrize("block", named([b for b in PYTHON if "run" in b.words], key=lambda block: block.text))
 def test_python_runs(block, tmp_path):
-    """Blocks marked `python run` run as they are, beside a folder `texts`; `exact` ones print what the page says.
+    """Blocks marked `python run` run as they are, beside a folder `texts`; `exact` ones print what the page says, `two`
+    ones the same in two processes.
 
     In a process of their own on one core, as two threads on a busy machine mostly wait for each other.
     """
     library = Path(sysconfig.get_path("stdlib"))
     for package in ("asyncio", "email", "json"):
         shutil.copytree(library / package, tmp_path / "texts" / package, ignore=shutil.ignore_patterns("__pycache__"))
+    environment = {**os.environ, "DOUGONG_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", _ONE_CORE + block.text], cwd=tmp_path, capture_output=True, text=True,
-                          env={**os.environ, "DOUGONG_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"})
+                          env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     if "exact" in block.words:
         following = blocks_of(block.page)
         shown = following[following.index(block) + 1]
         assert done.stdout.strip() == shown.text.strip()
+    if "two" in block.words:
+        (tmp_path / "many.py").write_text(block.text, encoding="utf-8")
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "many.py"]
+        both = subprocess.run(launch, cwd=tmp_path, capture_output=True, text=True, env=environment)
+        assert both.returncode == 0, both.stderr[-3000:]
+        assert both.stdout == done.stdout != ""
