@@ -33,7 +33,7 @@ test: install    ## the fast tests
 test-slow: install  ## the slow ones
 	$(BIN)/python -m pytest -m 'slow and not chaos'
 
-chaos: install   ## kill, damage, fill up, cut off: 100 kills and more, and how each must end (about ten minutes)
+chaos: install   ## kill, damage, fill up, cut off: 100 kills and more, and how each must end (ten minutes or more)
 	$(BIN)/python -m pytest tests/chaos -m chaos --kills 100
 
 chaos-short: install  ## the same with ten kills and without what is slow (about two minutes)
