@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -18,7 +19,7 @@ class Constraint(Protocol):
     """Which tokens may come next; one object per request and sample, as it follows the text."""
 
     def allowed(self) -> Bool[Tensor, "V"]:
-        """True where a token may follow what was accepted; it may be longer than the vocabulary."""
+        """True where a token may follow what was accepted; ids beyond its end may not."""
         ...
 
     def accept(self, token: int) -> None:
@@ -84,6 +85,7 @@ class Row:
         logits_1V = adjust(logits_1V, sampling, self.seen, self.counts)
         if self.request.constraint is not None:
             allowed_V = self.request.constraint.allowed()[:V].to(logits_1V.device)
+            allowed_V = F.pad(allowed_V, (0, V - len(allowed_V)))
             if not bool(allowed_V.any()):
                 raise ValueError("the constraint allows no token here")
             logits_1V = logits_1V.masked_fill(~allowed_V, -torch.inf)
