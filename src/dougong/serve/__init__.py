@@ -1,1 +1,1 @@
-"""A run over HTTP, in the words that existing clients speak."""
+"""A run over HTTP, in the words that existing clients speak; and the page to talk to it."""

@@ -1,0 +1,178 @@
+"""What a request may say: every field typed and bounded; what cannot be done is refused by its name."""
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json
+
+from dougong.serve.errors import ApiError, of_validation
+
+_LARGEST = 2**63 - 1
+_TokenId = Annotated[int, Field(ge=0, le=_LARGEST)]
+_Stop = Annotated[str, Field(min_length=1, max_length=256)]
+
+UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "tools": (([],), "this server constrains no tool calls yet"),
+    "tool_choice": (("none", "auto"), "this server constrains no tool calls yet"),
+    "functions": (([],), "this server constrains no tool calls yet"),
+    "function_call": (("none", "auto"), "this server constrains no tool calls yet"),
+    "parallel_tool_calls": ((True, False), "this server constrains no tool calls yet"),
+    "best_of": ((1,), "ask for n choices with logprobs and choose yourself"),
+    "echo": ((False,), "the prompt is not repeated; POST /v1/tokenize gives its tokens"),
+    "suffix": (("",), "these models write forwards only"),
+    "modalities": ((["text"],), "these models write text only"),
+    "audio": ((), "these models write text only"),
+    "prediction": ((), "there is no predicted output"),
+    "reasoning_effort": ((), "these models have no reasoning levels"),
+    "verbosity": ((), "these models have no levels of verbosity"),
+    "store": ((False,), "nothing is stored"),
+    "metadata": (({},), "nothing is stored"),
+    "service_tier": (("auto", "default"), "there is one tier"),
+    "web_search_options": ((), "the server asks no other host"),
+    "prompt_cache_key": ((), "prefixes are shared by their content"),
+    "safety_identifier": ((), "nothing is stored"),
+    "dimensions": ((), "embeddings have the model's width"),
+}
+"""Fields of OpenAI's API that are refused, but for values that ask for nothing; and why."""
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+    model: str | None = Field(default=None, max_length=256)
+    """one of /v1/models; may be left out where there is one only"""
+    user: str | None = Field(default=None, max_length=256)
+    """accepted for compatibility; neither used nor logged"""
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    include_usage: bool = False
+    """a last chunk holds usage and timings"""
+    include_obfuscation: Literal[False] = False
+
+
+class ResponseFormat(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+    type: Literal["text", "json_object", "json_schema", "regex", "choice", "grammar"] = "text"
+    json_schema: dict[str, Any] | None = None
+    regex: str | None = Field(default=None, max_length=4096)
+    choice: list[Annotated[str, Field(min_length=1, max_length=1024)]] | None = Field(default=None, min_length=1,
+                                                                                   max_length=1024)
+    grammar: str | None = Field(default=None, max_length=65536)
+
+
+class Writing(Body):
+    """What completions and chat have in common. Absent and null mean the default."""
+
+    temperature: float = Field(default=1.0, ge=0, le=100)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=1, le=_LARGEST)
+    """an addition to OpenAI's fields, as min_p, repetition_penalty, truncation"""
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float = Field(default=1.0, gt=0, le=100)
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    logit_bias: dict[Annotated[str, Field(max_length=20)], Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+        default=None, max_length=1024)
+    n: int = Field(default=1, ge=1, le=1024)
+    max_tokens: int | None = Field(default=None, ge=1, le=_LARGEST)
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=16)] = []
+    seed: int | None = Field(default=None, ge=0, le=_LARGEST)
+    """the same seed and request give the same text; the reply names the seed used where none came"""
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    truncation: Literal["disabled", "auto"] = "disabled"
+    """auto: of a prompt that leaves no room for the answer, the end is kept"""
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop
+
+
+class CompletionBody(Writing):
+    """`POST /v1/completions`: continue a text, or token ids."""
+
+    prompt: (Annotated[str, Field()] | Annotated[list[_TokenId], Field(min_length=1)]
+             | Annotated[list[str], Field(min_length=1)]
+             | Annotated[list[Annotated[list[_TokenId], Field(min_length=1)]], Field(min_length=1)])
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+
+
+class TextPart(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+
+    def plain(self) -> dict[str, str]:
+        """As templates read it: text parts joined, `developer` by its older name."""
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+
+
+class ChatBody(Writing):
+    """`POST /v1/chat/completions`: answer a conversation."""
+
+    messages: list[Message] = Field(min_length=1, max_length=4096)
+    max_completion_tokens: int | None = Field(default=None, ge=1, le=_LARGEST)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+
+
+class TokenizeBody(Body):
+    """`POST /v1/tokenize`: the ids of a text, or of a conversation as the model reads it."""
+
+    input: str | None = None
+    messages: list[Message] | None = Field(default=None, min_length=1, max_length=4096)
+
+
+class EmbeddingBody(Body):
+    """`POST /v1/embeddings`: the mean of the last hidden states, scaled to length 1."""
+
+    input: (Annotated[str, Field(min_length=1)] | Annotated[list[_TokenId], Field(min_length=1)]
+            | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+            | Annotated[list[Annotated[list[_TokenId], Field(min_length=1)]], Field(min_length=1)])
+    encoding_format: Literal["float", "base64"] = "float"
+
+
+T = TypeVar("T", bound=Body)
+
+
+def parse(kind: type[T], raw: bytes) -> T:
+    """The body as `kind`. Raises ApiError 400 that names what is wrong: never anything else, whatever comes."""
+    try:
+        value = from_json(raw, allow_inf_nan=False)
+    except ValueError as error:
+        raise ApiError(400, f"the body is not JSON that can be read: {str(error)[:200]}.",
+                       code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise ApiError(400, "the body is no JSON object.", code="invalid_json")
+    value = {name: held for name, held in value.items() if held is not None and not _idle(name, held)}
+    if isinstance(value.get("messages"), list):
+        value["messages"] = [{name: held for name, held in message.items() if held is not None}
+                             if isinstance(message, dict) else message for message in value["messages"]]
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        raise of_validation(error) from None
+
+
+def _idle(name: str, held: Any) -> bool:
+    """Whether an unsupported field asks for nothing. Raises ApiError where it asks for something."""
+    if name not in UNSUPPORTED:
+        return False
+    neutral, reason = UNSUPPORTED[name]
+    if any(type(held) is type(value) and held == value for value in neutral):
+        return True
+    raise ApiError(400, f"{name!r} is not supported: {reason}. Leave it out.", param=name, code="unsupported_field")

@@ -1,0 +1,158 @@
+"""A model being served: its tokenizer, its template, its runner; and requests as the engine takes them."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dougong.core.config import from_dict
+from dougong.core.errors import CheckpointError, ConfigError
+from dougong.generate import Engine, SamplingConfig
+from dougong.generate.request import Request
+from dougong.generate.scheduler import Scheduler
+from dougong.serve.bodies import Writing
+from dougong.serve.errors import ApiError
+from dougong.serve.metrics import Metrics
+from dougong.serve.runner import Runner
+from dougong.serve.settings import ServeConfig
+from dougong.serve.template import ChatTemplate
+
+_LONG_TEXT = 20_000        # characters; longer ones are encoded beside the event loop
+_DEFAULT_CONTEXT = 4096    # for a model that names none
+_CHUNK = 256
+
+
+class ServedModel:
+    """One model under one name. `facts` are what /v1/models adds about it."""
+
+    def __init__(self, name: str, engine: Engine, tokenizer: Any, config: ServeConfig, *,
+                 facts: dict[str, Any] | None = None, fingerprint: str = "", template: str | None = None) -> None:
+        self.name, self.engine, self.tokenizer, self.config = name, engine, tokenizer, config
+        self.created = int(time.time())
+        self.context = engine.context or _DEFAULT_CONTEXT
+        self.template = ChatTemplate(tokenizer, template)
+        self.fingerprint = fingerprint
+        self.facts = facts or {}
+        least = -(-self.context // 64) * 64 + 128
+        self._scheduler = Scheduler(engine, max_rows=config.rows, chunk=_CHUNK, vocab_size=tokenizer.vocab_size,
+                                    cache_tokens=max(config.cache_tokens or config.rows * least, 2 * least))
+        self._names = {id: name for name, id in tokenizer.special_tokens.items()}
+
+    @classmethod
+    def open(cls, path: Path, config: ServeConfig, *, checkpoint: str = "best", name: str | None = None,
+             ) -> "ServedModel":
+        """Loads a run. Raises ConfigError or CheckpointError where it holds nothing that writes."""
+        from dougong.recipes.open_run import open_run
+
+        opened = open_run(path, checkpoint=checkpoint)
+        if opened.tokenizer is None:
+            raise ConfigError(f"{opened.directory.path} holds no language model "
+                              f"(model.kind={opened.recipe.model.kind}), so there is nothing to talk to.")
+        rows = getattr(opened.model.config, "vocab_size", None)
+        if rows is not None and rows < opened.tokenizer.vocab_size:
+            raise CheckpointError(f"{opened.directory.path}: the tokenizer has {opened.tokenizer.vocab_size} entries, "
+                                  f"the embedding {rows} rows. They do not belong together.")
+        parameters = sum(parameter.numel() for parameter in opened.model.parameters())
+        facts = {"family": opened.recipe.model.kind, "parameters": parameters, "step": opened.step}
+        fingerprint = f"{opened.weights}-{opened.step}-{opened.tokenizer.fingerprint[:12]}"
+        return cls(name or opened.directory.path.resolve().name, Engine(opened.model, opened.runtime),
+                   opened.tokenizer, config, facts=facts, fingerprint=fingerprint)
+
+    def start(self, metrics: Metrics) -> None:
+        """Begins the model's thread, in the running event loop."""
+        step, tokens = metrics.step.labels(self.name), metrics.tokens.labels(self.name)
+
+        def told(seconds: float, count: int) -> None:
+            step.observe(seconds)
+            tokens.inc(count)
+
+        self.runner = Runner(self._scheduler, rows=self.config.rows, queue=self.config.queue, on_step=told).start()
+        metrics.watch(self.name, self.runner)
+
+    def describe(self) -> dict[str, Any]:
+        """The entry of /v1/models; what OpenAI's does not have is under `dougong`."""
+        return {"id": self.name, "object": "model", "created": self.created, "owned_by": "dougong", "dougong": {
+            "context": self.context, "vocab_size": self.tokenizer.vocab_size, **self.facts,
+            "chat_template": "its own" if self.template.own else "plain (a base model: not trained on conversations)",
+            "mode": "chat" if self.template.own else "continue"}}
+
+    # ---- text and ids
+
+    async def encode(self, text: str) -> list[int]:
+        """A text as the model reads it: after the token that begins a document, where there is one."""
+        ids = [] if self.begin_id is None else [self.begin_id]
+        ids += await self.plain_ids(text)
+        if not ids:
+            raise ApiError(400, "the prompt is empty, and this model's tokenizer has no token that begins a document. "
+                           "Give at least one character.", param="prompt", code="empty_prompt")
+        return ids
+
+    async def plain_ids(self, text: str) -> list[int]:
+        if len(text) > _LONG_TEXT:
+            return (await asyncio.to_thread(self.tokenizer.encode, text)).tolist()
+        return self.tokenizer.encode(text).tolist()
+
+    async def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        ids = await asyncio.to_thread(self.template.encode, messages)
+        if not ids:
+            raise ApiError(400, "the template makes no token of this conversation.", param="messages",
+                           code="empty_prompt")
+        return ids
+
+    @property
+    def begin_id(self) -> int | None:
+        return self.tokenizer.begin_id
+
+    def spell(self, id: int) -> tuple[str, list[int]]:
+        """A token as text and as bytes; special ones by their name."""
+        name = self._names.get(id)
+        spelled = self.tokenizer.decode_bytes([id]) if name is None else name.encode()
+        return spelled.decode("utf-8", "replace"), list(spelled)
+
+    # ---- requests
+
+    def request(self, prompt: Sequence[int], sampling: SamplingConfig, *, sample: int, stop_ids: frozenset[int],
+                ) -> Request:
+        return Request(prompt, sampling, stop_ids=stop_ids, sample=sample)
+
+    def fit(self, prompt: Sequence[int], body: Writing, most: int) -> tuple[list[int], int]:
+        """The prompt as it will be read, and how many tokens may follow. Raises ApiError 400 for one too long."""
+        limit = min(self.config.prompt_tokens or self.context, self.context)
+        if body.truncation == "auto":
+            keep = max(1, min(limit, self.context - min(most, self.context // 2)))
+            prompt = prompt[-keep:]
+        if len(prompt) > limit:
+            what = ("the model reads" if limit == self.context else "this server takes")
+            raise ApiError(400, f"the prompt has {len(prompt):,} tokens; {what} at most {limit:,}. Shorten it, or send "
+                           "\"truncation\": \"auto\" to keep its end.", param="messages" if hasattr(body, "messages")
+                           else "prompt", code="context_length_exceeded")
+        return [int(id) for id in prompt], min(most, self.context + 1 - len(prompt))
+
+    def sampling(self, body: Writing, *, max_tokens: int, seed: int, logprobs: int | None) -> SamplingConfig:
+        """The engine's words for a request's. Raises ConfigError for fields that have no effect together."""
+        return from_dict(SamplingConfig, {
+            "max_tokens": max_tokens, "temperature": body.temperature, "seed": seed, "logprobs": logprobs,
+            "top_k": body.top_k, "top_p": body.top_p if body.top_p < 1 else None, "min_p": body.min_p or None,
+            "repetition_penalty": body.repetition_penalty, "presence_penalty": body.presence_penalty,
+            "frequency_penalty": body.frequency_penalty, "logit_bias": self._bias(body)})
+
+    def _bias(self, body: Writing) -> tuple[tuple[int, float], ...]:
+        pairs = []
+        for id, bias in (body.logit_bias or {}).items():
+            if not (id.isascii() and id.isdigit() and int(id) < self.tokenizer.vocab_size):
+                raise ApiError(400, f"logit_bias names {id!r}, which is no token id below {self.tokenizer.vocab_size}.",
+                               param="logit_bias", code="invalid_value")
+            pairs.append((int(id), float(bias)))
+        return tuple(pairs)
+
+    @torch.inference_mode()
+    def embed(self, ids: Sequence[int]) -> list[float]:
+        """The mean over positions of the hidden state after the final norm, in fp32, scaled to length 1."""
+        tokens_1T = torch.tensor([list(ids)], device=self.engine.runtime.device)
+        hidden_D = self.engine.model.hidden(tokens_1T)[0].float().mean(0)
+        if not bool(hidden_D.isfinite().all()):
+            raise CheckpointError("the model's hidden states are not finite. Its training probably diverged.")
+        return (hidden_D / hidden_D.norm().clamp(min=1e-12)).tolist()
