@@ -30,6 +30,7 @@ def plan(
     """Plan a run before its first step: memory, time, cost, layout. With --budget: which model to train."""
     out, progress = console(as_json), progress_bar(as_json)
     if budget is not None:
+        _refuse_beside_budget(budget, gpus=gpus, gpu=gpu, hosts=hosts, machine=machine, price=price, simulate=simulate)
         from dougong.recipes.choose import plan_budget
 
         chosen = plan_budget(budget=budget, data=data, memory_for_serving=memory_for_serving, probe=bool(probe),
@@ -67,6 +68,15 @@ def _check(recipe: str | None, **beside_budget: str | None) -> None:
     for name, value in beside_budget.items():
         if value is not None:
             raise ConfigError(f"--{name.replace('_', '-')} belongs to --budget, which chooses the model. Give both.")
+
+
+def _refuse_beside_budget(budget: str, **others: Any) -> None:
+    from dougong.core.errors import ConfigError
+
+    for name, value in others.items():
+        if value is not None:
+            raise ConfigError(f"--{name} has no effect beside --budget {budget!r}, which names the machine itself. "
+                              "Leave it out.")
 
 
 def _machine(gpus: int | None, gpu: str | None, hosts: int | None, file: Path | None,

@@ -96,7 +96,7 @@ LAYOUTS = Table("layout", {"axes": "dougong.runtime.layout:LayoutConfig",
 
 
 def _what_to_try(layout: LayoutConfig, processes: int, others: int, needed: int) -> str:
-    launch = f"Launch {needed}: torchrun --standalone --nproc-per-node {needed} -m dougong train …"
+    launch = f"Launch {needed}: torchrun --standalone --nproc-per-node {needed} -m -- dougong train …"
     if processes % others == 0:
         return f"{launch}\nor set layout.replicate={processes // others} (or leave it out: it is derived)."
     changeable = [axis for axis in AXES if axis != "replicate" and layout.size(axis) > 1]

@@ -42,3 +42,9 @@ def test_a_plan_for_this_machine_counts_one_step_exactly():
 def test_wrong_machines_are_refused_in_words():
     assert "h200" in str(plan("--gpus", "8", "--gpu", "h2000").exception)
     assert "--gpu" in str(plan("--gpus", "8").exception)
+
+
+def test_what_has_no_effect_beside_a_budget_is_refused():
+    for option in (("--gpus", 4), ("--gpu", "h200"), ("--price", 3), ("--no-simulate",)):
+        refused = dougong("plan", "--budget", "8 h200 x 3 days", *option)
+        assert refused.code == 2 and "has no effect beside --budget" in refused.err
