@@ -5,6 +5,7 @@ import json
 from typer.testing import CliRunner
 
 from dougong.cli.main import app
+from dougong.core.errors import ConfigError
 
 SMALL = ["size=null", "tokenizer.vocab_size=512", "model.context=128", "model.dim=64", "model.num_layers=2",
          "model.num_heads=2", "model.num_kv_heads=2", "model.head_dim=32", "model.ffn_dim=128", "train.rows=16",
@@ -45,6 +46,7 @@ def test_wrong_machines_are_refused_in_words():
 
 
 def test_what_has_no_effect_beside_a_budget_is_refused():
-    for option in (("--gpus", 4), ("--gpu", "h200"), ("--price", 3), ("--no-simulate",)):
-        refused = dougong("plan", "--budget", "8 h200 x 3 days", *option)
-        assert refused.code == 2 and "has no effect beside --budget" in refused.err
+    for option in (["--gpus", "4"], ["--gpu", "h200"], ["--price", "3"], ["--no-simulate"]):
+        refused = CliRunner().invoke(app, ["plan", "--budget", "8 h200 x 3 days", *option])
+        assert isinstance(refused.exception, ConfigError)
+        assert "has no effect beside --budget" in str(refused.exception)
