@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from dougong.cli import data, demo, evaluate, export, generate, plan, recipes, report, show, train
+from dougong.cli import data, demo, evaluate, export, generate, import_model, plan, recipes, report, show, train
 from dougong.core.errors import ConfigError, DougongError
 from dougong.core.files import explained_disk_errors
 
@@ -31,6 +31,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("report")(report.report)
 app.command("export")(export.export)
+app.command("import")(import_model.import_model)
 app.add_typer(data.app, name="data")
 
 

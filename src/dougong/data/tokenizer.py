@@ -98,6 +98,13 @@ class Tokenizer:
         found = None if name is None else self.backend.token_to_id(name)
         return self.document_id if found is None else found
 
+    def ending_with(self, token: int | None) -> "Tokenizer":
+        """The same tokenizer with this token as `document_id`; itself where there is no such token."""
+        name = None if token is None else self.backend.id_to_token(token)
+        if name is None:
+            return self
+        return Tokenizer(self.backend, document_id=token, settings={**self._settings, "eos_token": name})
+
     @property
     def chat_template(self) -> str | None:
         """The Jinja template that turns a conversation into text, where there is one."""

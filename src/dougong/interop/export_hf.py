@@ -62,8 +62,8 @@ def rounded(state: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
     """Which tokens begin and end a text; none where the data were one stream."""
-    end = tokenizer.document_id
-    return {} if end is None or tokenizer.begin_id is None else {"bos_token_id": tokenizer.begin_id, "eos_token_id": end}
+    ids = {"bos_token_id": tokenizer.begin_id, "eos_token_id": tokenizer.document_id}
+    return {name: token for name, token in ids.items() if token is not None}
 
 
 def _write_tokenizer(directory: Path, tokenizer: Tokenizer, config: Any) -> None:
@@ -136,7 +136,8 @@ def _compare_chat(theirs: Any, tokenizer: Tokenizer) -> None:
         return
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                extensions=["jinja2.ext.loopcontrols"])
 
     def fail(message: str) -> None:
         raise ValueError(message)

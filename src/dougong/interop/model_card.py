@@ -18,8 +18,7 @@ class CardFacts:
     license: str
     version: str
     recipe: str = ""
-    """YAML"""
-    about: str = ""
+    """YAML, without the data's place on this machine"""
     data: Mapping[str, Any] = field(default_factory=dict)
     result: Mapping[str, Any] = field(default_factory=dict)
     tokens: int | None = None
@@ -47,7 +46,7 @@ def _summary(facts: CardFacts) -> str:
     origin = f"imported from `{facts.imported_from}`" if facts.imported_from else f"trained to step {facts.step:,}"
     if facts.tokens:
         origin += f" on {facts.tokens:,} tokens, repetitions counted"
-    return (f"{facts.about}\n\n" if facts.about else "") + (
+    return (
         f"A language model of {facts.parameters:,} parameters (`{facts.architecture}`, {facts.dtype}, context of "
         f"{facts.context:,} tokens), {origin} with dougong {facts.version}.{facts.rounding}")
 
@@ -81,10 +80,10 @@ def _data(facts: CardFacts) -> str:
              for name, split in data["splits"].items()]
     sources = [f"- `{source['name']}`: {source.get('documents', 0):,} documents, {source.get('bytes', 0):,} bytes"
                for source in data.get("sources", []) if "name" in source]
-    left_out = "".join(f"\n\n{what}: {value}." for what, value in (("Split", (data.get("split") or {}).get("sentence")),)
-                       if value)
+    sentence = (data.get("split") or {}).get("sentence")
+    split = f"\n\nSplit: {sentence.rstrip('.')}." if sentence else ""
     return "## Data\n\n" + "\n".join(rows) + ("\n\nSources:\n\n" + "\n".join(sources) if sources else "") + \
-        left_out.replace("..", ".") + f"\n\nFingerprint of the data and the tokenizer: `{data.get('fingerprint', '')}`."
+        split + f"\n\nFingerprint of the data and the tokenizer: `{data.get('fingerprint', '')}`."
 
 
 def _figures(facts: CardFacts) -> str:
@@ -94,14 +93,14 @@ def _figures(facts: CardFacts) -> str:
     rows = [f"| {result.get('split', 'held-out')} split | bits per byte | 95 % interval | model − this (paired 95 %) |",
             "| --- | ---: | ---: | ---: |",
             f"| this model | {result['bits_per_byte']:.4f} | {_interval(result.get('interval'))} | |"]
-    rows += [f"| {row['name']} | {row['bits_per_byte']:.4f} | | {row['difference']:+.4f} {_interval(row.get('interval'))} |"
-             for row in result.get("baselines", [])]
+    rows += [f"| {row['name']} | {row['bits_per_byte']:.4f} | | {row['difference']:+.4f} "
+             f"{_interval(row.get('interval'))} |" for row in result.get("baselines", [])]
     of = f" of step {result['step']:,}" if "step" in result else ""
     other = "" if result.get("step", facts.step) == facts.step else \
         f" **The weights here are those of step {facts.step:,}, which these figures are not about.**"
     return ("## Figures\n\n" + "\n".join(rows) + f"\n\nEvery token{of} scored once ({result.get('weights', 'raw')} "
-            f"weights before any rounding; {result.get('documents', 0):,} documents, {result.get('bytes', 0):,} bytes). "
-            f"Lower is better; below 0 in the last column says that the model is better.{other}")
+            f"weights before any rounding; {result.get('documents', 0):,} documents, {result.get('bytes', 0):,} "
+            f"bytes). Lower is better; below 0 in the last column says that the model is better.{other}")
 
 
 def _limits(facts: CardFacts) -> str:

@@ -57,7 +57,7 @@ def _without_place(section: DecoderConfig) -> Iterator[str]:
 def _equal_family(section: DecoderConfig) -> tuple[FamilyMap, Any]:
     """The family whose arrangement is this one, whatever both do in training only."""
     candidates = {kind: build(section) for kind, build in (("qwen3", _qwen3), ("llama", _llama), ("gpt2", _gpt2))}
-    wrong = {kind: {key: pair for key, pair in difference(_computed(candidate.decoder()), _computed(section)).items()}
+    wrong = {kind: difference(_computed(candidate.decoder()), _computed(section))
              for kind, candidate in candidates.items()}
     nearest = min(wrong, key=lambda kind: len(wrong[kind]))
     if wrong[nearest]:

@@ -132,13 +132,14 @@ def _check_entry(path: Path, name: str, entry: Any, available: int) -> None:
         if kind not in TYPES:
             raise CheckpointError(f"{path}: {name} is of type {kind}, which is not known here. Known: "
                                   f"{', '.join(TYPES)}.")
-        whole = all(isinstance(n, int) and n >= 0 for n in (begin, end, *shape))
+        if not all(isinstance(n, int) and n >= 0 for n in (begin, end, *shape)):
+            raise ValueError
         expected = math.prod(shape) * TYPES[kind].itemsize
     except (TypeError, KeyError, ValueError):
         raise CheckpointError(f"{path}: the header's entry {name!r} is damaged. Fetch the file again.") from None
-    if not whole or end - begin != expected:
-        raise CheckpointError(f"{path}: {name} of shape {shape} ({kind}) needs {expected:,} bytes, and the header gives "
-                              f"it {end - begin:,}. The file was changed or is damaged; fetch it again.")
+    if end - begin != expected:
+        raise CheckpointError(f"{path}: {name} of shape {shape} ({kind}) needs {expected:,} bytes, and the header "
+                              f"gives it {end - begin:,}. The file was changed or is damaged; fetch it again.")
     if end > available:
         raise CheckpointError(f"{path} is cut off: {name} ends at byte {end:,} of {available:,} that are there. Fetch "
                               "the file again.")

@@ -17,15 +17,17 @@ from torch import Tensor, nn
 from dougong.core.errors import CheckpointError
 
 SLACK = 8.0
-"""times our own rounding; between two kernels of the same precision 1 to 3 were seen, and up to 5 where a sum is long"""
+"""times our own rounding; right programs were seen at 1 to 2 times, and rounding is a matter of luck"""
 FLOOR = 2e-6
 """share of the largest logit; float32 rounds at 6e-8, and a logit is a sum of tens to thousands of such terms"""
 TEXT_TOKENS = 96
 """tokens of each text that logits are compared on"""
 
 UNUSUAL = (
-    "", " ", "\n\n\t  x\r\n", "Hello, world! It's 12,345.67 — “quoted”, isn't it?", "def f(x):\n    return x ** 2  # ok",
-    "斗拱是中国古代建筑特有的构件。", "Ünïcödé naïve café ﬁ", "👩‍👩‍👧‍👦🏳️‍🌈 e\u0301 a\u200bb", "العربية עברית हिन्दी ไทย 한국어",
+    "", " ", "\n\n\t  x\r\n", "Hello, world! It's 12,345.67 — “quoted”, isn't it?", 
+    "def f(x):\n    return x ** 2  # ok",
+    "斗拱是中国古代建筑特有的构件。", "Ünïcödé naïve café ﬁ", "العربية עברית हिन्दी ไทย 한국어",
+    "\U0001f469\u200d\U0001f467\u200d\U0001f466 \U0001f3f3\ufe0f\u200d\U0001f308 e\u0301 a\u200bb",
     "a" * 70 + " " * 40 + "0123456789" * 3, "\x00\x07\ufffd\U0010ffff",
 )
 """what tokenizers tend to disagree on"""

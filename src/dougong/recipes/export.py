@@ -24,6 +24,7 @@ from dougong.recipes.open_run import OpenRun
 from dougong.train.shadow import tracked
 
 _TEXTS, _TEXT_CHARACTERS = 16, 2000
+_PUBLISHED_SECTIONS = ("name", "seed", "size", "tokenizer", "model", "objective", "optim", "schedule", "train")
 _DTYPE_NAMES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 
@@ -68,7 +69,8 @@ def export_hf(opened: OpenRun, out: Path, *, dtype: str | None = None, verify: b
 def published_whole(out: Path, write: Callable[[Path], Any]) -> Any:
     """Lets `write` fill a directory that gets the name `out` only if nothing was raised; returns what it returned."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists already, and an export overwrites nothing. Choose another --out, or remove it.")
+        raise ConfigError(f"{out} exists already, and an export overwrites nothing. Choose another --out, or "
+                          "remove it.")
     place = out.with_name(f".{out.name}-writing")
     with explained_disk_errors(f"the export {out}"):
         shutil.rmtree(place, ignore_errors=True)
@@ -90,8 +92,8 @@ def sizes_of(directory: Path) -> dict[str, int]:
 def refuse_without_tokens(opened: OpenRun) -> Any:
     """The recipe of a language model. Raises ConfigError for other runs."""
     if opened.tokenizer is None:
-        raise ConfigError(f"{opened.directory.path} holds no language model (model.kind={opened.recipe.model.kind}), and "
-                          "the formats here hold nothing else. Its weights are safetensors already: "
+        raise ConfigError(f"{opened.directory.path} holds no language model (model.kind={opened.recipe.model.kind}), "
+                          "and the formats here hold nothing else. Its weights are safetensors already: "
                           f"{opened.directory.checkpoints}.")
     return opened.recipe
 
@@ -120,13 +122,21 @@ def card_facts(opened: OpenRun, architecture: str, dtype: str, license: str) -> 
     return CardFacts(
         name=opened.directory.path.resolve().name, architecture=architecture, dtype=dtype, license=license,
         parameters=count.parameters(opened.recipe.model)["total"], context=opened.recipe.model.context,
-        step=opened.step, version=__version__, about=opened.recipe.about,
-        recipe="" if imported else dump_yaml(opened.recipe),
+        step=opened.step, version=__version__,
+        recipe="" if imported else _recipe_text(opened),
         data=_last(events, "data").get("facts", {}), result=_last(events, "result"),
         tokens=steps[-1].get("tokens") if steps else None, imported_from=imported.get("from"),
         begins_with=None if begin is None else opened.tokenizer.backend.id_to_token(begin),
         chat=opened.tokenizer.chat_template is not None,
         rounding="" if dtype == stored_dtype(opened) else f" The weights were rounded to {dtype} from f32.")
+
+
+def _recipe_text(opened: OpenRun) -> str:
+    """The recipe without what is about this machine: a card is published, and paths name people."""
+    values = to_dict(opened.recipe)
+    if values["tokenizer"].get("path"):
+        values["tokenizer"]["path"] = Path(values["tokenizer"]["path"]).name
+    return dump_yaml({key: values[key] for key in _PUBLISHED_SECTIONS})
 
 
 def _notes(opened: OpenRun, dtype: str, state: Any) -> tuple[str, ...]:

@@ -11,6 +11,8 @@ from torch import nn
 from dougong.core.config import replace
 from dougong.core.errors import CheckpointError, ConfigError
 from dougong.core.run import RunDirectory
+from dougong.interop.hub import is_hub_name, local_directory
+from dougong.interop.import_hf import is_hf_directory, read_hf
 from dougong.recipes.assemble import build_model, prepare_data
 from dougong.recipes.recipe import Recipe, recipe_from_run
 from dougong.runtime.device import Runtime, RuntimeConfig, best_device, usable_cores
@@ -37,9 +39,33 @@ class OpenRun:
 
         Raises CheckpointError where they are no longer the same: a score on other data would mislead.
         """
+        imported = self.recorded.get("imported")
+        if imported and imported.get("data") is None:
+            raise ConfigError(f"{self.directory.path} was imported, so it has no data of its own. Name some to score "
+                              "it on: dougong eval --data FOLDER, or dougong import --data FOLDER.")
         corpus = prepare_data(self.recipe)
         check_same_data(self.recorded, corpus, self.directory.path)
         return corpus
+
+    def on_data(self, path: str) -> "OpenRun":
+        """The same model with other data: a folder, file or glob of text. Raises ConfigError where it reads no text."""
+        if self.tokenizer is None:
+            raise ConfigError(f"{self.directory.path} holds no language model, and other data are read for one only.")
+        from dougong.data.prepare import TextData
+        from dougong.data.tokenizer import FileConfig
+
+        recipe = replace(self.recipe, data=TextData(path=path), tokenizer=FileConfig(path=self.tokenizer_path))
+        recorded = {**self.recorded, "data_fingerprint": None}
+        if "imported" in recorded:
+            recorded["imported"] = {**recorded["imported"], "data": path}
+        return OpenRun(self.directory, recipe, self.runtime, self.model, self.tokenizer, self.step, self.weights,
+                       recorded, self.passed_over)
+
+    @property
+    def tokenizer_path(self) -> str:
+        """The directory that holds the tokenizer: the run's, or that of the model that is opened as it is."""
+        own = self.directory.tokenizer
+        return str(own if own.is_dir() else self.directory.path)
 
     def generate(self, prompts: list[str], sampling: Any = None, *,
                  stream: Callable[[int, str], None] | None = None) -> list:
@@ -61,11 +87,15 @@ def open_run(path: Path | str, *, checkpoint: str = "best") -> OpenRun:
     from dougong.train.checkpoint import load_model_tensors
     from dougong.train.state import load_weights
 
+    if is_hub_name(str(path)) or is_hf_directory(Path(path)):
+        return _open_hf(str(path), checkpoint)
     path = Path(path)
     if path.parent.name == "checkpoints" and path.name.startswith("step-"):
         checkpoint, path = path.name.removeprefix("step-").lstrip("0") or "0", path.parent.parent
     directory = RunDirectory.open(path)
     recipe, recorded = recipe_from_run(directory.recipe)
+    if "imported" in recorded:     # wherever the run lies now, its tokenizer lies in it
+        recipe = replace(recipe, tokenizer=replace(recipe.tokenizer, path=str(directory.tokenizer)))
     found, passed_over = _find(directory, checkpoint)
     runtime = Runtime.start(runtime_here(recipe.runtime))
     weights = "ema" if recipe.train.ema else "raw"
@@ -73,6 +103,23 @@ def open_run(path: Path | str, *, checkpoint: str = "best") -> OpenRun:
     load_weights(model, load_model_tensors(found, weights=weights))
     return OpenRun(directory, recipe, runtime, model.eval(), load_tokenizer(directory), int(found.name[5:]), weights,
                    recorded, passed_over)
+
+
+def _open_hf(name: str, checkpoint: str) -> OpenRun:
+    """A Hugging Face directory as it lies there, without a run around it."""
+    from dougong.recipes.import_model import imported_recipe, recorded_facts
+    from dougong.train.state import load_weights
+
+    if checkpoint not in ("best", "last"):
+        raise ConfigError(f"{name} is a model, not a run, so it has no checkpoint {checkpoint!r}. Leave --checkpoint "
+                          "out.")
+    read = read_hf(local_directory(name))
+    recipe = imported_recipe(read, name="imported", data=None, tokenizer=read.directory)
+    runtime = Runtime.start(runtime_here(recipe.runtime))
+    model = build_model(recipe, runtime)
+    load_weights(model, read.tensors)
+    return OpenRun(RunDirectory(read.directory), recipe, runtime, model.eval(), read.tokenizer, 0, "raw",
+                   recorded_facts(read, name, None), [])
 
 
 def runtime_here(section: RuntimeConfig) -> RuntimeConfig:
