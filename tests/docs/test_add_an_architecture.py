@@ -50,11 +50,11 @@ def qwen2(tmp_path, monkeypatch):
     return suites
 
 
-def _run_rows(suite, table, rows, tmp_path):
+def _run_rows(suite, table, rows, tmp_path, monkeypatch):
     """Runs every test of a suite that is parametrised by `table`, on the new rows; returns how many."""
     tests = [test for name, test in vars(suite).items() if name.startswith("test_")
              and any(mark.args[1] is table for mark in getattr(test, "pytestmark", []))]
-    values = {"tmp_path": tmp_path, "kernel": explicit}
+    values = {"tmp_path": tmp_path, "kernel": explicit, "monkeypatch": monkeypatch}
     for test in tests:
         more = {name: values[name] for name in inspect.signature(test).parameters if name in values}
         for row in rows:
@@ -62,15 +62,15 @@ def _run_rows(suite, table, rows, tmp_path):
     return len(tests)
 
 
-def test_the_new_family_meets_the_contract(qwen2, tmp_path):
+def test_the_new_family_meets_the_contract(qwen2, tmp_path, monkeypatch):
     suite, rows = qwen2["LANGUAGE_MODELS"]
-    assert _run_rows(suite, suite.LANGUAGE_MODELS, rows, tmp_path) >= 12
+    assert _run_rows(suite, suite.LANGUAGE_MODELS, rows, tmp_path, monkeypatch) >= 12
 
 
-def test_the_new_family_equals_transformers(qwen2, tmp_path):
+def test_the_new_family_equals_transformers(qwen2, tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     suite, rows = qwen2["CASES"]
-    assert len(rows) == 2 and _run_rows(suite, suite.CASES, rows, tmp_path) == 3
+    assert len(rows) == 2 and _run_rows(suite, suite.CASES, rows, tmp_path, monkeypatch) == 3
 
 
 def test_a_family_without_its_biases_would_be_found_out(qwen2, tmp_path, monkeypatch):
