@@ -14,7 +14,7 @@ import pytest
 import typer
 
 from dougong.cli.main import app
-from dougong.cli.plan import _machine
+from dougong.cli.plan import _machine, _refuse_beside_budget
 from dougong.cli.train import _run_to_resume
 from dougong.plan.budget import parse_budget, parse_serving, parse_text
 from dougong.plan.machine import KINDS, load_machine
@@ -157,6 +157,9 @@ def parse(line: str):
     return command.make_context("dougong", words).params
 
 
+_NOT_BESIDE_BUDGET = ("gpus", "gpu", "hosts", "machine", "price", "simulate")
+
+
 def check(line: str) -> None:
     """What a command line says is understood: its options, the recipe and its keys, layout, machine and budget."""
     line, processes = launched_by(line)
@@ -169,6 +172,7 @@ def check(line: str) -> None:
         if isinstance(layout, LayoutConfig) and "train" in line:
             layout.on(processes)
     if params.get("budget") is not None:
+        _refuse_beside_budget(**{name: params[name] for name in ("budget", *_NOT_BESIDE_BUDGET)})
         parse_budget(params["budget"]), parse_text(params["data"]), parse_serving(params["memory_for_serving"])
     elif any(params.get(name) for name in ("gpus", "gpu", "machine")):
         _machine(params["gpus"], params["gpu"], params["hosts"], params["machine"], params["price"])
@@ -216,6 +220,7 @@ def test_commands_parse_and_their_keys_exist(line, beside_the_docs):
     ("dougong plan first --gpus 8", "which kind"),
     ("dougong plan first --gpuss 8", "gpuss"),
     ("dougong plan --budget '8 h200'", "is no budget"),
+    ("dougong plan --budget '8 h200 x 3 days' --price 3", "--price has no effect"),
     ("dougong plan --budget '8 h200 x 3 days' --data nowhere", "nowhere"),
     ("dougong report runs/first --whi", "whi")])
 def test_wrong_commands_are_caught(line, says, beside_the_docs):
