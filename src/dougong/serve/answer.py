@@ -46,7 +46,8 @@ class Answer:
         prompts = await self._prompts()
         if len(prompts) * body.n > self.config.choices:
             raise ApiError(400, f"{len(prompts)} prompts with n={body.n} are {len(prompts) * body.n} texts; this "
-                           f"server writes at most {self.config.choices} for one request.", param="n", code="too_many_choices")
+                           f"server writes at most {self.config.choices} for one request.", param="n",
+                           code="too_many_choices")
         if body.temperature == 0 and body.n > 1:
             raise ApiError(400, f"n={body.n} continuations at temperature=0 would all be the same. Set n=1, or a "
                            "temperature above 0.", param="n", code="invalid_value")
