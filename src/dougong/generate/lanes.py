@@ -99,13 +99,13 @@ class Lane:
         self.lengths.append(length)
 
     def remove(self, member: Any) -> None:
-        """Drops a row; the last row takes its place."""
+        """Drops a row; the last row takes its place, and zeros the last place: see `_resize`."""
         at, last = next(i for i, held in enumerate(self.members) if held is member), len(self.members) - 1
         for store in (self.keys, self.values):
             for layer, held in store.items():
                 if at != last:
-                    begin = self.end - self.lengths[last]
-                    held[at, :, begin:self.end] = held[last, :, begin:self.end]
+                    held[at] = held[last]
+                held[last] = 0
                 if last and last <= len(held) // 2:
                     self._resize(store, layer, held, last)
         self.members[at], self.lengths[at] = self.members[last], self.lengths[last]

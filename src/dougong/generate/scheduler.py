@@ -94,6 +94,7 @@ class Scheduler:
         self._waiting.append(row)
         return row.id
 
+    @torch.inference_mode()
     def cancel(self, id: int) -> None:
         """Ends a request without another token; harmless where it has ended."""
         row = self._rows.get(id)
@@ -115,11 +116,13 @@ class Scheduler:
             newest_B1 = torch.tensor([[row.tokens[-1]] for row in rows])
             logits.append(self.engine.read(newest_B1, Reading(together, self.engine.runtime.device)))
         written = self._write_guessed(guesses) if guesses else []
-        for row, logits_1V in self._read_prompts():
-            rows.append(row)
-            logits.append(logits_1V)
+        begun = self._read_prompts()
+        rows += [row for row, _ in begun]
+        logits += [logits_1V for _, logits_1V in begun]
         if rows:
             tokens = self._choose_and_write(rows, torch.cat(logits))
+        for row, _ in begun:
+            self._keep_prefix(row)      # only now is it known that its numbers are finite
         return tokens + written
 
     # Places in the cache.
@@ -220,11 +223,12 @@ class Scheduler:
             elif self._lanes.get(row.lane.width) is row.lane:
                 del self._lanes[row.lane.width]
 
-    def _end(self, row: Row) -> None:
+    def _end(self, row: Row, *, keep: bool = True) -> None:
         if row.lane is None:
             self._waiting.remove(row)
         else:
-            self._keep_prefix(row)
+            if keep:
+                self._keep_prefix(row)
             self._release(row)
         del self._rows[row.id]
 
@@ -265,7 +269,6 @@ class Scheduler:
             logits_1V = self.engine.read(torch.tensor([text[begin:end]]), Reading([lane]))
             if end == len(text):
                 self._reading.popleft()
-                self._keep_prefix(row)
                 self._begin_writing(row, lane)
                 finished.append((row, logits_1V))
         return finished
@@ -333,7 +336,7 @@ class Scheduler:
                 token = Token(row.id, -1, "error", error=choice)
             tokens.append(token)
             if token.finish is not None:
-                self._end(row)
+                self._end(row, keep=token.finish != "error")
         return tokens
 
     def _choose(self, rows: Sequence[Row], logits_NV: Tensor) -> list[Choice]:

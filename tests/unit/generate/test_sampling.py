@@ -10,6 +10,7 @@ from dougong.core.errors import CheckpointError, ConfigError
 from dougong.generate.sampling import (
     Draws,
     SamplingConfig,
+    adjust,
     choose,
     log_probabilities,
     penalise_repetition,
@@ -55,6 +56,21 @@ def test_repetition_penalty_equals_transformers():
     seen = torch.zeros(4, 50, dtype=torch.bool).scatter_(1, tokens, True)
     expected = reference.RepetitionPenaltyLogitsProcessor(1.3)(tokens, x)
     assert torch.equal(penalise_repetition(x, seen, 1.3), expected) and not torch.equal(x, expected)
+
+
+def test_frequency_and_presence_penalties_and_bias_are_openais():
+    """mu[j] - c[j] * alpha_frequency - float(c[j] > 0) * alpha_presence, and the bias added."""
+    x, counts = logits(2, 6), torch.tensor([[0.0, 1, 2, 0, 0, 3], [5, 0, 0, 0, 1, 0]])
+    config = SamplingConfig(frequency_penalty=0.5, presence_penalty=-1.5, logit_bias=((2, -100.0), (4, 7.5), (99, 1.0)))
+    for row, held, ours in zip(x.tolist(), counts.tolist(), adjust(x, config, None, counts).tolist()):
+        bias = [0, 0, -100, 0, 7.5, 0]
+        assert ours == pytest.approx([row[j] - 0.5 * held[j] + 1.5 * (held[j] > 0) + bias[j] for j in range(6)], abs=1e-5)
+
+
+@pytest.mark.parametrize("bias", [((-1, 2.0),), ((1, 101.0),), ((1, math.nan),)])
+def test_a_bias_that_means_nothing_is_refused(bias):
+    with pytest.raises(ConfigError, match="logit_bias"):
+        SamplingConfig(logit_bias=bias)
 
 
 def test_tokens_of_equal_logit_are_kept_or_dropped_together():

@@ -1,5 +1,7 @@
 """Small models of many kinds: grouped heads, windows, value embeddings, learned positions, ALiBi."""
 
+from dataclasses import replace
+
 import torch
 
 from dougong.models.compose import DecoderConfig
@@ -20,9 +22,9 @@ CONFIGS = {
 }
 
 
-def build(name: str) -> torch.nn.Module:
+def build(name: str, **changes) -> torch.nn.Module:
     """A model with sharp opinions; an untrained one finds all tokens about equally likely."""
-    model = CONFIGS[name].build()
+    model = replace(CONFIGS[name], **changes).build()
     model.initialise(1)
     torch.manual_seed(1)
     with torch.no_grad():
