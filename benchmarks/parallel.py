@@ -30,7 +30,7 @@ from dougong.runtime.layout import LayoutConfig
 from dougong.train import TrainConfig, fit
 from dougong.train.state import TrainState
 
-MODEL = Qwen3Config(vocab_size=2048, context=256, dim=192, num_layers=4, num_heads=3, num_kv_heads=3, head_dim=64)
+MODEL = Qwen3Config(vocab_size=2048, context=256, dim=256, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=64)
 ROWS, WARM = 16, 3      # 4,096 tokens a step, as recipe `first`
 ASKED_TWO, NOISE = 1.6, 0.03
 
@@ -114,6 +114,7 @@ def median_step(name: str, steps: int) -> float:
             child.start()
         for child in children:
             child.join()
+            assert child.exitcode == 0, f"{name}: a process ended with {child.exitcode}; its error stands above"
         return max(statistics.median(torch.load(f"{folder}/{rank}.pt")) for rank in range(size))
 
 
@@ -139,7 +140,7 @@ def main() -> None:
         print(f"{name:<32}{ratio['median']:>6.2f} x one thread  ({ratio['min']:.2f} to {ratio['max']:.2f})")
     print(f"\nfit / by hand, seconds a step: {cost['median']:.3f} ({cost['min']:.3f} to {cost['max']:.3f}); asked: "
           f"within noise\ntwo processes / one: {ratios['2 processes, replicate 2']['median']:.2f}, asked {ASKED_TWO}")
-    write(options.json, {**report, "model": "qwen3, 4 layers of 192, 2,048 tokens, context 256, 16 rows",
+    write(options.json, {**report, "model": "qwen3, 4 layers of 256, 2,048 tokens, context 256, 16 rows",
                          "seconds_per_step": {name: spread(values) for name, values in seconds.items()},
                          "speed_over_one_thread": ratios, "fit_over_by_hand": cost})
 
