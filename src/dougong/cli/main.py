@@ -9,7 +9,21 @@ import sys
 
 import typer
 
-from dougong.cli import data, demo, evaluate, export, generate, import_model, plan, recipes, report, show, train
+from dougong.cli import (
+    chat,
+    data,
+    demo,
+    evaluate,
+    export,
+    generate,
+    import_model,
+    plan,
+    recipes,
+    report,
+    serve,
+    show,
+    train,
+)
 from dougong.core.errors import ConfigError, DougongError
 from dougong.core.files import explained_disk_errors
 
@@ -29,6 +43,8 @@ app.command("plan")(plan.plan)
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
+app.command("serve")(serve.serve)
 app.command("report")(report.report)
 app.command("export")(export.export)
 app.command("import")(import_model.import_model)
@@ -57,13 +73,23 @@ def main() -> None:
     except DougongError as error:
         rank = os.environ.get("RANK", "0")   # the first process says it whole, the others in a line
         print(f"\nerror: {error}" if rank == "0" else f"process {rank}: {str(error).splitlines()[0]}", file=sys.stderr)
-        sys.exit(2)
+        _leave(2)
     except KeyboardInterrupt:
         print("\nstopped.", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(0)
+
+
+def _leave(code: int) -> None:
+    """Ends the process. One of several leaves at once: others may wait for it in a collective whose threads would abort
+    an orderly end."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

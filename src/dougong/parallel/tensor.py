@@ -15,6 +15,7 @@ Dropout draws different numbers on each process, which is right where activation
 where they are whole on every process it would be wrong, so dropout of the stream asks for sequence parallelism.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -53,7 +54,8 @@ def why_not_tensor(config: Any, layout: LayoutConfig) -> str | None:
     section = config.decoder()
     num_heads, num_kv_heads, _ = section.attention.heads(section.dim)
     if num_heads % size:
-        return f"layout.tensor={size} does not divide num_heads={num_heads}: each process computes whole heads."
+        return (f"layout.tensor={size} does not divide num_heads={num_heads}: each process computes whole heads.\n"
+                f"Try layout.tensor={math.gcd(size, num_heads)}.")
     if num_kv_heads % size and size % num_kv_heads:
         return (f"layout.tensor={size} and num_kv_heads={num_kv_heads}: one must divide the other, so that key/value "
                 "heads are divided or shared evenly.")
@@ -61,7 +63,8 @@ def why_not_tensor(config: Any, layout: LayoutConfig) -> str | None:
         return (f"layout.tensor={size} divides dense feed-forwards, and this model's is a mixture of experts.\n"
                 "Try layout.expert, which gives each process some of the experts.")
     if section.feed_forward.width(section.dim) % size:
-        return f"layout.tensor={size} does not divide ffn_dim={section.feed_forward.width(section.dim)}."
+        width = section.feed_forward.width(section.dim)
+        return f"layout.tensor={size} does not divide ffn_dim={width}.\nTry layout.tensor={math.gcd(size, width)}."
     if layout.vocabulary_parallel and section.vocab_size and section.vocab_size % size:
         return (f"layout.tensor={size} does not divide vocab_size={section.vocab_size}.\n"
                 "Try layout.vocabulary_parallel=false, or a vocabulary that it divides.")

@@ -14,6 +14,7 @@ from dougong.runtime.layout import DATA, LayoutConfig
 
 _FILLED = 8
 """micro-batches for each stage at which a pipeline's bubble is a tenth and less"""
+_ROOM_FOR_COPIES = 0.5
 _LONG_CONTEXT = 8192
 """below it, a row's activations are divided better by tensor parallelism or not at all"""
 _WORTH = 0.97
@@ -60,8 +61,8 @@ def rank(work: Work, machine: Machine, devices: int, *, counts: Counts | None = 
 def choose_layout(model: Any, train: Any, runtime: Any, optim: Any, processes: int) -> tuple[LayoutConfig, str]:
     """The layout for `layout: auto`, and the reason; called by the processes launched, each alike.
 
-    Copies where a whole model with its optimiser fits beside its neighbours', else parts of it over as many processes
-    as it takes; other axes only where that does not do. Raises ConfigError where nothing fits.
+    Copies where a whole model with its optimiser leaves half of the memory free: nothing is simpler, and small parts
+    travel badly. Else what the plan ranks first. Raises ConfigError where nothing fits.
     """
     if processes == 1:
         return LayoutConfig(replicate=1), "one process"
@@ -76,12 +77,18 @@ def choose_layout(model: Any, train: Any, runtime: Any, optim: Any, processes: i
                 checkpoint=CHECKPOINTING[train.gradient_checkpointing], micro_rows=train.micro_rows,
                 ema=train.ema is not None, compile=bool(runtime.compile))
     machine = _shared(processes)
+    copies = rank(work, machine, processes, pinned=LayoutConfig(replicate=processes), keep=1, changes=False).chosen
+    if copies is not None and copies.memory_bytes <= _ROOM_FOR_COPIES * copies.capacity:
+        return copies.layout, f"every process has room for the whole model: {_held(copies)}"
     ranking = rank(work, machine, processes, keep=1, changes=False)
     if ranking.chosen is None:
         raise ConfigError(f"no layout of {processes} processes fits:\n"
                           + nothing_fits(work, machine, processes, ranking))
-    option, gib = ranking.chosen, 2**30
-    return option.layout, f"{option.reason} ({option.memory_bytes / gib:.1f} GiB of {machine.memory_bytes / gib:.0f})"
+    return ranking.chosen.layout, f"{ranking.chosen.reason} ({_held(ranking.chosen)})"
+
+
+def _held(option: Option) -> str:
+    return f"{option.memory_bytes / 2**30:.1f} GiB of {option.capacity / 2**30:.0f}"
 
 
 def _shared(processes: int) -> Machine:

@@ -1,6 +1,5 @@
 """From a recipe to the things it names: corpus, model, objective, optimiser, loader, state."""
 
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +16,7 @@ from dougong.recipes.recipe import Recipe
 from dougong.runtime.device import Runtime
 from dougong.runtime.layout import AXES, DATA
 from dougong.runtime.mesh import Mesh
-from dougong.runtime.processes import from_first
+from dougong.runtime.processes import from_first, launched_here
 from dougong.runtime.seeds import derive, seed_all
 from dougong.train import EMAConfig, TrainConfig
 
@@ -183,7 +182,7 @@ def divided_micro_rows(recipe: Recipe, runtime: Runtime) -> tuple[Recipe, Derive
         kept = count.activation_bytes(recipe.model, rows=1, context=recipe.model.context, dtype=runtime.dtype,
                                       checkpoint_activations=recipe.train.checkpoint_activations)
         per_row = kept / layout.size("tensor", "context", "pipeline")
-        neighbours = 1 if runtime.device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        neighbours = 1 if runtime.device.type == "cuda" else launched_here()
         free = from_first(available_bytes(runtime.device)) / neighbours / 2
         fitting = [size for size in range(at_once, 0, -1) if rows % size == 0 and size * per_row <= free]
         if fitting and fitting[0] < at_once:

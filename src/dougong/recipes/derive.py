@@ -6,7 +6,6 @@ minutes) are added later by `fit_to_data` and `fit_to_time`.
 """
 
 import math
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from dougong.models import FAMILIES, count
 from dougong.optim.build import MUON_ADAMW_RATE, MUON_RATE, USUAL_RATE
 from dougong.recipes.recipe import Recipe, with_values
 from dougong.runtime.device import best_device, check_device, matmul_flops_per_s, measure_precision, usable_cores
+from dougong.runtime.processes import launched_here
 
 _LAYERS_TO_WIDTH = 56        # width / depth of published small models: 40 (nanoGPT CPU) to 64 (nanochat)
 _TOKENS_PER_PARAMETER = 12   # nanochat's compute-optimal ratio, 10.5 to 12 tokens per parameter
@@ -139,7 +139,7 @@ def _runtime(notes: _Notes) -> None:
 
 
 def _threads() -> tuple[int, str]:
-    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    neighbours = launched_here()
     if neighbours == 1:
         return usable_cores(), "cores this process may use"
     return max(1, usable_cores() // neighbours), f"{usable_cores()} cores for {neighbours} processes on this machine"

@@ -16,6 +16,7 @@ from dougong.interop.import_hf import is_hf_directory, read_hf
 from dougong.recipes.assemble import build_model, prepare_data
 from dougong.recipes.recipe import Recipe, recipe_from_run
 from dougong.runtime.device import Runtime, RuntimeConfig, best_device, usable_cores
+from dougong.runtime.processes import launched_here
 
 
 @dataclass
@@ -125,7 +126,8 @@ def _open_hf(name: str, checkpoint: str) -> OpenRun:
 def runtime_here(section: RuntimeConfig) -> RuntimeConfig:
     """The run's precision on this machine's device and cores: a run made elsewhere opens here."""
     device = section.device if section.device in ("cpu", best_device()) else best_device()
-    threads = min(section.threads or 1, usable_cores()) if section.device == device else usable_cores()
+    mine = max(1, usable_cores() // launched_here())
+    threads = min(section.threads or 1, mine) if section.device == device else mine
     return replace(section, device=device, threads=threads)
 
 

@@ -20,6 +20,7 @@ from dougong.runtime.device import RuntimeConfig
 from dougong.runtime.layout import LayoutConfig
 
 _UNKNOWN_VOCABULARY = 256
+_SIMULATIONS = 4      # seconds each, also for a model of 405B
 ASSUMPTIONS = (
     "activations are those of eager mode; torch.compile usually keeps fewer",
     "stages and processes are equally fast; stragglers, restarts, evaluations and checkpoints are not in the time",
@@ -63,12 +64,26 @@ def plan_recipe(asked: Recipe, machine: Machine, devices: int, *, probe: bool = 
     if chosen.layout.processes == 1:
         chosen = _counted_exactly(work, chosen)
         ranking = Ranking([chosen, *ranking.best[1:]], ranking.others, ranking.considered)
-    facts = _facts(recipe, derived, work, counts, machine, devices, ranking)
+    simulated = None
     if simulate and devices > 1:
         if progress:
             progress(0, None, "simulating one process")
-        facts["simulated"] = _simulated(work, chosen)
-    return facts
+        ranking, simulated = _confirmed(work, ranking)
+    return {**_facts(recipe, derived, work, counts, machine, devices, ranking), "simulated": simulated}
+
+
+def _confirmed(work: Work, ranking: Ranking) -> tuple[Ranking, dict[str, Any]]:
+    """The ranking with a first that fits by the simulation too, as far as a few tries find one, and what it found."""
+    best, others, simulated = list(ranking.best), list(ranking.others), {}
+    for _ in range(_SIMULATIONS):
+        simulated = _simulated(work, best[0])
+        needed = simulated["peak_bytes"] + best[0].memory.get("allowance", 0.0)
+        if needed <= best[0].capacity or len(best) == 1:
+            break
+        first = best.pop(0)
+        others.insert(0, change(first, refused=f"the simulation needs {needed / 2**30:.0f} GiB, the arithmetic "
+                                               f"{first.memory_bytes / 2**30:.0f}"))
+    return Ranking(best, others, ranking.considered), simulated
 
 
 def _counted_exactly(work: Work, option: Option) -> Option:

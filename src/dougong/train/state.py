@@ -29,8 +29,8 @@ class TrainState:
 
     `step` and `tokens` count what was done, `elapsed_s` is training time over all attempts, `skips` the
     skipped steps in a row, `best` the lowest validation loss with its step and the evaluations since
-    (`waited`), `evaluated` the step last evaluated, `window` the sums of steps not yet logged, `spikes` what is known of
-    losses and norms so far. `stop` names the reason for which training ends after this step, and is the same on all
+    (`waited`), `evaluated` the step last evaluated, `window` the sums of steps not yet logged, `spikes` what is known
+    of losses and norms so far. `stop` names the reason for which training ends after this step, and is the same on all
     processes; `asked_to_stop` is what a signal asked of this one, and the loop makes a stop of it that all agree on.
     `rewind` is set by the loop when it has to go back (train/rewind.py). None of the three is saved.
     """
