@@ -10,23 +10,31 @@ from dougong.cli.output import Json, console, emit, tell_passed_over
 
 def export(
     run: Annotated[Path, typer.Argument(help="A run, one of its checkpoints, or a Hugging Face directory.")],
-    to: Annotated[Literal["hf"], typer.Option("--to", help="hf: a directory for transformers.")] = "hf",
+    to: Annotated[Literal["hf", "gguf"], typer.Option(
+        "--to", help="hf: a directory for transformers; gguf: a file for llama.cpp and Ollama.")] = "hf",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Where; default: RUN-hf beside the run.")] = None,
     dtype: Annotated[Literal["f32", "bf16", "f16"] | None, typer.Option(
         "--dtype", help="Type of the weights in hf; default: f32, or that of the imported model.")] = None,
+    quant: Annotated[Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] | None, typer.Option(
+        "--quant", help="Type of the weights in gguf; default: f32.")] = None,
     license: Annotated[str, typer.Option("--license", help="For the model card, such as apache-2.0.")] = "unknown",
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not read back what was written.")] = False,
     checkpoint: Annotated[str, typer.Option("--checkpoint", help="best, last, or a step.")] = "best",
     as_json: Json = False,
 ) -> None:
     """Write a run's model for other programs, and check that they compute the same."""
-    from dougong.recipes.export import export_hf
+    from dougong.core.errors import ConfigError
+    from dougong.recipes.export import export_gguf, export_hf
     from dougong.recipes.open_run import open_run
 
+    if (other := dtype if to == "gguf" else quant) is not None:
+        raise ConfigError(f"{'--dtype' if to == 'gguf' else '--quant'} {other} has no effect with --to {to}. Use "
+                          f"{'--quant' if to == 'gguf' else '--dtype'}.")
     opened = open_run(run, checkpoint=checkpoint)
     tell_passed_over(opened)
-    place = out or run.with_name(f"{run.name}-{to}")
-    exported = export_hf(opened, place, dtype=dtype, verify=not no_verify, license=license)
+    place = out or opened.directory.path.with_name(f"{opened.directory.path.resolve().name}-{quant or to}")
+    exported = export_hf(opened, place, dtype=dtype, verify=not no_verify, license=license) if to == "hf" else \
+        export_gguf(opened, place, quant=quant or "f32", verify=not no_verify, license=license)
     screen = console(as_json)
     for name, size in exported.files.items():
         screen.print(f"  {name:<36}{size:>16,} bytes", style="dim")

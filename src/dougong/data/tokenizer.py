@@ -106,6 +106,11 @@ class Tokenizer:
         return Tokenizer(self.backend, document_id=token, settings={**self._settings, "eos_token": name})
 
     @property
+    def normalizes(self) -> bool:
+        """Whether text is changed before it is cut, such as composed (NFC)."""
+        return self._spec["normalizer"] is not None
+
+    @property
     def chat_template(self) -> str | None:
         """The Jinja template that turns a conversation into text, where there is one."""
         template = self._settings.get("chat_template")

@@ -17,7 +17,7 @@ from dougong.core.files import write_json, write_text
 from dougong.data.tokenizer import Tokenizer
 from dougong.interop.maps.family_map import FamilyMap
 from dougong.interop.tensor_files import SHARD_BYTES, write_shards
-from dougong.interop.verify import UNUSUAL, Mismatch, Verified, compare_ids, compare_logits, rows_of
+from dougong.interop.verify import UNUSUAL, Mismatch, Verified, compare_ids, compare_logits, readable, rows_of
 from dougong.train.shadow import tracked
 from dougong.train.state import load_weights
 
@@ -26,17 +26,16 @@ _LONG_NAMES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 
 
 def write_hf(directory: Path, family: FamilyMap, config: Any, state: Mapping[str, Tensor], tokenizer: Tokenizer, *,
-             dtype: str = "f32", card: str = "", keep: Mapping[str, Any] | None = None,
-             shard_bytes: int = SHARD_BYTES) -> list[str]:
+             dtype: str = "f32", card: str = "", shard_bytes: int = SHARD_BYTES) -> list[str]:
     """Writes everything into an existing directory; returns the names of the weight files.
 
-    `keep` lays further keys over config.json. Raises ConfigError for values that the type cannot hold.
+    Raises ConfigError for values that the type cannot hold.
     """
     tensors = family.tensors_to_hf(config, rounded(state, dtype))
     names = write_shards(directory, tensors, shard_bytes=shard_bytes)
     ids = special_ids(tokenizer)
     write_json(directory / "config.json", {
-        **family.config_to_hf(config), **ids, **(keep or {}), "dtype": _LONG_NAMES[dtype],
+        **family.config_to_hf(config), **ids, "dtype": _LONG_NAMES[dtype],
         "torch_dtype": _LONG_NAMES[dtype], "use_cache": True})
     write_json(directory / "generation_config.json", {**ids, "do_sample": True, "temperature": 0.8, "top_p": 0.95})
     _write_tokenizer(directory, tokenizer, config)
@@ -80,14 +79,16 @@ def _write_tokenizer(directory: Path, tokenizer: Tokenizer, config: Any) -> None
 def verify_hf(directory: Path, model: nn.Module, tokenizer: Tokenizer, texts: Sequence[str], *, dtype: str) -> Verified:
     """Loads the directory with transformers and compares. `model` is the run's. Raises Mismatch, or MissingExtraError
     without transformers."""
-    transformers = _transformers()
+    transformers = transformers_package()
     texts = without_special_tokens([*texts, *UNUSUAL], tokenizer)
-    theirs = transformers.AutoTokenizer.from_pretrained(directory)
+    with readable("transformers"):
+        theirs = transformers.AutoTokenizer.from_pretrained(directory)
     compare_ids(texts, tokenizer.encode, lambda text: theirs(text, add_special_tokens=False)["input_ids"],
                 "transformers")
     _compare_special(theirs, tokenizer, transformers.GenerationConfig.from_pretrained(directory))
     _compare_chat(theirs, tokenizer)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    with readable("transformers"):
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     ours = with_weights(model, rounded(tracked(model), dtype))
     rows = rows_of(tokenizer.encode_batch(list(texts), threads=1), first=tokenizer.begin_id,
                    context=ours.config.context)
@@ -164,7 +165,7 @@ def _layers(loaded: Any) -> Any:
     return read
 
 
-def _transformers() -> Any:
+def transformers_package() -> Any:
     try:
         import transformers
     except ImportError:

@@ -88,8 +88,9 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}. The index names it: is it fetched?") from None
     except ValueError as error:
         raise CheckpointError(f"{path}: its header is damaged ({error}). Fetch it again.") from None
-    tensors = {name: entry for name, entry in header.items() if name != "__metadata__"} if isinstance(header, dict) \
-        else {"": None}
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: its header is damaged (no JSON object). Fetch it again.")
+    tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
     for name, entry in tensors.items():
         _check_entry(path, name, entry, size - 8 - length)
     _check_layout(path, tensors, size - 8 - length)

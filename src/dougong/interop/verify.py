@@ -5,8 +5,9 @@ as much; so the other program may stray by `SLACK` times what ours does, and nev
 rounding of a few sums. A wrong constant (say, eps=1e-6 for 1e-5) strays ten times further than that.
 """
 
+import contextlib
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -106,6 +107,15 @@ def compare_logits(model: nn.Module, reader: nn.Module, rows: Sequence[Sequence[
     return Verified(name, texts, sum(len(row) for row in rows), *largest)
 
 
+@contextlib.contextmanager
+def readable(reader: str) -> Iterator[None]:
+    """Turns whatever a reader raises about what was written into a Mismatch."""
+    try:
+        yield
+    except Exception as error:   # readers raise errors of every kind
+        raise Mismatch(f"{reader} cannot read what was written: {type(error).__name__}: {str(error)[:500]}") from error
+
+
 def rows_of(ids: Sequence[Sequence[int]], *, first: int | None, context: int, rows: int = 12) -> list[list[int]]:
     """Texts as rows of at most `TEXT_TOKENS` tokens, each after the token that begins a document; the longest ones."""
     begin = [] if first is None else [first]
@@ -115,12 +125,12 @@ def rows_of(ids: Sequence[Sequence[int]], *, first: int | None, context: int, ro
 
 def hidden_states(model: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
     """What enters each layer of ours, what leaves the final norm, and the logits, by name."""
-    seen: dict[str, Tensor] = {}
+    seen: dict[str, Any] = {}
     stack, norm = model.stack, model.norm
     assert isinstance(stack, nn.ModuleDict) and isinstance(norm, nn.Module)
-    hooks = [layer.register_forward_pre_hook(lambda _m, args, name=name: seen.__setitem__(name, args[0]))
+    hooks = [layer.register_forward_pre_hook(lambda _m, args, name=name: seen.update({name: args[0]}))
              for name, layer in stack.items()]
-    hooks.append(norm.register_forward_hook(lambda _m, _a, out: seen.__setitem__("the final norm", out)))
+    hooks.append(norm.register_forward_hook(lambda _m, _a, out: seen.update({"the final norm": out})))
     try:
         with torch.no_grad():
             seen["the head"] = model(tokens)

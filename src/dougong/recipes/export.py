@@ -16,8 +16,12 @@ from dougong.core.errors import ConfigError, DougongError
 from dougong.core.events import read_events
 from dougong.core.files import explained_disk_errors, sync_directory
 from dougong.interop.export_hf import rounded, verify_hf, write_hf
+from dougong.interop.gguf_file import vocabulary, write_gguf, write_modelfile
+from dougong.interop.gguf_form import gguf_form
+from dougong.interop.gguf_verify import verify_gguf
 from dougong.interop.model_card import CardFacts, model_card
 from dougong.interop.published import published_form
+from dougong.interop.tensor_files import SHARD_BYTES
 from dougong.interop.verify import Verified
 from dougong.models import count
 from dougong.recipes.open_run import OpenRun
@@ -47,7 +51,7 @@ class Exported:
 
 
 def export_hf(opened: OpenRun, out: Path, *, dtype: str | None = None, verify: bool = True, license: str = "unknown",
-              shard_bytes: int | None = None) -> Exported:
+              shard_bytes: int = SHARD_BYTES) -> Exported:
     """A directory for transformers. `dtype` None: that of the model it was imported from, else f32.
 
     Raises ConfigError for what the format cannot hold, Mismatch (and leaves nothing) where the reader disagrees.
@@ -56,14 +60,48 @@ def export_hf(opened: OpenRun, out: Path, *, dtype: str | None = None, verify: b
     dtype = dtype or stored_dtype(opened)
     state = tracked(opened.model)
     card = model_card(card_facts(opened, family.architecture, dtype, license))
-    sizes = {} if shard_bytes is None else {"shard_bytes": shard_bytes}
 
     def write(place: Path) -> Verified | None:
-        write_hf(place, family, config, state, opened.tokenizer, dtype=dtype, card=card, **sizes)
+        write_hf(place, family, config, state, opened.tokenizer, dtype=dtype, card=card, shard_bytes=shard_bytes)
         return verify_hf(place, opened.model, opened.tokenizer, held_out_texts(opened), dtype=dtype) if verify else None
 
     verified = published_whole(out, write)
     return Exported(out, "hf", dtype, sizes_of(out), verified, _notes(opened, dtype, state))
+
+
+def export_gguf(opened: OpenRun, out: Path, *, quant: str = "f32", verify: bool = True,
+                license: str = "unknown") -> Exported:
+    """A directory with one GGUF file for llama.cpp and its relatives, and a `Modelfile` for Ollama.
+
+    Raises ConfigError for what the format cannot hold, Mismatch (and leaves nothing) where a reader disagrees.
+    """
+    family, config = published_form(refuse_without_tokens(opened).model)
+    form = gguf_form(family, config)
+    words = vocabulary(opened.tokenizer, config.vocab_size)
+    state = tracked(opened.model)
+    name = opened.directory.path.resolve().name
+    file = f"{name}-{quant}.gguf"
+    notes = []
+
+    def write(place: Path) -> Verified | None:
+        types = write_gguf(place / file, form, rounded(state, "f32"), words, quant=quant, name=name, license=license)
+        write_modelfile(place / "Modelfile", file, context=config.context, words=words)
+        odd = [key for key, kind in types.items() if quant.startswith("q") and kind == "f16"]
+        if odd:
+            notes.append(f"{len(odd)} tensors are f16, as blocks of 32 do not divide their rows ({odd[0]}).")
+        if opened.tokenizer.normalizes:
+            notes.append("llama.cpp does not normalise text first, as this tokenizer does: text that is not composed "
+                         "(NFC) is read otherwise there.")
+        if not verify:
+            return None
+        found, divergence = verify_gguf(place / file, form, opened.model, opened.tokenizer, held_out_texts(opened),
+                                        family.config_to_hf(config))
+        if quant != "f32":
+            notes.append(f"rounding to {quant} costs {divergence:.2e} nats a token (mean Kullback-Leibler divergence).")
+        return found
+
+    verified = published_whole(out, write)
+    return Exported(out, "gguf", quant, sizes_of(out), verified, tuple(notes))
 
 
 def published_whole(out: Path, write: Callable[[Path], Any]) -> Any:
