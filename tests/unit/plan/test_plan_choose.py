@@ -71,6 +71,15 @@ def test_auto_layout_is_quick_and_fits_the_processes(monkeypatch):
         assert layout.on(processes).processes == processes and reason
 
 
+def test_auto_copies_what_has_room_and_divides_what_has_none(monkeypatch):
+    monkeypatch.setattr(choose, "here", lambda: machine("h200"))
+    recipe = (TrainConfig(rows=16), RuntimeConfig(device="cuda", precision="bf16"), OPTIMIZERS["adamw"](), 8)
+    small, reason = choose_layout(SMALL, *recipe)
+    assert small == LayoutConfig(replicate=8) and "room for the whole model" in reason
+    large, _ = choose_layout(EIGHT_B, *recipe)
+    assert large.size("shard", "tensor", "pipeline") > 1
+
+
 def test_figures_follow_the_machine():
     one = rank(work(), machine("h200"), 1).best[0]
     assert one.seconds["compute"] == pytest.approx(
