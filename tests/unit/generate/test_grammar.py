@@ -108,7 +108,8 @@ def test_choices_patterns_and_grammars_hold(engine, grammars):
 
 @pytest.mark.parametrize("schema", [
     {"type": "objekt"}, {"type": 3}, "{", "[1]", {"$ref": "#/nowhere"}, {"type": "string", "pattern": "(a"},
-    {"not": {}}, {"type": "string", "format": "horoscope"}, {"allOf": [{"type": "string"}, {"type": "null"}]}, {"type": {1, 2}}])
+    {"not": {}}, {"type": "string", "format": "horoscope"}, {"allOf": [{"type": "string"}, {"type": "null"}]},
+    {"type": {1, 2}}])
 def test_a_malformed_schema_is_refused_before_anything_runs(grammars, schema):
     with pytest.raises(ConfigError, match="JSON schema"):
         grammars.json_schema(schema)

@@ -1,0 +1,209 @@
+"""The generation engine under many clients: throughput, shared beginnings, the scheduler's own cost.
+
+    python benchmarks/serving_engine.py [--quick] [--json PATH] [--threads N] [--dtype bf16|fp32]
+
+A random Qwen3-shaped model of 82M parameters. Asked: 16 clients get at least 5 times the tokens/s of one; the time to
+the first token of a 1,024-token prompt whose beginning (1,000 tokens) is known falls at least 5 times; scheduler and
+sampling take under 10 % of a step at batch 16. Cases take turns, ratios are taken within a round, and the median is
+reported with the lowest and highest round. The HTTP server is not part of it.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from dougong import __version__
+from dougong.generate import Engine, Request, SamplingConfig, Scheduler
+from dougong.models.families.qwen3 import Qwen3Config
+from dougong.runtime.device import Runtime, machine_facts, usable_cores
+
+VOCABULARY, PROMPT = 8192, 64
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def build(dtype: torch.dtype) -> Engine:
+    model = Qwen3Config(vocab_size=VOCABULARY, context=2048, dim=768, num_layers=12, num_heads=6, num_kv_heads=6,
+                        head_dim=128, ffn_dim=1728).build()
+    model.initialise(0)
+    return Engine(model, Runtime(dtype=dtype, threads=torch.get_num_threads()))
+
+
+def prompts(count: int, length: int, seed: int) -> list[list[int]]:
+    return torch.randint(0, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def finish(scheduler: Scheduler) -> int:
+    """Steps until nobody is left; returns the tokens written."""
+    written = 0
+    while scheduler.running or scheduler.waiting:
+        written += len(scheduler.step())
+    return written
+
+
+def serve(engine: Engine, clients: int, steps: int, **sampling) -> Callable[[], float]:
+    """Tokens/s of so many clients who ask at once, prompts included."""
+    def call() -> float:
+        scheduler = Scheduler(engine, max_rows=clients, vocab_size=VOCABULARY)
+        config = SamplingConfig(max_tokens=steps, **sampling)
+        begin = time.perf_counter()
+        for i, prompt in enumerate(prompts(clients, PROMPT, seed=1)):
+            scheduler.add(Request(prompt, config, sample=i))
+        return finish(scheduler) / (time.perf_counter() - begin)
+    return call
+
+
+def static(engine: Engine, clients: int, steps: int) -> Callable[[], float]:
+    """The same from `Engine.start`: one batch that all enter and leave together."""
+    def call() -> float:
+        config = SamplingConfig(max_tokens=steps, temperature=0)
+        begin = time.perf_counter()
+        written = sum(len(step) for step in engine.start(prompts(clients, PROMPT, seed=1), config))
+        return written / (time.perf_counter() - begin)
+    return call
+
+
+def mixed(engine: Engine, one_lane: bool, steps: int) -> Callable[[], float]:
+    """Tokens/s while 1 row of 1,000 tokens writes beside 15 of 40: in lanes by length, or all in one lane."""
+    def call() -> float:
+        scheduler = Scheduler(engine, cache_tokens=65536, chunk=1024)
+        if one_lane:
+            scheduler._width = lambda length: 1280
+        for prompt in [*prompts(1, 1000, seed=2), *prompts(15, 40, seed=3)]:
+            scheduler.add(Request(prompt, SamplingConfig(max_tokens=steps + 8, temperature=0)))
+        while len(scheduler.step()) < 16:
+            pass
+        begin = time.perf_counter()
+        written = sum(len(scheduler.step()) for _ in range(steps))
+        return written / (time.perf_counter() - begin)
+    return call
+
+
+def first_token(engine: Engine, known: bool) -> Callable[[], float]:
+    """Seconds to the first token of a 1,024-token prompt, its first 1,000 known or not."""
+    beginning, seed = prompts(1, 1000, seed=4)[0], [0]
+
+    def call() -> float:
+        scheduler = Scheduler(engine)
+        config = SamplingConfig(max_tokens=1, temperature=0)
+        if known:
+            scheduler.add(Request([*beginning, 1], config))
+            finish(scheduler)
+        seed[0] += 1
+        begin = time.perf_counter()
+        scheduler.add(Request([*beginning, *prompts(1, 24, seed=seed[0])[0]], config))
+        finish(scheduler)
+        return time.perf_counter() - begin
+    return call
+
+
+def overhead(engine: Engine, steps: int, **sampling) -> Callable[[], float]:
+    """The share of a step at batch 16 that is not the model's: scheduler, sampling, bookkeeping."""
+    def call() -> float:
+        scheduler = Scheduler(engine, vocab_size=VOCABULARY, chunk=1024)
+        for i, prompt in enumerate(prompts(16, PROMPT, seed=5)):
+            scheduler.add(Request(prompt, SamplingConfig(max_tokens=steps + 8, **sampling), sample=i))
+        while len(scheduler.step()) < 16:
+            pass
+        read, in_model = engine.read, [0.0]
+
+        def timed(*arguments):
+            begin = time.perf_counter()
+            logits = read(*arguments)
+            in_model[0] += time.perf_counter() - begin
+            return logits
+
+        engine.read = timed  # type: ignore[method-assign]
+        begin = time.perf_counter()
+        for _ in range(steps):
+            assert len(scheduler.step()) == 16
+        whole = time.perf_counter() - begin
+        del engine.read
+        return 1 - in_model[0] / whole
+    return call
+
+
+def guessing(engine: Engine, speculate: int, steps: int) -> Callable[[], float]:
+    """Tokens/s of one client whose text is one token over and over (a bias forces it): what guessing can give at best,
+    not what an ordinary text gets.
+    """
+    def call() -> float:
+        scheduler = Scheduler(engine)
+        config = SamplingConfig(max_tokens=steps, temperature=0, logit_bias=((5, 100.0),))
+        begin = time.perf_counter()
+        scheduler.add(Request([5] * PROMPT, config, speculate=speculate))
+        return finish(scheduler) / (time.perf_counter() - begin)
+    return call
+
+
+def measure(cases: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Each case in turn, `rounds` times, after one call that is not counted."""
+    values: dict[str, list[float]] = {name: [] for name in cases}
+    for turn in range(-1, rounds):
+        for name, call in cases.items():
+            value = call()
+            if turn >= 0:
+                values[name].append(value)
+    return values
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="24 tokens and 3 rounds instead of 96 and 5")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    options = parser.parse_args()
+    steps, rounds = (24, 3) if options.quick else (96, 5)
+    torch.set_num_threads(options.threads)
+    machine = machine_facts(torch.device("cpu"))
+    command = " ".join(["python", "benchmarks/serving_engine.py", *sys.argv[1:]])
+    print(f"{machine['processor']}, {options.threads} threads, {options.dtype}\n{command}")
+    engine = build(DTYPES[options.dtype])
+    drawn = {"temperature": 0.8, "top_p": 0.95}
+    cases = {
+        "1 client, tokens/s": serve(engine, 1, steps, temperature=0),
+        "16 clients, tokens/s": serve(engine, 16, steps, temperature=0),
+        "1 row, static batch, tokens/s": static(engine, 1, steps),
+        "16 rows, static batch, tokens/s": static(engine, 16, steps),
+        "1 long and 15 short rows, lanes by length, tokens/s": mixed(engine, False, steps),
+        "1 long and 15 short rows, one lane, tokens/s": mixed(engine, True, steps),
+        "first token, 1,024 new tokens, s": first_token(engine, known=False),
+        "first token, 1,000 known, s": first_token(engine, known=True),
+        "share of the step outside the model, greedy": overhead(engine, steps, temperature=0),
+        "share of the step outside the model, drawn": overhead(engine, steps, **drawn),
+        "repetitive text, tokens/s": guessing(engine, 0, steps),
+        "repetitive text, guessing 6 ahead, tokens/s": guessing(engine, 6, steps)}
+    values = measure(cases, rounds)
+    names = list(cases)
+    pairs = {"16 clients / 1 client": (1, 0), "scheduler / static batch, 1 row": (0, 2),
+             "scheduler / static batch, 16 rows": (1, 3), "lanes by length / one lane": (4, 5),
+             "first token, unknown / known": (6, 7), "guessing / not, repetitive text": (11, 10)}
+    ratios = {name: spread([x / y for x, y in zip(values[names[a]], values[names[b]])])
+              for name, (a, b) in pairs.items()}
+    for name, held in values.items():
+        print(f"  {name:<54}{statistics.median(held):10.3f}   ({min(held):.3f} to {max(held):.3f})")
+    for name, ratio in ratios.items():
+        print(f"  {name:<54}{ratio['median']:9.2f}×   ({ratio['low']:.2f} to {ratio['high']:.2f})")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        versions = {"dougong": __version__, "torch": torch.__version__, "python": platform.python_version()}
+        options.json.write_text(json.dumps({
+            "benchmark": "serving_engine", "command": command, "machine": machine, "versions": versions,
+            "threads": options.threads, "dtype": options.dtype, "steps": steps, "values": values, "ratios": ratios,
+            "asked": {"16 clients / 1 client": 5.0, "first token, unknown / known": 5.0,
+                      "share of the step outside the model": 0.1}}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
