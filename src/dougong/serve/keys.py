@@ -48,13 +48,17 @@ class Bucket:
 
     def wait(self, need: float) -> float:
         """Seconds until `need` is there; 0 where it is."""
-        now = time.monotonic()
-        self._level = min(self._capacity, self._level + (now - self._filled) * self._rate)
-        self._filled = now
+        self._fill()
         return max(0.0, (min(need, self._capacity) - self._level) / self._rate)
 
     def take(self, amount: float) -> None:
+        self._fill()
         self._level -= amount
+
+    def _fill(self) -> None:
+        now = time.monotonic()
+        self._level = min(self._capacity, self._level + (now - self._filled) * self._rate)
+        self._filled = now
 
 
 @dataclass

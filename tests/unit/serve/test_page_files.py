@@ -1,4 +1,4 @@
-"""The page without a browser: what it loads is there, asks no other host, runs under its policy, speaks both languages."""
+"""The page without a browser: what it loads is there, no other host is asked, its policy holds, no word is missing."""
 
 import re
 from pathlib import Path
