@@ -17,6 +17,7 @@ from dougong.cli import (
     export,
     generate,
     import_model,
+    inspect,
     plan,
     recipes,
     report,
@@ -48,6 +49,7 @@ app.command("serve")(serve.serve)
 app.command("report")(report.report)
 app.command("export")(export.export)
 app.command("import")(import_model.import_model)
+app.command("inspect")(inspect.inspect)
 app.add_typer(data.app, name="data")
 
 

@@ -91,7 +91,7 @@ def verify_hf(directory: Path, model: nn.Module, tokenizer: Tokenizer, texts: Se
         loaded = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     ours = with_weights(model, rounded(tracked(model), dtype))
     rows = rows_of(tokenizer.encode_batch(list(texts), threads=1), first=tokenizer.begin_id,
-                   context=ours.config.context)
+                   context=context_of(ours))
     return compare_logits(ours, loaded, rows, "transformers", texts=len(texts), layers=_layers(loaded))
 
 
@@ -119,6 +119,11 @@ def with_weights(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     other.initialise(0)         # what is no parameter, such as tables of positions
     load_weights(other, {name: tensor.float() for name, tensor in state.items()})
     return other.eval()
+
+
+def context_of(model: Any) -> int:
+    """Tokens that a model was made to read."""
+    return model.config.context
 
 
 def _compare_special(theirs: Any, tokenizer: Tokenizer, generation: Any) -> None:

@@ -99,7 +99,8 @@ def _gpt2(config: Any, hf: Mapping[str, Any]) -> GGUFForm:
     keys = {"context_length": hf["n_positions"], "embedding_length": hf["n_embd"], "block_count": hf["n_layer"],
             "feed_forward_length": hf["n_inner"], "attention.head_count": hf["n_head"],
             "attention.layer_norm_epsilon": hf["layer_norm_epsilon"], "vocab_size": hf["vocab_size"]}
-    tensors = {"token_embd.weight": ("stem.tokens.weight",), "position_embd.weight": ("position.weight",)}
+    tensors: dict[str, tuple[str, ...]] = {
+        "token_embd.weight": ("stem.tokens.weight",), "position_embd.weight": ("position.weight",)}
     for i in range(config.num_layers):
         for kind in ("weight", "bias"):
             tensors |= {f"blk.{i}.{theirs}.{kind}": (f"stack.{i}.{ours}.{kind}",) for theirs, ours in _GPT2_PARTS}

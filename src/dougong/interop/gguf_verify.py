@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dougong.core.errors import MissingExtraError
 from dougong.data.bpe import PATTERNS, add_special_tokens, byte_level
 from dougong.data.tokenizer import Tokenizer
-from dougong.interop.export_hf import transformers_package, with_weights, without_special_tokens
+from dougong.interop.export_hf import context_of, transformers_package, with_weights, without_special_tokens
 from dougong.interop.gguf_file import BLOCK, dequantized, read_gguf
 from dougong.interop.gguf_form import GGUFForm
 from dougong.interop.verify import UNUSUAL, Mismatch, Verified, compare_ids, compare_logits, readable, rows_of
@@ -41,7 +41,7 @@ def verify_gguf(path: Path, form: GGUFForm, model: nn.Module, tokenizer: Tokeniz
     compare_ids(texts, tokenizer.encode, lambda text: rebuilt.encode(text, add_special_tokens=False).ids, "GGUF")
     ours = with_weights(model, form.restored(held))
     rows = rows_of(tokenizer.encode_batch(list(texts), threads=1), first=tokenizer.begin_id,
-                   context=ours.config.context)
+                   context=context_of(ours))
     found = compare_logits(ours, _theirs(path, hf_config), rows, "transformers (GGUF)", texts=len(texts))
     return found, _divergence(with_weights(model, tracked(model)), ours, rows)
 

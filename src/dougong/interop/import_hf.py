@@ -83,7 +83,7 @@ def family_of(directory: Path, given: dict[str, Any]) -> tuple[FamilyMap, Any]:
     """The family that config.json names, and its config in our words. Raises ConfigError for others, naming what is
     known and what is nearest."""
     architectures = [str(name) for name in given.get("architectures") or []]
-    kind = given.get("model_type") or next((k for k in MAPS if MAPS[k].architecture in architectures), None)
+    kind: Any = given.get("model_type") or next((k for k in MAPS if MAPS[k].architecture in architectures), None)
     if kind not in MAPS:
         near = did_you_mean(str(kind), MAPS)
         raise ConfigError(f"{directory}/config.json has model_type={kind!r} (architectures: "
@@ -110,8 +110,9 @@ def read_tokenizer(directory: Path, given: dict[str, Any]) -> Tokenizer:
         ends = (json.loads(generation.read_bytes()) if generation.is_file() else {}).get("eos_token_id")
     except (ValueError, AttributeError) as error:
         raise DataError(f"{generation} is damaged: {error}. Fetch it again.") from None
-    ends = given.get("eos_token_id") if ends is None else ends
-    return tokenizer.ending_with(ends[0] if isinstance(ends, list) and ends else ends)
+    ends: Any = given.get("eos_token_id") if ends is None else ends
+    end: Any = ends[0] if isinstance(ends, list) and ends else ends
+    return tokenizer.ending_with(end if isinstance(end, int) else None)
 
 
 def _check_headers(directory: Path, family: FamilyMap, config: Any) -> None:

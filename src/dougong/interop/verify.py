@@ -58,7 +58,7 @@ class Verified:
                 f"rounding of our own: {self.own_rounding:.1e}).")
 
 
-def compare_ids(texts: Sequence[str], ours: Callable[[str], Sequence[int]], theirs: Callable[[str], Sequence[int]],
+def compare_ids(texts: Sequence[str], ours: Callable[[str], Any], theirs: Callable[[str], Any],
                 reader: str) -> None:
     """Raises Mismatch at the first text whose token ids differ."""
     for text in texts:
@@ -116,7 +116,7 @@ def readable(reader: str) -> Iterator[None]:
         raise Mismatch(f"{reader} cannot read what was written: {type(error).__name__}: {str(error)[:500]}") from error
 
 
-def rows_of(ids: Sequence[Sequence[int]], *, first: int | None, context: int, rows: int = 12) -> list[list[int]]:
+def rows_of(ids: Sequence[Any], *, first: int | None, context: int, rows: int = 12) -> list[list[int]]:
     """Texts as rows of at most `TEXT_TOKENS` tokens, each after the token that begins a document; the longest ones."""
     begin = [] if first is None else [first]
     cut = [[*begin, *map(int, one)][:min(TEXT_TOKENS, context)] for one in ids]
@@ -128,8 +128,11 @@ def hidden_states(model: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
     seen: dict[str, Any] = {}
     stack, norm = model.stack, model.norm
     assert isinstance(stack, nn.ModuleDict) and isinstance(norm, nn.Module)
-    hooks = [layer.register_forward_pre_hook(lambda _m, args, name=name: seen.update({name: args[0]}))
-             for name, layer in stack.items()]
+
+    def entering(name: str) -> Callable[..., None]:
+        return lambda _module, args: seen.update({name: args[0]})
+
+    hooks = [layer.register_forward_pre_hook(entering(name)) for name, layer in stack.items()]
     hooks.append(norm.register_forward_hook(lambda _m, _a, out: seen.update({"the final norm": out})))
     try:
         with torch.no_grad():
