@@ -8,8 +8,9 @@ import threading
 import time
 
 import httpx
+import live_server
 import pytest
-from live_server import live, tiny_model
+from live_server import bind, live, tiny_model
 
 from dougong.generate.engine import Token
 from dougong.serve.settings import ServeConfig
@@ -74,12 +75,18 @@ def test_a_full_queue_is_answered_429_and_when_to_come_back(monkeypatch):
 
 
 def test_a_client_that_reads_nothing_is_given_up(monkeypatch):
+    def small(config):   # else the kernel alone takes the whole megabyte
+        listener = bind(config)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        return listener
+
+    monkeypatch.setattr(live_server, "bind", small)
     config = ServeConfig(port=0, send_seconds=0.4)
     with live(config, models=[tiny_model(config)]) as server:
         connection = socket.socket()
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         connection.connect(("127.0.0.1", server.port))
-        body = json.dumps({**LONG, "n": 16, "stream": True, "logprobs": 20}).encode()   # megabytes of answer
+        body = json.dumps({**LONG, "n": 16, "stream": True, "logprobs": 20}).encode()   # a megabyte
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                            b"Content-Length: %d\r\n\r\n" % len(body) + body)
         while not server.runner.active:

@@ -79,7 +79,7 @@ def test_settings(talk):
 def test_undo_reset_save(talk, tmp_path):
     say(talk, "a")
     say(talk, "b")
-    assert "'b'" in talk.command("/undo") and [turn["content"] for turn in talk.turns][0] == "a"
+    assert "'b'" in talk.command("/undo") and talk.turns[0]["content"] == "a"
     talk.command(f"/save {tmp_path / 'talk.json'}")
     assert json.loads((tmp_path / "talk.json").read_text())["turns"] == talk.turns
     with pytest.raises(ConfigError, match="not written over"):
@@ -130,7 +130,7 @@ def test_the_server_starts_answers_drains_and_refuses_the_open_world(run):
         reply = httpx.post(url + "/v1/completions", json={"prompt": "ab", "max_tokens": 5}, timeout=30)
         assert reply.status_code == 200 and reply.json()["usage"]["completion_tokens"] == 5
         server.send_signal(signal.SIGTERM)
-        out, err = server.communicate(timeout=30)
+        _, err = server.communicate(timeout=30)
         assert "Traceback" not in err and server.returncode in (0, -signal.SIGTERM)
     finally:
         server.kill()
