@@ -54,7 +54,7 @@ class KVCache:
         for store in (self._keys, self._values):
             for layer, held in store.items():
                 index = torch.tensor(rows, device=held.device)
-                new = held.new_empty(len(rows), held.shape[1], held.shape[2] - drop, held.shape[3])
+                new = held.new_zeros(len(rows), held.shape[1], held.shape[2] - drop, held.shape[3])
                 new[:, :, :self.length - drop] = held[:, :, drop:self.length].index_select(0, index)
                 store[layer] = new
         self.length -= drop
@@ -68,7 +68,7 @@ class KVCache:
         capacity = max(self._reserve, end + max(_GROWTH, end // 2) if self.length else end)
         for store, new in ((self._keys, k_BKTH), (self._values, v_BKTH)):
             B, K, _, H = new.shape
-            larger = new.new_empty(B, K, capacity, H)
+            larger = new.new_zeros(B, K, capacity, H)   # attention may multiply unused columns by 0: `fused`
             if layer in store:
                 larger[:, :, :self.length] = store[layer][:, :, :self.length]
             store[layer] = larger

@@ -196,12 +196,14 @@ def test_bf16_decoding_equals_bf16_forwards():
     assert error <= 2 * allowed   # cached bf16 is no further from float64 than a plain bf16 forward
 
 
-def test_one_bf16_query_attends_as_pytorch_s_kernel_does():
+@pytest.mark.parametrize("heads, width, begin", [(1, 9, 0), (1, 12, 2), (3, 10, 1), (2, 80, 40)])
+def test_one_bf16_query_attends_as_pytorch_s_kernel_does(heads, width, begin):
     import torch.nn.functional as F
 
     from dougong.generate.fused import _one_query
 
-    q, k, v = (torch.randn(3, 2, n, 16).bfloat16() for n in (1, 9, 9))
+    q = torch.randn(3, 2, heads, 16).bfloat16()
+    k, v = (torch.randn(4, 2, width, 16).bfloat16()[:3, :, begin:begin + 9] for _ in range(2))   # of a cache's store
     hidden = torch.arange(9) < torch.tensor([0, 2, 5])[:, None, None, None]
     bias = torch.zeros(3, 1, 1, 9).masked_fill(hidden, -torch.inf)
     for mask in (None, bias.bfloat16()):
