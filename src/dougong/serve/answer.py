@@ -39,9 +39,6 @@ class Answer:
         if body.stream_options is not None and not body.stream:
             raise ApiError(400, "stream_options has no effect without stream.", param="stream_options",
                            code="invalid_value")
-        if body.response_format is not None and body.response_format.type != "text":
-            raise ApiError(400, f"response_format {body.response_format.type!r} is not supported by this server yet. "
-                           "Leave it out.", param="response_format", code="unsupported_field")
         most = self._most_tokens()
         prompts = await self._prompts()
         if len(prompts) * body.n > self.config.choices:
@@ -53,14 +50,19 @@ class Answer:
                            "temperature above 0.", param="n", code="invalid_value")
         stop_ids = self._stop_ids()
         chat = isinstance(body, ChatBody)
-        stops = [*body.stops, *(model.template.stops if chat else ())]
+        own_end = sorted(model.template.stop_ids) if chat else []
+        grammar = await model.structured.compile(body.response_format,
+                                                 own_end[0] if own_end else model.tokenizer.document_id)
+        self.constrained = grammar is not None
+        stops = [*body.stops, *(model.template.stops if chat and grammar is None else ())]
         self.prompt_tokens, self.requests, self.writers = 0, [], []
         for ids in prompts:
             prompt, tokens = model.fit(ids, body, most)
             sampling = model.sampling(body, max_tokens=tokens, seed=self.seed, logprobs=self.logprobs)
             self.prompt_tokens += len(prompt)
             for sample in range(body.n):
-                self.requests.append(model.request(prompt, sampling, sample=sample, stop_ids=stop_ids))
+                self.requests.append(model.request(prompt, sampling, sample=sample, stop_ids=stop_ids,
+                                                   grammar=grammar))
                 self.writers.append(Writer(model.tokenizer, prompt, stops, hidden=stop_ids,
                                            strip=chat and not model.template.own))
 
@@ -131,7 +133,7 @@ class Answer:
                     self.first = self.first or time.monotonic()
                     for index, token in step:
                         if token.finish == "error":
-                            raise ApiError(500, f"the model could not go on: {token.error}.", code="model_error")
+                            raise self._failure(token.error or "")
                         writer = self.writers[index]
                         if writer.finish is None:
                             piece = writer.write(token)
@@ -145,6 +147,12 @@ class Answer:
             if self.first is not None:
                 self.metrics.first.labels(self.model.name).observe(self.first - self.begin)
                 self.metrics.whole.labels(self.model.name).observe(time.monotonic() - self.begin)
+
+    def _failure(self, said: str) -> ApiError:
+        """A constraint that breaks on the way (a pattern that explodes) is its sender's; all else is the model's."""
+        if self.constrained and "structured text" in said:
+            return ApiError(400, f"response_format: {said}.", param="response_format", code="invalid_response_format")
+        return ApiError(500, f"the model could not go on: {said}.", code="model_error")
 
     def _out_of_time(self) -> list[tuple[int, Piece]]:
         if self.first is None:

@@ -11,6 +11,7 @@ import torch
 from dougong.core.config import from_dict
 from dougong.core.errors import CheckpointError, ConfigError
 from dougong.generate import Engine, SamplingConfig
+from dougong.generate.grammar import Grammar
 from dougong.generate.request import Request
 from dougong.generate.scheduler import Scheduler
 from dougong.serve.bodies import Writing
@@ -18,6 +19,7 @@ from dougong.serve.errors import ApiError
 from dougong.serve.metrics import Metrics
 from dougong.serve.runner import Runner
 from dougong.serve.settings import ServeConfig
+from dougong.serve.structured import Structured
 from dougong.serve.template import ChatTemplate
 
 _LONG_TEXT = 20_000        # characters; longer ones are encoded beside the event loop
@@ -34,6 +36,7 @@ class ServedModel:
         self.created = int(time.time())
         self.context = engine.context or _DEFAULT_CONTEXT
         self.template = ChatTemplate(tokenizer, template)
+        self.structured = Structured(tokenizer)
         self.fingerprint = fingerprint
         self.facts = facts or {}
         least = -(-self.context // 64) * 64 + 128
@@ -115,8 +118,10 @@ class ServedModel:
     # ---- requests
 
     def request(self, prompt: Sequence[int], sampling: SamplingConfig, *, sample: int, stop_ids: frozenset[int],
-                ) -> Request:
-        return Request(prompt, sampling, stop_ids=stop_ids, sample=sample)
+                grammar: Grammar | None = None) -> Request:
+        """A request of the engine; each has a grammar of its own, which follows its text."""
+        return Request(prompt, sampling, stop_ids=stop_ids, sample=sample,
+                       constraint=None if grammar is None else grammar.copy())
 
     def fit(self, prompt: Sequence[int], body: Writing, most: int) -> tuple[list[int], int]:
         """The prompt as it will be read, and how many tokens may follow. Raises ApiError 400 for one too long."""

@@ -42,7 +42,12 @@ def test_what_is_no_json(server, raw):
     ("truncation", "sideways"), ("top_k", 0), ("min_p", 2), ("repetition_penalty", 0), ("prompt", 5), ("prompt", []),
     ("prompt", {}), ("prompt", [[]]), ("prompt", [1, "a"]), ("prompt", [-1]), ("prompt", [2**80]), ("prompt", [1.5]),
     ("model", 7), ("user", 7), ("response_format", {"type": "xml"}), ("response_format", "json"),
-    ("response_format", {"type": "json_object"}), ("top_k", 2**64), ("best_of", 3), ("echo", True), ("suffix", "end")])
+    ("response_format", {"type": "json_schema"}), ("response_format", {"type": "regex", "regex": "("}),
+    ("response_format", {"type": "text", "regex": "a"}), ("response_format", {"type": "choice", "choice": []}),
+    ("response_format", {"type": "json_schema", "json_schema": {"schema": {"type": "wat"}}}),
+    ("response_format", {"type": "json_schema", "json_schema": {"schema": {}, "x": 1}}),
+    ("response_format", {"type": "grammar", "grammar": "start: nothing"}), ("top_k", 2**64),
+    ("best_of", 3), ("echo", True), ("suffix", "end")])
 def test_wrong_values_are_named(server, field, value):
     message = refused(server.post(TEXT, {**PROMPT, field: value}))
     error = server.post(TEXT, {**PROMPT, field: value}).json()["error"]
