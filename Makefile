@@ -27,8 +27,9 @@ demo: install    ## train a first model in about five minutes and show what it c
 demo-short: install  ## the same in about one minute
 	$(BIN)/dougong demo --minutes 0.5
 
+# a file's tests stay together, as they share what their fixtures trained
 test: install    ## the fast tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 test-slow: install  ## the slow ones
 	$(BIN)/python -m pytest -m 'slow and not chaos'
