@@ -81,8 +81,9 @@ def generate(model: nn.Module | Engine, tokenizer: TextCodec, prompts: Sequence[
 
 def _encode(tokenizer: TextCodec, prompt: str) -> list[int]:
     ids = [int(id) for id in tokenizer.encode(prompt)]
-    if tokenizer.document_id is not None:
-        return [tokenizer.document_id, *ids]
+    begin = getattr(tokenizer, "begin_id", tokenizer.document_id)   # an imported model may begin otherwise than it ends
+    if begin is not None:
+        return [begin, *ids]
     if not ids:
         raise ConfigError("the prompt is empty, and this tokenizer has no token that begins a document. "
                           "Give at least one character.")

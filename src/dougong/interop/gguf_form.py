@@ -31,7 +31,8 @@ class GGUFForm:
         """Our tensors as the file holds them."""
         found = {}
         for name, ours in self.tensors.items():
-            tensor = torch.cat([state[part] for part in ours]) if len(ours) > 1 else state[ours[0]]
+            whole = [state[part] for part in ours]
+            tensor = torch.cat(whole) if len(whole) > 1 else whole[0]
             found[name] = _interleaved(tensor, self.permuted[name]) if name in self.permuted else tensor
         return found
 

@@ -311,6 +311,24 @@ def test_what_is_not_known_is_named(qwen3, changes, message):
         read_hf(qwen3)
 
 
+def test_a_model_that_begins_otherwise_than_it_ends_keeps_both(qwen3, tmp_path):
+    settings = json.loads((qwen3 / "tokenizer_config.json").read_text())
+    (qwen3 / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": "<|reserved_0|>"}))
+    opened = open_run(qwen3)
+    assert (opened.tokenizer.begin_id, opened.tokenizer.document_id) == (293, 292)
+    export_hf(opened, tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (293, 292)
+    assert read_hf(tmp_path / "out").tokenizer.begin_id == 293
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(qwen3)
+    ids = [293, *opened.tokenizer.encode("The quick").tolist()]
+    expected = theirs.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False)[0, len(ids):].tolist()
+    from dougong.generate import SamplingConfig
+
+    found = opened.generate(["The quick"], SamplingConfig(max_tokens=6, temperature=0.0))[0]
+    assert found.tokens == expected
+
+
 def test_hub_names_and_places(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="hf:owner/model or ms:owner/model"):
         local_directory("owner/model")
