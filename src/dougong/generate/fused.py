@@ -204,6 +204,6 @@ def _store_of(slice_BKSH: Tensor) -> tuple[Tensor, int]:
     width = slice_BKSH.stride(1) // H
     if slice_BKSH.stride() != (K * width * H, width * H, H, 1) or width > 3 * S:
         return slice_BKSH.contiguous(), 0
-    offset = slice_BKSH.storage_offset()
+    offset = int(slice_BKSH.storage_offset())
     begin = offset // H % width
     return slice_BKSH.as_strided((B, K, width, H), slice_BKSH.stride(), offset - begin * H), begin
