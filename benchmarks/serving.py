@@ -1,0 +1,228 @@
+"""The server under many clients: 16 against 1, the first token's time, prefix sharing, start, and what HTTP costs.
+
+    python benchmarks/serving.py [--quick] [--json PATH] [--threads N]
+
+Asked: 16 concurrent clients get at least 5 times the tokens/s of one; with a prompt of 1,000 tokens in common the first
+token comes at least 5 times sooner; `dougong serve` answers within 3 s of its start, the weights' reading apart. The
+model is that of `generation.py`, 82M parameters with random weights in bf16; clients are real HTTP streams, in a
+process of their own. Rounds of 1 and of 16 clients take turns in one server; ratios are taken within a round.
+"""
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import torch
+
+from dougong import __version__
+from dougong.data.tokenizer import BytesConfig
+from dougong.generate import Engine
+from dougong.models.families.qwen3 import Qwen3Config
+from dougong.runtime.device import Runtime, machine_facts, usable_cores
+from dougong.serve.app import create_app
+from dougong.serve.model import ServedModel
+from dougong.serve.server import Server, bind
+from dougong.serve.settings import ServeConfig
+
+CONTEXT = 1536
+
+
+def build(small: bool) -> torch.nn.Module:
+    """Random weights: speed does not depend on what is said, but texts would end early, so the end is never drawn."""
+    shape = {"dim": 128, "ffn_dim": 288, "num_layers": 4, "num_heads": 2, "num_kv_heads": 2} if small else {
+        "dim": 768, "ffn_dim": 1728, "num_layers": 12, "num_heads": 6, "num_kv_heads": 6}
+    model = Qwen3Config(vocab_size=8192, context=CONTEXT, head_dim=128, tie_embeddings=True, **shape).build()
+    model.initialise(0)
+    return model
+
+
+async def one(client: httpx.AsyncClient, prompt: str, tokens: int, seed: int) -> tuple[float, float, int]:
+    """Seconds to the first token and to the last, and how many came."""
+    begin, first, count = time.perf_counter(), 0.0, 0
+    body = {"prompt": prompt, "max_tokens": tokens, "seed": seed, "logit_bias": {"256": -100}, "stream": True,
+            "stream_options": {"include_usage": True}, "logprobs": 0}
+    async with client.stream("POST", "/v1/completions", json=body) as response:
+        assert response.status_code == 200, await response.aread()
+        async for line in response.aiter_lines():
+            if line.startswith("data: {"):
+                first = first or time.perf_counter() - begin
+                if usage := json.loads(line[6:]).get("usage"):
+                    count = usage["completion_tokens"]
+    assert count == tokens, f"{count} of {tokens} tokens came"
+    return first, time.perf_counter() - begin, count
+
+
+async def _crowd(url: str, prompts: list[str], tokens: int, seed: int) -> dict[str, object]:
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=64)) as client:
+        begin = time.perf_counter()
+        told = await asyncio.gather(*(one(client, prompt, tokens, seed + i) for i, prompt in enumerate(prompts)))
+        seconds = time.perf_counter() - begin
+    return {"tokens_per_s": sum(count for *_, count in told) / seconds, "first_s": [first for first, *_ in told]}
+
+
+def crowd(url: str, prompts: list[str], tokens: int, seed: int) -> dict:
+    """Clients in a process of their own, so that their work does not hold the server's interpreter."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_in_process, (url, prompts, tokens, seed))
+
+
+def _in_process(url: str, prompts: list[str], tokens: int, seed: int) -> dict:
+    return asyncio.run(_crowd(url, prompts, tokens, seed))
+
+
+def serve(model: torch.nn.Module, threads: int) -> tuple[Server, str, ServedModel]:
+    config = ServeConfig(port=0)
+    torch.set_num_threads(threads)
+    served = ServedModel("model", Engine(model, Runtime(dtype=torch.bfloat16, threads=threads)),
+                         BytesConfig().build(), config)
+    listener = bind(config)
+    server = Server(create_app([served], config), config)
+    threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True).start()
+    while not server.started:
+        time.sleep(0.01)
+    return server, f"http://127.0.0.1:{listener.getsockname()[1]}", served
+
+
+def clients(url: str, tokens: int, rounds: int) -> dict[str, object]:
+    """Tokens/s of one client and of sixteen, each with a prompt of its own of 64 tokens."""
+    speeds: dict[int, list[float]] = {1: [], 16: []}
+    firsts: dict[int, list[float]] = {1: [], 16: []}
+    for turn in range(-1, rounds):
+        for number in speeds:
+            prompts = [f"{turn:03d}{number:03d}{i:03d}".ljust(63, "x") for i in range(number)]
+            told = crowd(url, prompts, tokens, 100 * turn + 100)
+            if turn >= 0:
+                speeds[number].append(told["tokens_per_s"])
+                firsts[number] += told["first_s"]
+    ratios = sorted(many / single for many, single in zip(speeds[16], speeds[1]))
+    return {"tokens_per_s": {str(n): s for n, s in speeds.items()}, "first_token_s": {
+        str(n): {"median": statistics.median(f), "largest": max(f)} for n, f in firsts.items()},
+        "ratio": {"median": statistics.median(ratios), "low": ratios[0], "high": ratios[-1]}}
+
+
+def prefixes(url: str, rounds: int) -> dict[str, object]:
+    """The first token's time of a prompt of 1,000 tokens, when nobody and when somebody asked with it before."""
+    cold, warm = [], []
+    for turn in range(rounds + 1):
+        prompt = f"{turn:04d}" + "shared " * 142
+        first = crowd(url, [prompt + "a"], 4, 1)["first_s"][0]
+        second = crowd(url, [prompt + "b"], 4, 1)["first_s"][0]
+        if turn:
+            cold.append(first)
+            warm.append(second)
+    ratios = sorted(a / b for a, b in zip(cold, warm))
+    return {"cold_s": cold, "warm_s": warm, "ratio": {"median": statistics.median(ratios), "low": ratios[0],
+                                                     "high": ratios[-1]}}
+
+
+def overhead(url: str, served: ServedModel, tokens: int) -> dict[str, float]:
+    """At 16 rows: the share of the time that is not spent in the engine's reading (`Engine.read_each`)."""
+    inside = [0.0]
+    read = served.engine.read_each
+
+    def timed(*arguments, **more):
+        begin = time.perf_counter()
+        try:
+            return read(*arguments, **more)
+        finally:
+            inside[0] += time.perf_counter() - begin
+
+    served.engine.read_each = timed
+    scheduler, steps = served.runner.scheduler, [0.0]
+    step = scheduler.step
+
+    def stepping():
+        begin = time.perf_counter()
+        try:
+            return step()
+        finally:
+            steps[0] += time.perf_counter() - begin
+
+    scheduler.step = stepping
+    try:
+        prompts = [f"over{i:03d}".ljust(63, "x") for i in range(16)]
+        told = crowd(url, prompts, tokens, 7)
+        seconds = 16 * tokens / told["tokens_per_s"]
+    finally:
+        served.engine.read_each, scheduler.step = read, step
+    return {"seconds": seconds, "in_steps_s": steps[0], "in_model_s": inside[0],
+            "overhead_of_model": seconds / inside[0] - 1}
+
+
+def start() -> dict[str, float]:
+    """Seconds from the command to its first answer, with a run of a few steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        texts = Path(folder) / "texts"
+        texts.mkdir()
+        for i in range(40):
+            (texts / f"{i}.txt").write_text(f"document {i} " + "some words to learn from, " * 40)
+        run = Path(folder) / "run"
+        subprocess.run([sys.executable, "-m", "dougong", "train", "first", "--run", str(run), f"data.path={texts}",
+                        "model.dim=64", "model.num_layers=2", "tokenizer=bytes", "train.minutes=null", "train.steps=2",
+                        "train.rows=2", "train.micro_rows=2", "runtime.device=cpu"], check=True, capture_output=True)
+        begin = time.perf_counter()
+        process = subprocess.Popen([sys.executable, "-m", "dougong", "serve", str(run), "--port", "0"],
+                                   stdout=subprocess.PIPE, text=True)
+        try:
+            assert process.stdout is not None
+            url = process.stdout.readline().split(" at ")[1].split()[0]
+            while True:
+                try:
+                    reply = httpx.post(url + "/v1/completions", json={"prompt": "a", "max_tokens": 1}, timeout=30)
+                    break
+                except httpx.ConnectError:
+                    time.sleep(0.005)
+            assert reply.status_code == 200
+            return {"first_answer_s": time.perf_counter() - begin}
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a model of 1M parameters, fewer tokens and rounds")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--threads", type=int, default=usable_cores())
+    options = parser.parse_args()
+    tokens, rounds = (32, 2) if options.quick else (96, 5)
+    machine = machine_facts(torch.device("cpu"))
+    versions = {"dougong": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    command = " ".join(["python", "benchmarks/serving.py", *sys.argv[1:]])
+    print(f"{machine['processor']}, {options.threads} threads; {versions}\n{command}")
+    results: dict = {"start": start()}
+    print(f"first answer {results['start']['first_answer_s']:.2f} s after the command")
+    server, url, served = serve(build(options.quick), options.threads)
+    results["clients"] = clients(url, tokens, rounds)
+    for number, speeds in results["clients"]["tokens_per_s"].items():
+        first = results["clients"]["first_token_s"][number]
+        print(f"{number:>3} clients{statistics.median(speeds):9.1f} tokens/s; first token "
+              f"{1000 * first['median']:.0f} ms, at most {1000 * first['largest']:.0f}")
+    told = results["clients"]["ratio"]
+    print(f"{'16 clients / 1':<24}{told['median']:6.2f}×  ({told['low']:.2f} to {told['high']:.2f})")
+    results["prefixes"] = prefixes(url, rounds)
+    told = results["prefixes"]["ratio"]
+    print(f"{'prefix: cold / warm':<24}{told['median']:6.2f}×  ({told['low']:.2f} to {told['high']:.2f})")
+    results["overhead"] = overhead(url, served, tokens)
+    print(f"beside the model at 16 rows: {results['overhead']['overhead_of_model']:.1%}")
+    server.should_exit = True
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({
+            "benchmark": "serving", "command": command, "machine": machine, "versions": versions,
+            "threads": options.threads, "results": results, "asked": {
+                "16 clients / 1": 5.0, "prefix: cold / warm": 5.0, "first_answer_s": 3.0, "overhead": 0.1}}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
