@@ -181,6 +181,15 @@ def test_a_row_with_nan_ends_alone(qwen3):
     check_nothing_is_left(scheduler)
 
 
+def test_numbers_of_a_row_with_nan_are_not_kept_for_others():
+    engine = Engine(build("qwen3", context=512))
+    with torch.no_grad():
+        engine.model.stem.tokens.weight[66] = torch.nan
+    scheduler = Scheduler(engine)
+    assert run(scheduler, [(0, Request([1] * 100 + [66] * 30, GREEDY))]) == [([], "error")]
+    assert scheduler.cached_tokens == 0
+
+
 def test_an_error_says_why(qwen3):
     class Broken:
         def allowed(self):
