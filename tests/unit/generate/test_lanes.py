@@ -123,11 +123,13 @@ def test_the_oldest_block_goes_and_never_before_those_that_rest_on_it():
         (prefixes.keep(text(*names), block, room) if chance.random() < 0.5 else prefixes.find(text(*names)))
         serials = {held.serial for held in prefixes._blocks.values()} | {0}
         assert all(before in serials for before, _ in prefixes._blocks) and len(prefixes) <= 6
-    prefixes.keep(text(1, 1), block, room)
-    prefixes.find(text(1, 1))
-    for name in (3, 4, 5, 6):
+    for names in ((1, 1), (3,), (4,), (5,), (6,)):
+        prefixes.keep(text(*names), block, room)
+    prefixes.find(text(1, 1))       # what is used becomes new
+    for name in (7, 8):
         prefixes.keep(text(name), block, room)
-    assert len(prefixes.find(text(1, 1))) == 2    # the newest six: these two, and the four after them
+    assert len(prefixes.find(text(1, 1))) == 2 and prefixes.find(text(3)) == prefixes.find(text(4)) == []
+    assert len(prefixes.find(text(5))) == 1
 
 
 def test_texts_whose_hashes_collide_are_not_confused():
