@@ -4,7 +4,7 @@ import asyncio
 import secrets
 import sys
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -28,6 +28,7 @@ class Answer:
         self.body, self.model, self.client, self.config, self.metrics = body, model, client, config, metrics
         self.begin = time.monotonic()
         self.first: float | None = None
+        self._first: tuple[int, Piece] | None = None
         self.ended_by_time = False
         self.seed = secrets.randbits(31) if body.seed is None else body.seed
         shape, self.logprobs = _shape(body)
@@ -76,43 +77,34 @@ class Answer:
         choices = [(writer.text, told[i], writer.finish or "time") for i, writer in enumerate(self.writers)]
         return {**self.reply.whole(choices), **self._counts()}
 
-    async def events(self, pieces: AsyncIterator[tuple[int, Piece]]) -> AsyncGenerator[dict, None]:
-        """The reply's chunks. A failure after the first is told as an event, as the status is sent already."""
-        reply = self.reply
-        async with aclosing(pieces):   # type: ignore[type-var]
-            try:
-                if isinstance(reply, ChatReply):
-                    for index in range(len(self.writers)):
-                        yield reply.opening(index)
-                async for index, piece in pieces:
-                    if piece.text or piece.finish or (piece.tokens and self.logprobs is not None):
-                        yield reply.chunk(index, piece)
-            except ApiError as error:
-                yield error.body()
-                return
-        self._log()
-        if self.body.stream_options is not None and self.body.stream_options.include_usage:
-            yield {**reply.envelope(reply.chunk_kind, []), **self._counts()}
-
-    async def begun(self) -> AsyncIterator[tuple[int, Piece]]:
-        """The pieces, the first one already waited for: what is refused is refused before a status is sent."""
+    async def begun(self) -> AsyncGenerator[tuple[int, Piece], None]:
+        """The pieces, the first already waited for: what is refused is refused before a status is sent."""
         pieces = self._pieces()
         try:
-            first = await anext(pieces)
-        except StopAsyncIteration:
-            first = None
+            self._first = await anext(pieces, None)
         except BaseException:
             await pieces.aclose()
             raise
+        return pieces
 
-        async def all_of_them() -> AsyncGenerator[tuple[int, Piece], None]:
-            async with aclosing(pieces):
-                if first is not None:
-                    yield first
-                async for piece in pieces:
-                    yield piece
-
-        return all_of_them()
+    async def events(self, pieces: AsyncGenerator[tuple[int, Piece], None]) -> AsyncGenerator[dict, None]:
+        """The reply's chunks, of pieces that have `begun`. A failure from here on is told as an event."""
+        reply = self.reply
+        try:
+            if isinstance(reply, ChatReply):
+                for index in range(len(self.writers)):
+                    yield reply.opening(index)
+            if self._first is not None:
+                yield reply.chunk(*self._first)
+            async for index, piece in pieces:
+                if piece.text or piece.finish or (piece.tokens and self.logprobs is not None):
+                    yield reply.chunk(index, piece)
+        except ApiError as error:
+            yield error.body()
+            return
+        self._log()
+        if self.body.stream_options is not None and self.body.stream_options.include_usage:
+            yield {**reply.envelope(reply.chunk_kind, []), **self._counts()}
 
     async def _pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
         """What becomes certain, as (choice, piece). Closing it stops the engine's work on it."""

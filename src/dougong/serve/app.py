@@ -121,7 +121,7 @@ def _add_writing(app: FastAPI, config: ServeConfig, metrics: Metrics, models: di
         if not body.stream:
             return JSONResponse(await unless_left(request.receive, answer.whole()))
         pieces = await unless_left(request.receive, answer.begun())
-        return EventStream(answer.events(pieces), config.send_seconds, metrics.left.inc)
+        return EventStream(answer.events(pieces), pieces, config.send_seconds, metrics.left.inc)
 
     @app.post("/v1/completions", summary="Continue texts.", openapi_extra=_takes(CompletionBody))
     async def completions(request: Request) -> Response:

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -93,7 +94,10 @@ class Runner:
     def _run(self) -> None:
         while not self._ended:
             while self._inbox:
-                self._inbox.popleft()()
+                try:
+                    self._inbox.popleft()()
+                except Exception as error:   # ours; the thread serves everyone and must not end by it
+                    traceback.print_exception(error)
             if self.scheduler.waiting + self.scheduler.running == 0:
                 self._wake.wait()
                 self._wake.clear()

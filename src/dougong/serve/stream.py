@@ -32,26 +32,28 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[dict, None], send_seconds: float, left: Callable[[], object]) -> None:
+    def __init__(self, events: AsyncGenerator[dict, None], source: AsyncGenerator, send_seconds: float,
+                 left: Callable[[], object]) -> None:
+        """`source` is the work behind `events`; it is closed too, as they may never have been begun."""
         super().__init__(headers={"X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._events, self._seconds, self._left = events, send_seconds, left
+        self._events, self._source, self._seconds, self._left = events, source, send_seconds, left
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await unless_left(receive, self._write(send))
         except (ClientLeft, TimeoutError, OSError):
             self._left()
+        finally:
+            await self._events.aclose()   # the work stops now, not when the collector finds it
+            await self._source.aclose()
 
     async def _write(self, send: Send) -> None:
-        try:
-            await self._send(send, {"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async for event in self._events:
-                await self._send(send, _body(b"data: " + _json(event) + b"\n\n"))
-            await self._send(send, _body(b"data: [DONE]\n\n"))
-            await self._send(send, {"type": "http.response.body", "body": b"", "more_body": False})
-        finally:
-            await self._events.aclose()   # its work stops now, not when the collector finds it
+        await self._send(send, {"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async for event in self._events:
+            await self._send(send, _body(b"data: " + _json(event) + b"\n\n"))
+        await self._send(send, _body(b"data: [DONE]\n\n"))
+        await self._send(send, {"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send(self, send: Send, message: dict) -> None:
         async with asyncio.timeout(self._seconds):
