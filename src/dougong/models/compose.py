@@ -168,7 +168,7 @@ class Decoder(Initialised):
         return Span(T=tokens_BT.shape[1], device=tokens_BT.device, segment_BS=segment_BT,
                     length=cache.length if cache else 0, start_B=cache.start_B if cache else None)
 
-    def head_parameters(self) -> list[nn.Parameter]:
+    def head_parameters(self) -> list[Tensor]:
         """What the head computes with: its own parameters, or the embedding that it is tied to."""
         return list(self.head.parameters()) or [self.stem.tokens.weight]
 

@@ -40,7 +40,7 @@ class LanguageModel(Model, Protocol):
         """The stream after the final norm, B T D."""
         ...
 
-    def head_parameters(self) -> list[nn.Parameter]:
+    def head_parameters(self) -> list[Tensor]:
         """Those that the head computes with, a tied embedding included."""
         ...
 

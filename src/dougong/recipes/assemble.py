@@ -146,7 +146,7 @@ def _divided_model(recipe: Recipe, objective: Objective, runtime: Runtime) -> tu
     whole.compute_dtype = runtime.dtype
     parallel = parallelize(whole, objective, runtime, micro_batches=micro_batches(recipe, runtime.mesh.layout),
                            compile=compile_blocks if runtime.compile else None)
-    model = parallel.model.to_empty(device=runtime.device)
+    model: Any = parallel.model.to_empty(device=runtime.device)
     model.initialise(derive(recipe.seed, "model"))
     return model, parallel
 
@@ -174,7 +174,7 @@ def divided_micro_rows(recipe: Recipe, runtime: Runtime) -> tuple[Recipe, Derive
     from dougong.train.memory import available_bytes
 
     layout = runtime.mesh.layout
-    rows = recipe.train.rows // layout.size(*DATA)
+    rows = (recipe.train.rows or 1) // layout.size(*DATA)
     at_once = max(1, -(-rows // micro_batches(recipe, layout)))
     reason = f"{rows} rows of each process in {rows // at_once} portions" if layout.pipeline > 1 else \
         f"all {rows} rows of each process"

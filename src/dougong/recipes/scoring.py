@@ -126,8 +126,9 @@ def _language_model(recipe: Recipe, corpus: Any, runtime: Runtime, divided: Any,
         return {"loss": found.nats_per_token, "bits_per_byte": found.bits_per_byte, "tokens": int(found.tokens.sum())}
 
     def measure_together(_model: nn.Module) -> dict[str, Any]:
+        rows = (recipe.train.rows or 1) // runtime.mesh.data_size
         return bits_per_byte_together(divided.losses, corpus.tokenizer, documents, context=recipe.model.context,
-                                      rows=recipe.train.rows // runtime.mesh.data_size, runtime=runtime, poll=poll)
+                                      rows=rows, runtime=runtime, poll=poll)
 
     return measure if divided is None else measure_together
 

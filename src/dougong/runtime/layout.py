@@ -99,7 +99,7 @@ def _what_to_try(layout: LayoutConfig, processes: int, others: int, needed: int)
     launch = f"Launch {needed}: torchrun --standalone --nproc-per-node {needed} -m -- dougong train …"
     if processes % others == 0:
         return f"{launch}\nor set layout.replicate={processes // others} (or leave it out: it is derived)."
-    changeable = [axis for axis in AXES if axis != "replicate" and layout.size(axis) > 1]
-    axis = changeable[0] if len(changeable) == 1 else "shard" if layout.shard > 1 else changeable[-1]
+    changeable: list[Axis] = [axis for axis in AXES if axis != "replicate" and layout.size(axis) > 1]
+    axis: Axis = changeable[0] if len(changeable) == 1 else "shard" if layout.shard > 1 else changeable[-1]
     size = math.gcd(layout.size(axis), max(1, processes // max(1, others // layout.size(axis))))
     return f"{launch}\nor set layout.{axis}={size}."

@@ -13,8 +13,8 @@ SHARDS: tuple[Axis, ...] = ("shard", "expert", "context")
 """axes over which a sharded weight lies: those that hold the same weight, `replicate` apart"""
 LOSS: tuple[Axis, ...] = ("pipeline", *COPIES)
 """axes over which losses add up; along `tensor` each process knows the whole"""
-_TOGETHER = (AXES, DATA, COPIES, SHARDS, LOSS, ("shard", "context"), ("replicate", "context"),
-             ("replicate", "shard", "context"))
+_TOGETHER: tuple[tuple[Axis, ...], ...] = (
+    AXES, DATA, COPIES, SHARDS, LOSS, ("shard", "context"), ("replicate", "context"), ("replicate", "shard", "context"))
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Mesh:
         layout = layout.on(dist.get_world_size() if dist.is_initialized() else 1)
         if layout.processes == 1:
             return cls(layout)
-        wide = [axis for axis in AXES if layout.size(axis) > 1]
+        wide: list[Axis] = [axis for axis in AXES if layout.size(axis) > 1]
         devices = init_device_mesh(device_type, tuple(layout.size(axis) for axis in wide), mesh_dim_names=tuple(wide))
         mesh = cls(layout, devices)
         for axes in _TOGETHER:      # groups are made by all processes together, in one order
@@ -52,7 +52,7 @@ class Mesh:
 
     def along(self, *axes: Axis) -> DeviceMesh | None:
         """The one-dimensional mesh along these axes (several joined to one, in mesh order); None where it is of one."""
-        wide = tuple(axis for axis in AXES if axis in axes and self.size(axis) > 1)
+        wide: tuple[Axis, ...] = tuple(axis for axis in AXES if axis in axes and self.size(axis) > 1)
         if not wide or self.devices is None:
             return None
         if len(wide) == 1:
@@ -69,7 +69,8 @@ class Mesh:
     @property
     def groups(self) -> set[Any]:
         """Every group of this mesh, but the empty one."""
-        return {self.group(*axes) for axes in (*((axis,) for axis in AXES), *_TOGETHER)} - {None}
+        single: list[tuple[Axis, ...]] = [(axis,) for axis in AXES]
+        return {self.group(*axes) for axes in (*single, *_TOGETHER)} - {None}
 
     @property
     def data_rank(self) -> int:

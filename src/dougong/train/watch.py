@@ -93,7 +93,7 @@ class Watch:
 
     def __init__(self, clock: Clock, board: Board, *, rank: int, size: int, directory: Path, floor_s: float = 60.0,
                  start_s: float = START_TIMEOUT_S, interval_s: float = 1.0,
-                 on_hang: Callable[[dict[str, Any]], None] = lambda _fields: None) -> None:
+                 on_hang: Callable[[dict[str, Any]], object] = lambda _fields: None) -> None:
         self.clock, self.board, self.rank, self.size, self.directory = clock, board, rank, size, directory
         self.floor_s, self.start_s, self.interval_s, self.on_hang = floor_s, start_s, interval_s, on_hang
         self._main = threading.get_ident()

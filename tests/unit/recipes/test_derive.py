@@ -37,7 +37,7 @@ def test_the_exact_count_is_near_the_size(family, size):
 
 @pytest.mark.parametrize("model", [["model=qwen3_moe"], ["model=nano", "model.feed_forward=moe"]])
 def test_the_dial_knows_no_experts_and_says_so(model):
-    with pytest.raises(ConfigError, match="experts.*Leave size out"):
+    with pytest.raises(ConfigError, match=r"experts.*Leave size out"):
         resolved(*model)
 
 

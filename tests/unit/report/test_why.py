@@ -88,7 +88,8 @@ def rank_log(numbers, **phases):
 def test_the_process_that_others_wait_for_is_named_with_its_phase(run):
     numbers = range(1, 31)
     first = [start(), *(step(n, phases={"wait": 0.05}) for n in numbers)]
-    why = run(first, rank_log(numbers, wait=0.05), rank_log(numbers, data=0.052, wait=0.0), rank_log(numbers, wait=0.05))
+    waiting = rank_log(numbers, wait=0.05)
+    why = run(first, waiting, rank_log(numbers, data=0.052, wait=0.0), waiting)
     assert why.slow.straggler["rank"] == 2 and why.slow.straggler["phase"] == "data"
     assert why.slow.straggler["late_s"] == pytest.approx(0.05) and why.slow.straggler["others_wait_s"] > 0.05
     assert "Process 2 holds the others up" in sentences(why) and "50 ms" in sentences(why).replace("\u202f", " ")
@@ -133,7 +134,8 @@ def test_bad_data_are_told_from_a_bad_machine_with_batch_documents_and_layer(run
               "stack.1": [1.0, 1.0, 1.0, 9.0, 90.0]}
     first = [start(), *(step(n) for n in range(1, 31)),
              event("skip", step=12, reason="the loss is nan", count=1, batch=11, verdict="persistent", rows=ROWS),
-             event("skip", step=20, reason="the gradient norm leapt", count=1, batch=19, verdict="persistent", rows=ROWS),
+             event("skip", step=20, reason="the gradient norm leapt", count=1, batch=19, verdict="persistent",
+                   rows=ROWS),
              event("spike", step=20, steps=[16, 17, 18, 19, 20], layers=layers),
              event("fault", step=25, batch=24, verdict="transient", fault={"reason": "the loss is inf", "here": False})]
     other = [event("fault", step=25, batch=24, verdict="transient", fault={"reason": "the loss is inf", "here": True})]
