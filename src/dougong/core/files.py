@@ -6,9 +6,10 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dougong.core.errors import CheckpointError, DougongError
 
@@ -78,8 +79,7 @@ def lock(path: Path, *, owner: str) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
+            holder = _holder(file)
             raise CheckpointError(f"{path.parent} is in use by {holder}.\n"
                                   "Wait for it, stop it, or choose another --run name.") from None
         file.truncate(0)
@@ -88,6 +88,16 @@ def lock(path: Path, *, owner: str) -> Iterator[None]:
         yield
     finally:
         file.close()
+
+
+def _holder(file: IO[str]) -> str:
+    """Who holds a lock, by its own word, which it writes a moment after taking it."""
+    for _ in range(20):
+        file.seek(0)
+        if name := file.read().strip():
+            return name
+        time.sleep(0.05)
+    return "another process"
 
 
 @contextlib.contextmanager
