@@ -12,6 +12,8 @@ def train(
     recipe: Annotated[str | None, typer.Argument(help="A shipped recipe's name or a .yaml file.")] = None,
     overrides: Overrides = None,
     run: Annotated[Path | None, typer.Option("--run", help="The run's directory; else runs/<recipe's name>.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="A model to begin from: a run, a Hugging Face folder, "
+                                                              "hf:OWNER/NAME. Short for start.path=…")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run named by --run.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, count and predict; train nothing.")] = False,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Train this many seeds and show the spread.")] = 1,
@@ -24,8 +26,8 @@ def train(
     if resume:
         from dougong.recipes.train import resume_run
 
-        path, layout = _run_to_resume(recipe, overrides, run,
-                                      other="--dry-run" if dry_run else "--seeds" if seeds > 1 else "")
+        other = "--dry-run" if dry_run else "--seeds" if seeds > 1 else "--model" if model else ""
+        path, layout = _run_to_resume(recipe, overrides, run, other=other)
         emit(_summary(resume_run(path, layout=layout, progress=progress), out), as_json)
         return
     from dougong.recipes.recipe import load_recipe
@@ -34,7 +36,7 @@ def train(
         raise ConfigError("name a recipe, as in `dougong train first`; `dougong recipes` lists them.")
     if dry_run and (seeds > 1 or run is not None):
         raise ConfigError("--dry-run makes no run, so --run and --seeds have no effect beside it. Leave them out.")
-    asked, base = load_recipe(recipe, overrides)
+    asked, base = load_recipe(recipe, [*([f"start.path={model}"] if model else []), *(overrides or [])])
     if dry_run:
         from dougong.recipes.dry_run import dry_run as predict
 

@@ -10,9 +10,11 @@ from dougong.core.config import replace
 from dougong.core.errors import ConfigError
 from dougong.models import count
 from dougong.objectives.objective import Objective
+from dougong.recipes.companions import accompany
 from dougong.recipes.derive import Derived, fit_to_data
 from dougong.recipes.launch import micro_batches
 from dougong.recipes.recipe import Recipe
+from dougong.recipes.start import Weights, begin, read_weights
 from dougong.runtime.device import Runtime
 from dougong.runtime.layout import AXES, DATA
 from dougong.runtime.mesh import Mesh
@@ -36,6 +38,8 @@ class Assembly:
     derived: list[Derived] = field(default_factory=list)
     parallel: Any = None
     """how several processes compute a step together (`parallel.Parallel`); None for one"""
+    start: str | None = None
+    """fingerprint of the weights that it began from"""
 
     @property
     def is_whole(self) -> bool:
@@ -51,7 +55,7 @@ class Assembly:
 
     @property
     def flops_per_token(self) -> float | None:
-        return count.flops_per_token(self.recipe.model, self.recipe.model.context) if self.recipe.is_language_model \
+        return count.flops_per_token(self.recipe.model, self.recipe.row_tokens) if self.recipe.is_language_model \
             else None
 
 
@@ -61,7 +65,7 @@ def prepare_data(recipe: Recipe, *, progress: Any = None) -> Any:
     The split and the tokenizer do not follow the recipe's seed: runs of several seeds see the same data.
     """
     if recipe.is_language_model:
-        return recipe.data.prepare(recipe.tokenizer, context=recipe.model.context, progress=progress)
+        return recipe.data.prepare(recipe.tokenizer, context=recipe.row_tokens, progress=progress)
     return recipe.data.prepare()
 
 
@@ -106,8 +110,10 @@ def assemble(recipe: Recipe, corpus: Any, *, runtime: Runtime | None = None) -> 
         recipe, chosen = divided_micro_rows(recipe, runtime)
         derived.append(chosen)
     seed_all(derive(recipe.seed, "training", *_own_randomness(mesh)))
-    model, parallel = _divided_model(recipe, objective, runtime) if mesh.devices is not None else (
-        _whole_model(recipe, runtime), None)
+    start = read_weights(recipe.start) if recipe.start else None
+    model, parallel = _divided_model(recipe, objective, runtime, start) if mesh.devices is not None else (
+        _whole_model(recipe, runtime, start), None)
+    objective, corpus = accompany(recipe, corpus, objective, model, runtime)
     state = TrainState(
         model, recipe.optim.build(model), recipe.schedule.build(recipe.train.steps or 1),
         corpus.loader("train", rows=recipe.train.rows, seed=derive(recipe.seed, "order"), rank=mesh.data_rank,
@@ -117,7 +123,7 @@ def assemble(recipe: Recipe, corpus: Any, *, runtime: Runtime | None = None) -> 
         rows, reason = choose_micro_rows(state, objective, runtime, _one_batch(state.loader))
         recipe = replace(recipe, train=replace(recipe.train, micro_rows=rows))
         derived.append(Derived("train.micro_rows", rows, reason))
-    return Assembly(recipe, runtime, corpus, objective, state, derived, parallel)
+    return Assembly(recipe, runtime, corpus, objective, state, derived, parallel, start and start.fingerprint)
 
 
 def _check_rows(recipe: Recipe) -> None:
@@ -128,18 +134,26 @@ def _check_rows(recipe: Recipe) -> None:
                           "step (train.rows). Leave it out: it is derived.")
 
 
-def _whole_model(recipe: Recipe, runtime: Runtime) -> nn.Module:
+def _whole_model(recipe: Recipe, runtime: Runtime, start: Weights | None) -> nn.Module:
     model = build_model(recipe, runtime)
+    if start is not None:
+        begin(model, start, seed=recipe.seed)
+    if recipe.adapt is not None:
+        recipe.adapt.apply(model, seed=derive(recipe.seed, "adapter"))
     _checkpoint_activations(model, recipe)
     if runtime.compile:
         compile_blocks(model)
     return model
 
 
-def _divided_model(recipe: Recipe, objective: Objective, runtime: Runtime) -> tuple[nn.Module, Any]:
+def _divided_model(recipe: Recipe, objective: Objective, runtime: Runtime,
+                   start: Weights | None) -> tuple[nn.Module, Any]:
     """This process's part of the model, filled with the values that the whole would have."""
     from dougong.parallel.parallelize import parallelize
 
+    if recipe.adapt is not None:
+        raise ConfigError(f"adapt.kind={recipe.adapt.kind} trains in one process so far, and the layout asks for "
+                          f"{runtime.mesh.layout}. Start it without torchrun.")
     with torch.device("meta"):
         whole = recipe.model.build()
     _checkpoint_activations(whole, recipe)
@@ -148,6 +162,8 @@ def _divided_model(recipe: Recipe, objective: Objective, runtime: Runtime) -> tu
                            compile=compile_blocks if runtime.compile else None)
     model: Any = parallel.model.to_empty(device=runtime.device)
     model.initialise(derive(recipe.seed, "model"))
+    if start is not None:
+        begin(model, start, seed=recipe.seed)
     return model, parallel
 
 
@@ -179,7 +195,7 @@ def divided_micro_rows(recipe: Recipe, runtime: Runtime) -> tuple[Recipe, Derive
     reason = f"{rows} rows of each process in {rows // at_once} portions" if layout.pipeline > 1 else \
         f"all {rows} rows of each process"
     if recipe.is_language_model:
-        kept = count.activation_bytes(recipe.model, rows=1, context=recipe.model.context, dtype=runtime.dtype,
+        kept = count.activation_bytes(recipe.model, rows=1, context=recipe.row_tokens, dtype=runtime.dtype,
                                       checkpoint_activations=recipe.train.checkpoint_activations)
         per_row = kept / layout.size("tensor", "context", "pipeline")
         neighbours = 1 if runtime.device.type == "cuda" else launched_here()

@@ -68,9 +68,13 @@ def parse_size(text: str) -> int:
 
 
 def resolve(recipe: Recipe, *, elsewhere: bool = False) -> tuple[Recipe, list[Derived]]:
-    """Fills in what follows from the recipe and the machine alone; `elsewhere`: its runtime is given, of a machine that
-    is not this one."""
+    """Fills in what follows from the recipe, the model it begins from and the machine alone; `elsewhere`: its runtime
+    is given, of a machine that is not this one."""
+    from dougong.recipes.start import with_start
+
+    recipe, derived = with_start(recipe)
     notes = _Notes(recipe)
+    notes.items += derived
     if not elsewhere:
         _runtime(notes)
     size = parse_size(recipe.size) if recipe.size else None
@@ -95,9 +99,21 @@ def fit_to_data(recipe: Recipe, shapes: dict[str, int]) -> tuple[Recipe, list[De
     for name, value in shapes.items():
         notes.set(f"model.{name}", value, "from the data")
     given, needed = notes.value("model.vocab_size"), shapes.get("vocab_size")
+    if recipe.start is not None and needed and given and given < needed:
+        grown = with_values(notes.recipe, {"model.vocab_size": needed})
+        return grown, [*notes.items, Derived("model.vocab_size", needed, f"{needed - given:,} tokens were added")]
     if needed and given and given < needed:
         raise ConfigError(f"model.vocab_size={given} is smaller than the tokenizer's {needed} tokens.\n"
                           "Leave it out: it is derived.")
+    return notes.recipe, notes.items
+
+
+def fit_to_epochs(recipe: Recipe, batches_per_epoch: int) -> tuple[Recipe, list[Derived]]:
+    """Turns passes over the data into a number of steps."""
+    notes = _Notes(recipe)
+    if recipe.train.epochs is not None:
+        notes.set("train.steps", max(1, round(recipe.train.epochs * batches_per_epoch)),
+                  f"{recipe.train.epochs:g} passes over {batches_per_epoch:,} batches")
     return notes.recipe, notes.items
 
 
@@ -106,7 +122,7 @@ def fit_to_time(recipe: Recipe, seconds_per_step: float) -> tuple[Recipe, list[D
     notes = _Notes(recipe)
     if notes.recipe.train.steps is None:
         minutes = recipe.train.minutes
-        assert minutes, "`resolve` refuses a recipe without steps and minutes"
+        assert minutes, "`resolve` refuses a recipe without a horizon"
         steps = max(10, round(minutes * 60 / seconds_per_step))
         notes.set("train.steps", steps,
                   f"{minutes:g} minutes at {seconds_per_step * 1000:.0f} ms a step, measured here")
@@ -220,7 +236,7 @@ def _batch(notes: _Notes, size: int | None) -> None:
     recipe = notes.recipe
     notes.set("model.context", 256 if (size or 0) < 20e6 else 1024,
               "short contexts leave more documents per step while a model is small")
-    context = notes.value("model.context") or 256
+    context = notes.recipe.row_tokens
     if recipe.runtime.device == "cpu":
         tokens, reason = 4096, "4,096 tokens: on a CPU twice as many half as large steps learned more in a minute"
     else:
@@ -245,10 +261,10 @@ def _rates(notes: _Notes, size: int | None) -> None:
 
 def _horizon(notes: _Notes, size: int | None) -> None:
     train = notes.recipe.train
-    if train.steps is None and train.minutes is None:
+    if train.steps is None and train.minutes is None and train.epochs is None:
         if size is None:
             more = " (or size, which sets a horizon)" if notes.recipe.is_language_model else ""
-            raise ConfigError(f"how long to train? Give train.steps or train.minutes{more}.")
-        tokens_per_step = notes.value("train.rows") * (notes.value("model.context") or 256)
+            raise ConfigError(f"how long to train? Give train.steps, train.minutes or train.epochs{more}.")
+        tokens_per_step = notes.value("train.rows") * notes.recipe.row_tokens
         notes.set("train.steps", max(10, round(_TOKENS_PER_PARAMETER * size / tokens_per_step)),
                   f"{_TOKENS_PER_PARAMETER} tokens per parameter (nanochat's compute-optimal ratio)")

@@ -20,7 +20,7 @@ def dry_run(asked: Recipe, *, out: Any, progress: Any = None) -> dict[str, Any]:
     """Prints parameters, FLOPs, memory, disk and time of a recipe, and every derived value with its reason."""
     from rich.table import Table as Grid
 
-    recipe, derived, corpus, _ = settle(asked, progress=progress)
+    recipe, derived, corpus, *_ = settle(asked, progress=progress)
     built = assemble(recipe, corpus)
     seconds = measure_step(built)
     parameters = count.parameters(recipe.model)
@@ -43,7 +43,7 @@ def dry_run(asked: Recipe, *, out: Any, progress: Any = None) -> dict[str, Any]:
 
 def _language_model(recipe: Recipe, total: int, runtime: Runtime) -> dict[str, Any]:
     """Bytes and operations; memory is one whole step of this process, counted on the meta device."""
-    context, rows, micro_rows = recipe.model.context, given(recipe.train.rows), given(recipe.train.micro_rows)
+    context, rows, micro_rows = recipe.row_tokens, given(recipe.train.rows), given(recipe.train.micro_rows)
     step = Step(recipe.model, recipe.objective, recipe.optim, micro_rows=micro_rows,
                 micro_batches=min(2, -(-rows // micro_rows)), context=context,
                 precision="bf16" if runtime.dtype == torch.bfloat16 else "fp32", device=runtime.device.type,

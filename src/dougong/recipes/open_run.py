@@ -15,6 +15,7 @@ from dougong.interop.hub import is_hub_name, local_directory
 from dougong.interop.import_hf import is_hf_directory, read_hf
 from dougong.recipes.assemble import build_model, prepare_data
 from dougong.recipes.recipe import Recipe, recipe_from_run
+from dougong.recipes.start import begin, check_start, read_weights, with_own_tokenizer
 from dougong.runtime.device import Runtime, RuntimeConfig, best_device, usable_cores
 from dougong.runtime.processes import launched_here
 
@@ -95,13 +96,19 @@ def open_run(path: Path | str, *, checkpoint: str = "best") -> OpenRun:
         checkpoint, path = path.name.removeprefix("step-").lstrip("0") or "0", path.parent.parent
     directory = RunDirectory.open(path)
     recipe, recorded = recipe_from_run(directory.recipe)
-    if "imported" in recorded:     # wherever the run lies now, its tokenizer lies in it
-        recipe = replace(recipe, tokenizer=replace(recipe.tokenizer, path=str(directory.tokenizer)))
+    recipe = with_own_tokenizer(recipe, recorded, directory)
     found, passed_over = _find(directory, checkpoint)
     runtime = Runtime.start(runtime_here(recipe.runtime))
     weights = "ema" if recipe.train.ema else "raw"
     model = build_model(recipe, runtime)
+    if recipe.adapt is not None and recipe.start is not None:
+        start = read_weights(recipe.start)
+        check_start(recorded, start, directory.path)
+        begin(model, start, seed=recipe.seed)
+        recipe.adapt.apply(model, seed=0)
     load_weights(model, load_model_tensors(found, weights=weights))
+    if recipe.adapt is not None:
+        recipe.adapt.merge(model)
     return OpenRun(directory, recipe, runtime, model.eval(), load_tokenizer(directory), int(found.name[5:]), weights,
                    recorded, passed_over)
 

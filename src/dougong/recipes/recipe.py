@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field
 
+from dougong.adapt import ADAPTERS
 from dougong.core.config import chosen_from, config, from_dict, merge, parse_overrides, to_dict
 from dougong.core.errors import ConfigError, did_you_mean
 from dougong.data import DATA, TOKENIZERS
@@ -18,6 +19,7 @@ from dougong.runtime.device import RuntimeConfig
 from dougong.runtime.layout import LAYOUTS, LayoutConfig
 from dougong.train import TrainConfig
 
+_HORIZONS = ("steps", "minutes", "epochs")
 Positive = Annotated[int, Field(gt=0)]
 
 
@@ -46,6 +48,16 @@ class SampleConfig:
 
 
 @config
+class StartConfig:
+    """A model that exists, to begin from instead of first weights."""
+
+    path: str
+    """a run, a checkpoint in one, a Hugging Face directory, or hf:OWNER/NAME"""
+    checkpoint: str = "best"
+    """of a run: best, last, or a step"""
+
+
+@config
 class Recipe:
     """Everything a run is made from. `None` in a field means that it is derived, printed with its reason, and saved."""
 
@@ -56,7 +68,12 @@ class Recipe:
     """the dial: parameters wanted, such as 2M or 124M; sets width, depth, batch, rate and horizon"""
     data: Annotated[Any, chosen_from(DATA)]
     tokenizer: Annotated[Any, chosen_from(TOKENIZERS, optional=True)] = None
-    model: Annotated[Any, chosen_from(FAMILIES)]
+    start: StartConfig | None = None
+    """None: the weights are drawn"""
+    model: Annotated[Any, chosen_from(FAMILIES, optional=True)] = None
+    """derived: that of `start`"""
+    adapt: Annotated[Any, chosen_from(ADAPTERS, optional=True)] = None
+    """what is trained in place of the weights of `start`; None: those weights themselves"""
     objective: Annotated[Any, chosen_from(OBJECTIVES)]
     optim: Annotated[Any, chosen_from(OPTIMIZERS)]
     schedule: Annotated[Any, chosen_from(SCHEDULES)]
@@ -69,7 +86,12 @@ class Recipe:
 
     @property
     def is_language_model(self) -> bool:
-        return self.tokenizer is not None
+        return self.tokenizer is not None or self.start is not None
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of a row: as many as the data say, else the model's context."""
+        return getattr(self.data, "row_tokens", None) or self.model.context
 
 
 def load_recipe(source: str, overrides: list[str] | None = None) -> tuple[Recipe, Recipe]:
@@ -81,15 +103,26 @@ def load_recipe(source: str, overrides: list[str] | None = None) -> tuple[Recipe
     base = _base_of(source)
     values = to_dict(base)
     for changes in (_read_file(source) if _is_file(source) else {}, parse_overrides(overrides or [])):
+        if isinstance(changes.get("start"), dict):
+            values |= _of_start(changes["start"])
         values = merge(values, _one_horizon(changes))
     return from_dict(Recipe, values), base
 
 
+def _of_start(start: dict[str, Any]) -> dict[str, Any]:
+    """Whoever names a model to begin from takes its shape and its tokenizer, and may still say more of them."""
+    from dougong.recipes.start import shape_of_start
+
+    model, tokenizer = shape_of_start(from_dict(StartConfig, start, where="start"))
+    return {"size": None, "model": to_dict(model), "tokenizer": to_dict(tokenizer)}
+
+
 def _one_horizon(changes: dict[str, Any]) -> dict[str, Any]:
-    """Whoever says how many steps (or minutes) to train takes back the minutes (or steps) of the base."""
+    """Whoever says how many steps (or minutes, or epochs) to train takes back what the base says in other words."""
     train = changes.get("train")
-    if isinstance(train, dict) and ("steps" in train) != ("minutes" in train):
-        return merge(changes, {"train": {"minutes" if "steps" in train else "steps": None}})
+    given = [word for word in _HORIZONS if isinstance(train, dict) and word in train]
+    if len(given) == 1:
+        return merge(changes, {"train": {word: None for word in _HORIZONS if word != given[0]}})
     return changes
 
 

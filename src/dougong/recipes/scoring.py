@@ -6,22 +6,28 @@ from typing import Any
 from torch import nn
 
 from dougong.core.errors import ConfigError
+from dougong.objectives.objective import Objective
 from dougong.recipes import array_scores
+from dougong.recipes.companions import accompany
+from dougong.recipes.held_out import held_out
 from dougong.recipes.recipe import Recipe
 from dougong.runtime.device import Runtime
 
 Score = Callable[[nn.Module], dict[str, Any]]
 
 
-def quick_score(recipe: Recipe, corpus: Any, runtime: Runtime, *, divided: Any = None,
-                poll: Callable[[], None] = lambda: None) -> Score | None:
+def quick_score(recipe: Recipe, corpus: Any, runtime: Runtime, *, objective: Objective | None = None,
+                divided: Any = None, poll: Callable[[], None] = lambda: None) -> Score | None:
     """What an evaluation during training computes, always on the same documents; None where the data allow none.
 
-    `divided` (`parallel.Parallel`): the processes that share the model score together, each its rows. `poll` is called
-    now and then, and may raise to end the work.
+    Of a language model bits per byte of text, and on other data (conversations, pairs, tasks) what the corpus itself
+    or the objective measures. `divided` (`parallel.Parallel`): the processes that share the model score together, each
+    its rows. `poll` is called now and then, and may raise to end the work.
     """
-    if recipe.is_language_model:
+    if recipe.is_language_model and recipe.data.kind == "text":
         return _language_model(recipe, corpus, runtime, divided, poll)
+    if recipe.is_language_model:
+        return _rows(recipe, corpus, runtime, objective, poll) if held_out_splits(corpus) and divided is None else None
     return _SCORES.get(recipe.objective.kind, lambda *_: None)(recipe, corpus, runtime)
 
 
@@ -38,6 +44,9 @@ def final_score(recipe: Recipe, corpus: Any, model: nn.Module, runtime: Runtime,
     """The whole split: bits per byte beside the baselines, or the objective's own measure."""
     split = _existing(split or recipe.evaluate.split, corpus, asked=split is not None)
     wanted = recipe.evaluate.baselines if baselines is None else baselines
+    if recipe.is_language_model and recipe.data.kind != "text":
+        objective, corpus = accompany(recipe, corpus, recipe.objective.build(), model, runtime)
+        return {"split": split, "weights": weights, **_on_rows(recipe, corpus, runtime, objective, model, split)}
     if not recipe.is_language_model:
         if stride is not None:
             raise ConfigError("stride belongs to the windows of a language model; this run has none. Leave it out.")
@@ -131,6 +140,26 @@ def _language_model(recipe: Recipe, corpus: Any, runtime: Runtime, divided: Any,
                                       rows=rows, runtime=runtime, poll=poll)
 
     return measure if divided is None else measure_together
+
+
+def _rows(recipe: Recipe, corpus: Any, runtime: Runtime, objective: Objective | None,
+          poll: Callable[[], None]) -> Score | None:
+    split = "validation" if "validation" in held_out_splits(corpus) else "test"
+
+    def measure(model: nn.Module) -> dict[str, Any]:
+        return _on_rows(recipe, corpus, runtime, objective, model, split, most_tokens=recipe.evaluate.tokens, poll=poll)
+
+    return measure
+
+
+def _on_rows(recipe: Recipe, corpus: Any, runtime: Runtime, objective: Any, model: nn.Module, split: str,
+             **limits: Any) -> dict[str, Any]:
+    """What the corpus measures where it scores models itself (`score(model, runtime, split, …)`), else the objective's
+    own metrics."""
+    if hasattr(corpus, "score"):
+        return corpus.score(model, runtime, split, **limits)
+    rows = recipe.train.micro_rows or recipe.train.rows or 1
+    return held_out(objective, model, corpus.batches(split, rows=rows), runtime, **limits)
 
 
 def _documents_up_to(corpus: Any, tokens: int) -> list[Any]:

@@ -21,12 +21,13 @@ from dougong.core.run import RunDirectory
 from dougong.models import count
 from dougong.optim.groups import describe
 from dougong.recipes.assemble import Assembly, assemble, prepare_data, settle_intervals
-from dougong.recipes.derive import Derived, fit_to_time, resolve
+from dougong.recipes.derive import Derived, fit_to_epochs, fit_to_time, resolve
 from dougong.recipes.launch import lay_out, nearest, remember_launch, run_of_this_launch
 from dougong.recipes.open_run import check_same_data, load_tokenizer, open_run, runtime_here
 from dougong.recipes.probe import measure_step
 from dougong.recipes.recipe import Recipe, recipe_from_run
 from dougong.recipes.scoring import final_score, held_out_splits, quick_score
+from dougong.recipes.start import with_own_tokenizer
 from dougong.runtime.device import Runtime, best_device, machine_facts, matmul_flops_per_s, peak_memory_bytes
 from dougong.runtime.layout import AutoLayoutConfig, LayoutConfig
 from dougong.runtime.processes import expect_steps, from_first, join, launched, process_rank, wait_for_all
@@ -69,18 +70,21 @@ def train_run(asked: Recipe, base: Recipe, *, path: Path | None = None, progress
     path = path or Path("runs") / asked.name
     if (begun := from_first(run_of_this_launch(path.parent))) is not None:
         return resume_run(Path(begun), layout=nearest(asked.layout, launched()), progress=progress)
-    recipe, derived, corpus, runtime = settle(asked, progress=progress)
+    recipe, derived, corpus, runtime, start = settle(asked, progress=progress)
     with explained_disk_errors(f"the run {path}"), contextlib.ExitStack() as held:
-        directory = RunDirectory(from_first(_create(path, recipe, corpus, base, held) if process_rank() == 0 else None))
+        made = _create(path, recipe, corpus, base, start, held) if process_rank() == 0 else None
+        directory = RunDirectory(from_first(made))
         return _train(directory, recipe, corpus, derived, runtime, resumed=None)
 
 
-def _create(path: Path, recipe: Recipe, corpus: Any, base: Recipe, held: contextlib.ExitStack) -> Path:
+def _create(path: Path, recipe: Recipe, corpus: Any, base: Recipe, start: str | None,
+            held: contextlib.ExitStack) -> Path:
     directory = RunDirectory.create(path.parent, path.name)
     held.enter_context(lock(directory.lock, owner="dougong train"))
     if recipe.is_language_model:
         corpus.tokenizer.save(directory.tokenizer)
-    write_recipe(directory, recipe, corpus, base=base)      # what makes it a run, so everything that one needs is there
+    # what makes it a run, so everything that one needs is there
+    write_recipe(directory, recipe, corpus, base=base, start=start)
     remember_launch(directory)
     return directory.path
 
@@ -97,6 +101,7 @@ def resume_run(path: Path, *, layout: LayoutConfig | AutoLayoutConfig | None = N
         return done
     with explained_disk_errors(f"the run {path}"), contextlib.ExitStack() as held:
         recipe, recorded = recipe_from_run(directory.recipe)
+        recipe = with_own_tokenizer(recipe, recorded, directory)
         join(recipe.runtime.device or best_device())
         if process_rank() == 0:
             held.enter_context(lock(directory.lock, owner="dougong train"))
@@ -123,8 +128,9 @@ def _already_done(directory: RunDirectory) -> Finished | None:
                     was_done=True)
 
 
-def settle(asked: Recipe, *, progress: Any = None) -> tuple[Recipe, list[Derived], Any, Runtime]:
-    """Everything that is decided before the first step: derived values, data, measured speed, steps, intervals."""
+def settle(asked: Recipe, *, progress: Any = None) -> tuple[Recipe, list[Derived], Any, Runtime, str | None]:
+    """Everything that is decided before the first step: derived values, data, measured speed, steps, intervals; and the
+    fingerprint of the weights to begin from."""
     recipe, derived = from_first(resolve(asked) if process_rank() == 0 else None)
     check_trackers(recipe.train.trackers)
     layout, laid_out = lay_out(recipe)
@@ -134,16 +140,20 @@ def settle(asked: Recipe, *, progress: Any = None) -> tuple[Recipe, list[Derived
     runtime = Runtime.start(recipe.runtime, layout)
     built = assemble(recipe, corpus, runtime=runtime)
     recipe, derived = built.recipe, derived + laid_out + built.derived
+    per_epoch, start = built.state.loader.batches_per_epoch, built.start
     seconds = from_first(measure_step(built))
+    recipe, from_epochs = fit_to_epochs(recipe, per_epoch)
     recipe, from_time = fit_to_time(recipe, seconds)
     recipe, intervals = settle_intervals(recipe, seconds)
-    return recipe, derived + from_time + intervals, corpus, runtime
+    return recipe, derived + from_epochs + from_time + intervals, corpus, runtime, start
 
 
-def write_recipe(directory: RunDirectory, recipe: Recipe, corpus: Any, *, base: Recipe) -> None:
+def write_recipe(directory: RunDirectory, recipe: Recipe, corpus: Any, *, base: Recipe,
+                 start: str | None = None) -> None:
     """recipe.yaml: the resolved recipe, and beside it what it was resolved with."""
     resolved = {"base": base.name, "dougong": __version__, "torch": torch.__version__,
                 "data_fingerprint": corpus.fingerprint,
+                **({"start_fingerprint": start} if start else {}),
                 "tokenizer_fingerprint": corpus.tokenizer.fingerprint if recipe.is_language_model else None}
     write_text(directory.recipe, dump_yaml(recipe) + dump_yaml({"resolved": resolved}))
 
@@ -227,7 +237,7 @@ def _hooks(reporter: Reporter, built: Assembly, directory: RunDirectory, checkpo
                   flops_per_token=built.flops_per_token, peak_flops_per_s=peak * launched(),
                   layers_every=config.log_layers_every) if built.runtime.is_first else
         RankMeter(reporter, every=config.log_every, total_steps=total_steps)]
-    score = quick_score(recipe, built.corpus, built.runtime, divided=built.parallel,
+    score = quick_score(recipe, built.corpus, built.runtime, objective=built.objective, divided=built.parallel,
                         poll=lambda: refuse_to_linger(state, built.runtime.mesh))
     if score is not None:
         hooks.append(Evaluate(reporter, lambda state: score(state.model), every=given(config.evaluate_every),

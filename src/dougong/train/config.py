@@ -48,9 +48,11 @@ class TrainConfig:
     """How long, in what portions, and what happens on the way."""
 
     steps: Count | None = None
-    """optimiser steps; derived: from `minutes` and the measured speed, or from the size"""
+    """optimiser steps; derived: from `minutes` and the measured speed, from `epochs`, or from the size"""
     minutes: Annotated[float, Field(gt=0)] | None = None
     """time budget from which `steps` is derived before training begins; None: `steps` decides"""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """passes over the data from which `steps` is derived once they are prepared"""
     rows: Count | None = None
     """rows of the batch of one step; derived: from the size"""
     micro_rows: Count | None = None

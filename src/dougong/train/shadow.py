@@ -23,7 +23,7 @@ class Shadow:
     def __init__(self, model: nn.Module, *, every: int = 1, tau: float, debias: bool = True) -> None:
         self.every, self.tau, self.debias = every, tau, debias
         self.updates = 0
-        self.tensors = {name: tensor.detach().clone() for name, tensor in tracked(model).items()}
+        self.tensors = {name: tensor.detach().clone() for name, tensor in moving(model).items()}
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
@@ -32,10 +32,10 @@ class Shadow:
             return
         self.updates += 1
         tau = max(self.tau, 1 / (self.updates + 1)) if self.debias else self.tau
-        source = tracked(model)
-        moving = [name for name, tensor in source.items() if tensor.is_floating_point()]
-        torch._foreach_lerp_([local(self.tensors[n]) for n in moving], [local(source[n]) for n in moving], tau)
-        for name in source.keys() - set(moving):
+        source = moving(model)
+        floating = [name for name, tensor in source.items() if tensor.is_floating_point()]
+        torch._foreach_lerp_([local(self.tensors[n]) for n in floating], [local(source[n]) for n in floating], tau)
+        for name in source.keys() - set(floating):
             self.tensors[name].copy_(source[name])
 
     @contextlib.contextmanager
@@ -50,7 +50,7 @@ class Shadow:
 
     @torch.no_grad()
     def _exchange(self, model: nn.Module) -> None:
-        for name, tensor in tracked(model).items():
+        for name, tensor in moving(model).items():
             if local(tensor) is not tensor:     # FSDP keeps views of this memory: contents change places, not pointers
                 mine, lagged = local(tensor), local(self.tensors[name])
                 before = mine.clone()
@@ -83,3 +83,10 @@ def tracked(model: nn.Module) -> dict[str, Tensor]:
             seen.add(id(tensor))
             found[name.replace("_orig_mod.", "")] = tensor
     return found
+
+
+def moving(model: nn.Module) -> dict[str, Tensor]:
+    """What training changes, and so what a checkpoint holds: all that is tracked but for frozen weights, which belong
+    to the model that the run began from."""
+    return {name: tensor for name, tensor in tracked(model).items()
+            if tensor.requires_grad or not isinstance(tensor, nn.Parameter)}

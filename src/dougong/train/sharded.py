@@ -27,7 +27,7 @@ from dougong.runtime.parts import local
 from dougong.train.manifest import Saved, publish, temporary
 from dougong.train.parts import Box, Stored, box, write_parts
 from dougong.train.peers import Peers
-from dougong.train.shadow import tracked
+from dougong.train.shadow import moving
 from dougong.train.state import TrainState, check, merge_optimizers, narrow_optimizer
 
 Key = tuple[str, str]
@@ -173,7 +173,7 @@ def _overlap(a: Box, b: Box) -> bool:
 def load_parts(path: Path, manifest: dict[str, Any], state: TrainState, peers: Peers, mesh: Mesh) -> None:
     """Puts any checkpoint into the state of any layout; each process reads the parts it needs. All load, or none does
     and all raise the same error."""
-    model = tracked(state.model)
+    model = moving(state.model)
     trained = {name: p for group in state.optimizer.param_groups
                for name, p in zip(group["param_names"], group["params"])}
     held = peers.everyone((list(model), list(trained)))

@@ -10,7 +10,7 @@ from dougong.core.errors import CheckpointError
 from dougong.data.batch import Batch
 from dougong.runtime import seeds
 from dougong.train.parts import fill
-from dougong.train.shadow import Shadow, tracked
+from dougong.train.shadow import Shadow, moving
 from dougong.train.spikes import Rewind, Spikes
 
 
@@ -52,7 +52,7 @@ class TrainState:
         """`tensors`: file -> name -> tensor (the live ones); `json`: all the rest as JSON values."""
         optimizer_tensors, optimizer_json = _flatten_optimizer(self.optimizer)
         rng = seeds.rng_state()
-        tensors = {"model": {name: t.detach() for name, t in tracked(self.model).items()},
+        tensors = {"model": {name: t.detach() for name, t in moving(self.model).items()},
                    "optimizer": optimizer_tensors,
                    "rng": {name: rng.pop(name) for name in ("torch", "cuda") if name in rng}}
         counters = {name: getattr(self, name) for name in _COUNTERS}
@@ -88,7 +88,7 @@ _COUNTERS = ("step", "tokens", "skips", "evaluated", "elapsed_s", "best", "windo
 def load_weights(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Copies tensors (whole, or placed like the model's) into a model by name. Raises CheckpointError naming what is
     missing, unknown or misshapen."""
-    own = tracked(model)
+    own = moving(model)
     _same_tensors("model", own, shapes(tensors))
     for name, tensor in own.items():
         fill(tensor, tensors[name])
@@ -98,7 +98,7 @@ def check(state: TrainState, saved: Mapping[str, Any], json: dict[str, Any], *, 
           elsewhere_trained: Iterable[str] = ()) -> None:
     """Raises CheckpointError where a checkpoint with these model tensors (or their shapes) is of another model,
     optimiser or averaging. `elsewhere`: names of tensors, and of trained parameters, that other processes hold."""
-    _same_tensors("model", tracked(state.model), shapes(saved), elsewhere)
+    _same_tensors("model", moving(state.model), shapes(saved), elsewhere)
     if (state.shadow is not None) != (json["shadow"] is not None):
         raise CheckpointError("the checkpoint was made " + ("without" if state.shadow else "with")
                               + " an average of the weights (train.ema). Resume with the recipe it was made "

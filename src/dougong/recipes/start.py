@@ -1,0 +1,140 @@
+"""Beginning from a model that exists: its shape and tokenizer before anything is built, then its weights.
+
+A run that trains every weight is whole without its start. One that trains an adapter keeps only that, so it names its
+start, which must lie where it lay, unchanged: `fingerprint` is compared whenever it is opened.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dougong.core.config import from_dict, replace, to_dict
+from dougong.core.errors import CheckpointError, ConfigError
+from dougong.core.run import RunDirectory
+from dougong.data.tokenizer import FileConfig
+from dougong.interop.hub import is_hub_name, local_directory
+from dougong.interop.import_hf import family_of, is_hf_directory, read_config, read_hf
+from dougong.recipes.derive import Derived
+from dougong.recipes.recipe import Recipe, StartConfig, recipe_from_run
+from dougong.runtime.seeds import derive
+from dougong.train.shadow import tracked
+from dougong.train.state import load_weights
+
+_TABLES = ("stem.tokens.weight", "head.weight")
+_NEW_ROWS = 0.1
+"""standard deviation of new rows around the mean row, relative to that of the rows there are: near the mean a new token
+is as likely as the average one, and apart they can be told from each other (Hewitt 2021, "Initializing New Word
+Embeddings for Pretrained Language Models")"""
+
+
+def with_start(recipe: Recipe) -> tuple[Recipe, list[Derived]]:
+    """Fills in model and tokenizer from the model that the recipe begins from, where it names none of its own. Reads no
+    weights. Raises ConfigError where there is neither a model nor a start."""
+    if recipe.start is None:
+        if recipe.model is None:
+            raise ConfigError(f"recipe {recipe.name} begins from a model that exists. Name one: --model RUN, "
+                              "--model FOLDER, or --model hf:OWNER/NAME.")
+        return recipe, []
+    begun, derived = recipe, []
+    if not is_hub_name(recipe.start.path):
+        begun = replace(begun, start=replace(recipe.start, path=str(Path(recipe.start.path).expanduser().absolute())))
+    where = begun.start.path if begun.start else ""
+    if recipe.model is None or recipe.tokenizer is None:
+        model, tokenizer = shape_of_start(recipe.start)
+        if recipe.model is None:
+            begun = replace(begun, model=model)
+            derived.append(Derived("model", model.kind, f"that of {where}"))
+        if recipe.tokenizer is None:
+            begun = replace(begun, tokenizer=tokenizer)
+            derived.append(Derived("tokenizer", tokenizer.path, f"that of {where}"))
+    return begun, derived
+
+
+def shape_of_start(start: StartConfig) -> tuple[Any, FileConfig]:
+    """The family config and the tokenizer of a model that exists. Raises ConfigError for one without language."""
+    if is_hub_name(start.path) or is_hf_directory(Path(start.path).expanduser()):
+        directory = local_directory(start.path)
+        return family_of(directory, read_config(directory))[1], FileConfig(path=str(directory))
+    directory = RunDirectory.open(_run_of(Path(start.path).expanduser()))
+    recipe, _ = recipe_from_run(directory.recipe)
+    if not recipe.is_language_model:
+        raise ConfigError(f"{start.path} holds no language model (model.kind={recipe.model.kind}), and only one can be "
+                          "begun from.")
+    return recipe.model, FileConfig(path=str(directory.tokenizer))
+
+
+def _run_of(path: Path) -> Path:
+    return path.parent.parent if path.parent.name == "checkpoints" else path
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of a model by our names, and a hash of them all."""
+
+    tensors: dict[str, Tensor]
+    fingerprint: str
+
+
+def read_weights(start: StartConfig) -> Weights:
+    """The weights to begin from. Of a run with an adapter, those of the merged model."""
+    if is_hub_name(start.path) or is_hf_directory(Path(start.path).expanduser()):
+        tensors = read_hf(local_directory(start.path)).tensors
+    else:
+        from dougong.recipes.open_run import open_run
+
+        tensors = tracked(open_run(start.path, checkpoint=start.checkpoint).model)
+    return Weights(tensors, fingerprint(tensors))
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types and bytes."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        found.update(tensor.flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def begin(model: nn.Module, weights: Weights, *, seed: int) -> None:
+    """Puts the weights into a freshly built model, whole or this process's part of it.
+
+    Where the vocabulary has grown, new rows are drawn around the mean row. Raises CheckpointError where the shapes are
+    not the same otherwise.
+    """
+    own = tracked(model)
+    tensors = {name: _grown(name, tensor, own[name].shape, seed) if name in own else tensor
+               for name, tensor in weights.tensors.items()}
+    here = getattr(model, "names_of_whole", None)       # a pipeline stage holds some of them
+    load_weights(model, tensors if here is None else {name: t for name, t in tensors.items() if name in own})
+
+
+def _grown(name: str, tensor: Tensor, wanted: torch.Size, seed: int) -> Tensor:
+    if name not in _TABLES or tensor.shape[1:] != wanted[1:] or len(tensor) >= wanted[0]:
+        return tensor
+    rows = tensor.float()
+    generator = torch.Generator().manual_seed(derive(seed, "new rows", name))
+    new = torch.randn(wanted[0] - len(rows), rows.shape[1], generator=generator)
+    return torch.cat([rows, rows.mean(0) + _NEW_ROWS * rows.std(0) * new])
+
+
+def check_start(recorded: Mapping[str, Any], weights: Weights, path: Path) -> None:
+    """Raises CheckpointError where the model that a run began from is no longer the one it recorded."""
+    expected = recorded.get("start_fingerprint")
+    if expected and expected != weights.fingerprint:
+        raise CheckpointError(f"{path} holds an adapter, and the model it belongs to has changed since (fingerprint "
+                              f"{expected[:12]}, now {weights.fingerprint[:12]}).\nPut that model back as it was.")
+
+
+def with_own_tokenizer(recipe: Recipe, recorded: Mapping[str, Any], directory: RunDirectory) -> Recipe:
+    """A run that began from another, or was imported, has its tokenizer in its own directory, wherever it lies now."""
+    if "imported" not in recorded and recipe.start is None:
+        return recipe
+    values = {**to_dict(recipe.tokenizer), "kind": "file", "path": str(directory.tokenizer)}
+    return replace(recipe, tokenizer=from_dict(FileConfig, {k: v for k, v in values.items()
+                                                            if k in ("kind", "path", "document_token")}))

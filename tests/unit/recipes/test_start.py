@@ -1,0 +1,76 @@
+"""Beginning from a model that exists."""
+
+import pytest
+import torch
+import yaml
+from tiny_recipe import dougong, write_recipe, write_texts
+
+from dougong.core.errors import CheckpointError
+from dougong.core.run import RunDirectory
+from dougong.recipes.open_run import open_run
+from dougong.recipes.recipe import StartConfig, load_recipe, recipe_from_run
+from dougong.recipes.start import Weights, begin, check_start, fingerprint, read_weights
+from dougong.train.shadow import tracked
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    root = tmp_path_factory.mktemp("start")
+    recipe = write_recipe(root / "tiny.yaml", write_texts(root / "texts"))
+    assert dougong("train", recipe, "--run", root / "base").code == 0
+    return root / "base"
+
+
+def more(base, path, *arguments):
+    recipe = write_recipe(base.parent / "more.yaml", base.parent / "texts", model=None, tokenizer=None)
+    values = yaml.safe_load(recipe.read_text())
+    del values["model"], values["tokenizer"]
+    values["train"]["ema"] = None
+    recipe.write_text(yaml.safe_dump(values))
+    return dougong("train", recipe, "--model", base, "--run", path, *arguments)
+
+
+def test_a_run_that_begins_from_another_has_its_shape_its_tokenizer_and_learns_on(base, tmp_path):
+    done = more(base, tmp_path / "more", "--json", "optim.lr=1e-30", "optim.adamw_lr=1e-30")
+    assert done.code == 0, done.err
+    (first, _), (second, resolved) = (recipe_from_run(RunDirectory(path).recipe) for path in (base, tmp_path / "more"))
+    assert second.model == first.model
+    assert second.start.path == str(base)
+    before, after = tracked(open_run(base).model), tracked(open_run(tmp_path / "more").model)
+    assert resolved["start_fingerprint"] == fingerprint(before)
+    for name, tensor in before.items():     # at a rate of zero nothing moved
+        torch.testing.assert_close(after[name], tensor, rtol=0, atol=0)
+
+
+def test_what_the_command_line_says_of_the_model_is_laid_over_that_of_the_start(base):
+    recipe, _ = load_recipe("first", [f"start.path={base}", "model.dropout=0.25"])
+    assert (recipe.model.kind, recipe.model.dim, recipe.model.dropout) == ("nano", 32, 0.25)
+    assert recipe.size is None and recipe.tokenizer.path == str(base / "tokenizer")
+
+
+def test_new_tokens_get_rows_around_the_mean_row_and_the_old_rows_stay(base):
+    weights = read_weights(StartConfig(path=str(base)))
+    config = load_recipe("first", [f"start.path={base}"])[0].model
+    from dougong.core.config import replace
+
+    model = replace(config, vocab_size=config.vocab_size + 5).build()
+    begin(model, weights, seed=3)
+    table, old = model.stem.tokens.weight, weights.tensors["stem.tokens.weight"]
+    torch.testing.assert_close(table[:len(old)], old, rtol=0, atol=0)
+    new = table[len(old):]
+    assert len(new) == 5 and len(torch.unique(new, dim=0)) == 5
+    assert ((new - old.mean(0)).abs() < old.std(0)).all()
+
+
+def test_a_start_that_changed_is_refused(base, tmp_path):
+    weights = read_weights(StartConfig(path=str(base)))
+    check_start({"start_fingerprint": weights.fingerprint}, weights, tmp_path)
+    with pytest.raises(CheckpointError, match="has changed since"):
+        check_start({"start_fingerprint": "0" * 64}, Weights(weights.tensors, weights.fingerprint), tmp_path)
+
+
+def test_a_recipe_without_a_model_says_how_to_name_one(base):
+    recipe = base.parent / "none.yaml"
+    recipe.write_text(yaml.safe_dump({"base": "first", "model": None, "tokenizer": None, "size": None}))
+    refused = dougong("show", recipe)
+    assert refused.code == 2 and "--model RUN" in refused.err
