@@ -1,4 +1,4 @@
-"""`dougong train`: recipe in, run out."""
+"""`dougong train`: recipe in, run out; or a journey of several."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +9,7 @@ from dougong.cli.output import Json, Overrides, console, emit, is_first_process,
 
 
 def train(
-    recipe: Annotated[str | None, typer.Argument(help="A shipped recipe's name or a .yaml file.")] = None,
+    recipe: Annotated[str | None, typer.Argument(help="A shipped recipe's or journey's name, or a .yaml file.")] = None,
     overrides: Overrides = None,
     run: Annotated[Path | None, typer.Option("--run", help="The run's directory; else runs/<recipe's name>.")] = None,
     model: Annotated[str | None, typer.Option("--model", help="A model to begin from: a run, a Hugging Face folder, "
@@ -21,8 +21,15 @@ def train(
 ) -> None:
     """Train a model. Ctrl-C saves and says how to continue."""
     from dougong.core.errors import ConfigError
+    from dougong.recipes.journey import is_journey
 
     out, progress = console(as_json), progress_bar(as_json)
+    if (recipe is not None and is_journey(recipe)) or (resume and _is_begun_journey(recipe, run)):
+        if dry_run or seeds > 1 or model:
+            raise ConfigError("--dry-run, --seeds and --model belong to one recipe, and a journey has several. Give "
+                              "them to the recipes of its stages one by one; `dougong recipes` lists both.")
+        emit(_travel(recipe, overrides, run, resume, out, progress), as_json)
+        return
     if resume:
         from dougong.recipes.train import resume_run
 
@@ -49,6 +56,35 @@ def train(
         from dougong.recipes.train import train_run
 
         emit(_summary(train_run(asked, base, path=run, progress=progress), out), as_json)
+
+
+def _is_begun_journey(recipe: str | None, run: Path | None) -> bool:
+    from dougong.recipes.journey import FILE
+
+    path = run or (Path("runs") / Path(recipe).stem if recipe else None)
+    return path is not None and (path / FILE).is_file()
+
+
+def _travel(recipe: str | None, overrides: list[str] | None, run: Path | None, resume: bool, out: Any,
+            progress: Any) -> dict:
+    """All stages, or those that are left; prints where each run is, and what to do with the last."""
+    from dougong.core.errors import ConfigError
+    from dougong.recipes.journey import load_journey, travel, travel_on
+
+    if resume and overrides:
+        raise ConfigError(f"--resume continues a journey as it was begun; {overrides[0]!r} would change it. Leave it "
+                          "out, or begin a new one.")
+    path = run or Path("runs") / Path(str(recipe)).stem
+    travelled = travel_on(path, out=out, progress=progress) if resume else \
+        travel(load_journey(str(recipe), overrides), run, out=out, progress=progress)
+    if travelled.stopped:
+        out.print(f"\nStopped in stage {travelled.stopped}; everything is saved.\n"
+                  f"Continue with: [bold]dougong train --resume --run {travelled.path}[/]")
+    else:
+        out.print(f"\n{travelled.path} is done. Its last run is {travelled.last}.\n"
+                  f"Next: [bold]dougong chat {travelled.path}[/], [bold]dougong serve {travelled.path}[/], "
+                  f"[bold]dougong eval {travelled.path}[/]")
+    return travelled.to_dict()
 
 
 def _run_to_resume(recipe: str | None, overrides: list[str] | None, run: Path | None, *,

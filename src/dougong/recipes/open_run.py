@@ -91,7 +91,9 @@ def open_run(path: Path | str, *, checkpoint: str = "best") -> OpenRun:
 
     if is_hub_name(str(path)) or is_hf_directory(Path(path)):
         return _open_hf(str(path), checkpoint)
-    path = Path(path)
+    from dougong.recipes.journey import last_run
+
+    path = last_run(Path(path))
     if path.parent.name == "checkpoints" and path.name.startswith("step-"):
         checkpoint, path = path.name.removeprefix("step-").lstrip("0") or "0", path.parent.parent
     directory = RunDirectory.open(path)

@@ -1,6 +1,7 @@
 """The `Recipe`: one frozen value that says what to build, and how it is read from a name, a file and overrides."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -94,18 +95,20 @@ class Recipe:
         return getattr(self.data, "row_tokens", None) or self.model.context
 
 
-def load_recipe(source: str, overrides: list[str] | None = None) -> tuple[Recipe, Recipe]:
-    """Reads a shipped recipe by name or a YAML file by path, then lays `key=value` overrides over it.
+def load_recipe(source: str, overrides: list[str] | None = None, *,
+                changes: Mapping[str, Any] | None = None) -> tuple[Recipe, Recipe]:
+    """Reads a shipped recipe by name or a YAML file by path, then lays `changes` (nested) and `key=value` overrides
+    over it.
 
     Returns the recipe and the base it differs from. A YAML file names its base with `base:` and gives only what it
     changes. Raises ConfigError for unknown recipes, keys and values.
     """
     base = _base_of(source)
     values = to_dict(base)
-    for changes in (_read_file(source) if _is_file(source) else {}, parse_overrides(overrides or [])):
-        if isinstance(changes.get("start"), dict):
-            values |= _of_start(changes["start"])
-        values = merge(values, _one_horizon(changes))
+    for over in (_read_file(source) if _is_file(source) else {}, changes or {}, parse_overrides(overrides or [])):
+        if isinstance(over.get("start"), dict):
+            values |= _of_start(over["start"])
+        values = merge(values, _one_horizon(over))
     return from_dict(Recipe, values), base
 
 
@@ -117,7 +120,7 @@ def _of_start(start: dict[str, Any]) -> dict[str, Any]:
     return {"size": None, "model": to_dict(model), "tokenizer": to_dict(tokenizer)}
 
 
-def _one_horizon(changes: dict[str, Any]) -> dict[str, Any]:
+def _one_horizon(changes: Mapping[str, Any]) -> Mapping[str, Any]:
     """Whoever says how many steps (or minutes, or epochs) to train takes back what the base says in other words."""
     train = changes.get("train")
     given = [word for word in _HORIZONS if isinstance(train, dict) and word in train]

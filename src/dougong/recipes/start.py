@@ -60,7 +60,9 @@ def shape_of_start(start: StartConfig) -> tuple[Any, FileConfig]:
     if is_hub_name(start.path) or is_hf_directory(Path(start.path).expanduser()):
         directory = local_directory(start.path)
         return family_of(directory, read_config(directory))[1], FileConfig(path=str(directory))
-    directory = RunDirectory.open(_run_of(Path(start.path).expanduser()))
+    from dougong.recipes.journey import last_run
+
+    directory = RunDirectory.open(_run_of(last_run(Path(start.path).expanduser())))
     recipe, _ = recipe_from_run(directory.recipe)
     if not recipe.is_language_model:
         raise ConfigError(f"{start.path} holds no language model (model.kind={recipe.model.kind}), and only one can be "

@@ -1,0 +1,61 @@
+"""A journey's stages, each beginning from the run before."""
+
+import json
+
+import pytest
+import yaml
+from tiny_recipe import dougong, write_recipe, write_texts
+
+from dougong.core.run import RunDirectory
+from dougong.recipes.journey import load_journey
+from dougong.recipes.open_run import open_run
+from dougong.recipes.recipe import recipe_from_run
+
+
+@pytest.fixture
+def journey(tmp_path):
+    texts = write_texts(tmp_path / "texts")
+    first = write_recipe(tmp_path / "first.yaml", texts)
+    second = write_recipe(tmp_path / "second.yaml", texts)
+    values = yaml.safe_load(second.read_text())
+    del values["model"], values["tokenizer"]
+    values["train"]["ema"] = None
+    second.write_text(yaml.safe_dump(values | {"model": None, "tokenizer": None}))
+    path = tmp_path / "trip.yaml"
+    path.write_text(yaml.safe_dump({"name": "trip", "stages": {
+        "pretrain": {"kind": "train", "recipe": str(first)},
+        "more": {"kind": "train", "recipe": str(second), "changes": {"train": {"steps": 8}}}}}, sort_keys=False))
+    return path
+
+
+def test_each_stage_begins_from_the_run_before_and_the_directory_opens_as_its_last_run(journey, tmp_path):
+    done = dougong("train", journey, "--run", tmp_path / "trip", "pretrain.train.steps=6", "--json")
+    assert done.code == 0, done.err
+    assert done.json["reason"] == "done" and list(done.json["stages"]) == ["pretrain", "more"]
+    first, second = (recipe_from_run(RunDirectory(tmp_path / "trip" / name).recipe)[0]
+                     for name in ("1-pretrain", "2-more"))
+    assert first.train.steps == 6 and second.train.steps == 8
+    assert second.start.path == str(tmp_path / "trip" / "1-pretrain")
+    assert open_run(tmp_path / "trip").directory.path == tmp_path / "trip" / "2-more"
+
+
+def test_going_on_passes_over_what_is_done(journey, tmp_path):
+    assert dougong("train", journey, "--run", tmp_path / "trip").code == 0
+    before = (tmp_path / "trip" / "1-pretrain" / "events.jsonl").read_bytes()
+    events = tmp_path / "trip" / "2-more" / "events.jsonl"
+    kept = [line for line in events.read_text().splitlines() if json.loads(line)["event"] not in ("end", "result")]
+    events.write_text("\n".join(kept) + "\n")                   # as if it had been killed at its end
+    again = dougong("train", "--resume", "--run", tmp_path / "trip", "--json")
+    assert again.code == 0, again.err
+    assert again.json["reason"] == "done"
+    assert (tmp_path / "trip" / "1-pretrain" / "events.jsonl").read_bytes() == before
+    assert '"end"' in events.read_text()
+
+
+def test_an_unknown_stage_is_refused_with_the_nearest_name(journey):
+    refused = dougong("train", journey, "pretrian.train.steps=2")
+    assert refused.code == 2 and "pretrain" in refused.err
+
+
+def test_a_stage_may_be_left_out(journey):
+    assert list(load_journey(str(journey), ["more=null"]).stages) == ["pretrain"]
