@@ -61,7 +61,7 @@ class ChatTemplate:
 
     def spell(self, messages: Sequence[dict[str, Any]], *, reply: bool, tools: Sequence[dict[str, Any]] = (),
               mark: str | None = None) -> tuple[str, str]:
-        """The text of a conversation, in which special tokens' names that people wrote are broken, and what breaks them.
+        """The text of a conversation, special tokens' names that people wrote being broken, and what breaks them.
         Raises ConfigError where the template does."""
         mark = mark or self.mark_for([messages, tools])
         broken, theirs = (_each_text(value, lambda text: self._break(text, mark)) for value in (messages, tools))
@@ -87,6 +87,11 @@ class ChatTemplate:
     @property
     def _begin(self) -> int | None:
         return getattr(self._tokenizer, "begin_id", self._tokenizer.document_id)
+
+    @property
+    def stop_names(self) -> list[str]:
+        """The names of `stop_ids`."""
+        return [name for name in self._names if self._tokenizer.special_tokens[name] in self.stop_ids]
 
     def _break(self, text: str, mark: str) -> str:
         return text if self._cut is None else self._cut.sub(lambda found: found[0][:1] + mark + found[0][1:], text)
