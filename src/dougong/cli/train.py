@@ -81,10 +81,23 @@ def _travel(recipe: str | None, overrides: list[str] | None, run: Path | None, r
         out.print(f"\nStopped in stage {travelled.stopped}; everything is saved.\n"
                   f"Continue with: [bold]dougong train --resume --run {travelled.path}[/]")
     else:
+        _judge(travelled.path, out, progress)
         out.print(f"\n{travelled.path} is done. Its last run is {travelled.last}.\n"
                   f"Next: [bold]dougong chat {travelled.path}[/], [bold]dougong serve {travelled.path}[/], "
                   f"[bold]dougong eval {travelled.path}[/]")
     return travelled.to_dict()
+
+
+def _judge(path: Path, out: Any, progress: Any) -> None:
+    """Asks the last run what no stage was trained on, where the stages learned conversations; leaves a page."""
+    from dougong.recipes.judge import judge_journey, print_judged
+    from dougong.report.skills_page import write_skills_page
+
+    judged = judge_journey(path, progress=progress)
+    if judged is not None:
+        out.print()
+        print_judged(judged, out)
+        out.print(f"Its page: {write_skills_page(judged, path / 'skills.html')}")
 
 
 def _run_to_resume(recipe: str | None, overrides: list[str] | None, run: Path | None, *,

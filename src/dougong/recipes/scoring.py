@@ -45,8 +45,12 @@ def final_score(recipe: Recipe, corpus: Any, model: nn.Module, runtime: Runtime,
     split = _existing(split or recipe.evaluate.split, corpus, asked=split is not None)
     wanted = recipe.evaluate.baselines if baselines is None else baselines
     if recipe.is_language_model and recipe.data.kind != "text":
+        from dougong.recipes.judge import judge
+
         objective, corpus = accompany(recipe, corpus, recipe.objective.build(), model, runtime)
-        return {"split": split, "weights": weights, **_on_rows(recipe, corpus, runtime, objective, model, split)}
+        judged = judge(model, corpus.tokenizer, runtime, corpus, split, seed=recipe.seed, progress=progress)
+        return {"split": split, "weights": weights, **_on_rows(recipe, corpus, runtime, objective, model, split),
+                **({"skills": judged} if judged else {})}
     if not recipe.is_language_model:
         if stride is not None:
             raise ConfigError("stride belongs to the windows of a language model; this run has none. Leave it out.")
@@ -94,6 +98,10 @@ def _print_measures(result: dict[str, Any], out: Any) -> None:
         for row in result.get("baselines", []) if number == 0 else []:
             gap = f"   model − it {row['difference']:+.4f} {_interval(row['interval'])}" if "difference" in row else ""
             out.print(f"    {row['name']:<26}{row[key]:.4f}{gap}")
+    if result.get("skills"):
+        from dougong.recipes.judge import print_judged
+
+        print_judged(result["skills"], out)
 
 
 def _interval(pair: list[float] | None) -> str:

@@ -1,0 +1,154 @@
+"""Questions that were never trained on, put to a model: the share of right answers of each skill, what it declines."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from dougong.core.events import read_events
+from dougong.core.files import write_json
+from dougong.core.run import RunDirectory
+from dougong.data.chat_template import ChatTemplate
+from dougong.data.conversations import Conversation
+from dougong.evaluate.skills import OUTSIDE, Answered, answer_all, same, scores
+from dougong.generate import Engine, SamplingConfig
+from dougong.models import count
+from dougong.recipes.assemble import prepare_data
+from dougong.recipes.journey import read_journey, stage_runs
+from dougong.recipes.open_run import open_run
+from dougong.recipes.recipe import recipe_from_run
+from dougong.recipes.start import with_own_tokenizer
+from dougong.runtime.device import Runtime
+
+_AT_ONCE = 32
+_SHOWN = 10
+_MOST = 1000
+"""questions of a skill at most, evenly spread over those held out"""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A conversation up to the reply that can be checked."""
+
+    skill: str
+    prompt: str
+    answer: str
+    messages: tuple[dict[str, Any], ...]
+
+
+def questions(conversations: Sequence[Conversation]) -> list[Question]:
+    """Those that have an answer to be checked."""
+    return [Question(one.skill or "answers", one.messages[-2]["content"], one.answer, one.messages[:-1])
+            for one in conversations if one.answer is not None and len(one.messages) > 1]
+
+
+def judge(model: nn.Module, tokenizer: Any, runtime: Runtime, corpus: Any, split: str, *, seed: int = 0,
+          progress: Any = None) -> dict[str, Any] | None:
+    """Puts every held-out question with an answer to the model, greedily; None where the corpus has none.
+
+    JSON values: `scores` (evaluate/skills.py) of the skills, `right` over all of them, `outside` and `inside_declined`
+    where there are questions that should be declined, and answers drawn at random.
+    """
+    asked = questions(corpus.conversations(split)) if hasattr(corpus, "conversations") else []
+    by_skill: dict[str, list[Question]] = {}
+    for question in asked:
+        by_skill.setdefault(question.skill, []).append(question)
+    asked = [question for own in by_skill.values() for question in _spread(own)]
+    if not asked:
+        return None
+    known = questions(corpus.conversations("train"))
+    longest = max(len(tokenizer.encode(question.answer)) for question in asked)
+    said = replies(model, tokenizer, runtime, [question.messages for question in asked], most=longest + 8,
+                   progress=progress)
+    answered = answer_all(asked, known, lambda _prompts: said)
+    inside = [one for one in answered if one.skill != OUTSIDE]
+    outside = [one for one in answered if one.skill == OUTSIDE]
+    refusals = {one.answer for one in outside}
+    declined = [any(same(one.reply, refusal) for refusal in refusals) for one in inside]
+    random = np.random.default_rng(seed)
+    return {
+        "items": len(answered), "scores": [score.to_dict() for score in scores(inside, seed=seed)],
+        "right": float(np.mean([one.right for one in inside])) if inside else 0.0,
+        "outside": {"items": len(outside), "declined": float(np.mean([one.right for one in outside]))}
+        if outside else None,
+        "inside_declined": float(np.mean(declined)) if declined else 0.0,
+        "failures": _drawn([one for one in answered if not one.right], random),
+        "successes": _drawn([one for one in answered if one.right], random)}
+
+
+def _spread(questions: list[Question]) -> list[Question]:
+    places = np.linspace(0, len(questions) - 1, min(len(questions), _MOST)).astype(int)
+    return [questions[place] for place in places]
+
+
+def _drawn(answered: list[Answered], random: np.random.Generator) -> list[dict[str, str]]:
+    chosen = random.permutation(len(answered))[:_SHOWN]
+    return [{"skill": one.skill, "prompt": one.prompt, "answer": one.answer, "reply": one.reply}
+            for one in (answered[int(place)] for place in chosen)]
+
+
+def replies(model: nn.Module, tokenizer: Any, runtime: Runtime, conversations: Sequence[Sequence[dict[str, Any]]], *,
+            most: int, progress: Any = None) -> list[str]:
+    """The likeliest reply to each conversation, of at most `most` tokens."""
+    template, engine = ChatTemplate(tokenizer), Engine(model, runtime)
+    prompts = [template.encode(list(messages)) for messages in conversations]
+    ends = template.stop_ids | ({tokenizer.document_id} if tokenizer.document_id is not None else set())
+    written: list[list[int]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    for begin in range(0, len(order), _AT_ONCE):
+        group = order[begin:begin + _AT_ONCE]
+        sampling = SamplingConfig(max_tokens=most, temperature=0, long_prompt="truncate")
+        for step in engine.start([prompts[n] for n in group], sampling, stop_ids=ends, vocab_size=tokenizer.vocab_size):
+            for token in step:
+                if token.finish != "stop":
+                    written[group[token.row]].append(token.id)
+        if progress:
+            progress(min(begin + _AT_ONCE, len(order)), len(order), "asking questions")
+    return [tokenizer.decode(ids) for ids in written]
+
+
+def judge_journey(path: Path, *, progress: Any = None) -> dict[str, Any] | None:
+    """Judges a journey's last run on the held-out questions of its last stage that learned conversations.
+
+    Writes skills.json beside journey.yaml. None where no stage learned any.
+    """
+    runs = stage_runs(path)
+    opened = open_run(path)
+    for run in reversed(runs):
+        directory = RunDirectory(run)
+        recipe, recorded = recipe_from_run(directory.recipe)
+        if recipe.data.kind == "chats":
+            corpus = prepare_data(with_own_tokenizer(recipe, recorded, directory), progress=progress)
+            judged = judge(opened.model, opened.tokenizer, opened.runtime, corpus, "test", progress=progress)
+            if judged is None:
+                return None
+            found = {"name": read_journey(path).name, "run": str(runs[-1]),
+                     "parameters": count.parameters(opened.recipe.model)["total"],
+                     "stages": [_stage(one) for one in runs], **judged}
+            write_json(path / "skills.json", found)
+            return found
+    return None
+
+
+def _stage(run: Path) -> dict[str, Any]:
+    ends = [event for event in read_events(RunDirectory(run).events) if event["event"] == "end"]
+    return {"name": run.name.partition("-")[2], "run": str(run), "seconds": ends[-1].get("elapsed_s") if ends else None}
+
+
+def print_judged(judged: dict[str, Any], out: Any) -> None:
+    """The skills as a table for people."""
+    from rich.table import Table as Grid
+
+    grid = Grid(box=None, header_style="bold", pad_edge=False)
+    for title in ("skill", "questions", "right", "commonest answer", "most similar question", "claimed"):
+        grid.add_column(title, justify="left" if title in ("skill", "claimed") else "right")
+    for score in judged["scores"]:
+        grid.add_row(score["skill"], str(score["items"]), f"[bold]{score['model']:.1%}[/]", f"{score['majority']:.1%}",
+                     f"{score['nearest']:.1%}", "yes" if score["claimed"] else "no")
+    out.print(grid)
+    if outside := judged["outside"]:
+        out.print(f"declined: {outside['declined']:.0%} of {outside['items']} questions outside its skills, "
+                  f"{judged['inside_declined']:.1%} of those inside", style="dim")

@@ -1,0 +1,58 @@
+"""Held-out questions with answers, asked of a run that learned conversations."""
+
+import json
+
+import pytest
+import yaml
+from tiny_recipe import MODELS, dougong, write_recipe
+
+from dougong.recipes.judge import questions, replies
+from dougong.recipes.open_run import open_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A model that has learned to say `odd` or `even`, and to decline what is no number."""
+    root = tmp_path_factory.mktemp("judge")
+    with open(root / "chats.jsonl", "w") as file:
+        for n in range(300):
+            file.write(json.dumps({"prompt": f"{n}?", "completion": ("even", "odd")[n % 2], "skill": "parity",
+                                   "answer": ("even", "odd")[n % 2]}) + "\n")
+            file.write(json.dumps({"prompt": f"who is {chr(97 + n % 26)}{n}", "completion": "I cannot say.",
+                                   "skill": "outside", "answer": "I cannot say."}) + "\n")
+    recipe = write_recipe(root / "tiny.yaml", root, model={**MODELS["qwen3"], "context": 64})
+    values = yaml.safe_load(recipe.read_text())
+    values["data"] = {"kind": "chats", "path": str(root / "chats.jsonl"), "fractions": [0.8, 0.1, 0.1]}
+    values["train"] |= {"steps": 120, "ema": None, "evaluate_every": 60, "checkpoint_every": 60}
+    values["sample"] = {"prompts": []}
+    recipe.write_text(yaml.safe_dump(values))
+    done = dougong("train", recipe, "--run", root / "run", "--json")
+    assert done.code == 0, done.err
+    return root / "run", done
+
+
+def test_training_on_conversations_ends_with_its_skills_beside_answers_that_need_no_model(run):
+    _, done = run
+    judged = done.json["result"]["skills"]
+    (score,) = judged["scores"]
+    assert score["skill"] == "parity" and score["items"] + judged["outside"]["items"] == judged["items"]
+    assert score["model"] > 0.9 and score["majority"] < 0.7
+    assert score["nearest"] > 0.7 and not score["claimed"]     # the last digit decides, so a similar question does too
+    assert judged["outside"]["declined"] > 0.9 and judged["inside_declined"] < 0.1
+    assert "parity" in done.err or "parity" in done.out
+
+
+def test_replies_are_the_same_whatever_is_asked_beside(run):
+    path, _ = run
+    opened = open_run(path)
+    asked = [question.messages for question in questions(opened.corpus.conversations("test"))][:8]
+    together = replies(opened.model, opened.tokenizer, opened.runtime, asked, most=12)
+    alone = [replies(opened.model, opened.tokenizer, opened.runtime, [one], most=12)[0] for one in asked]
+    assert together == alone and all(together)
+
+
+def test_eval_asks_again_and_finds_the_same(run):
+    path, done = run
+    again = dougong("eval", path, "--json")
+    assert again.code == 0, again.err
+    assert again.json["skills"]["scores"] == done.json["result"]["skills"]["scores"]
