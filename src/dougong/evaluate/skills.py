@@ -17,7 +17,7 @@ import numpy as np
 from dougong.evaluate.statistics import bootstrap_ratio, wilson_interval
 
 _SIZES = (3, 4, 5)
-OUTSIDE = "outside"
+OUTSIDE = "declining"
 """the skill of questions that should be declined"""
 
 

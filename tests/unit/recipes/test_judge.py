@@ -19,7 +19,7 @@ def run(tmp_path_factory):
             file.write(json.dumps({"prompt": f"{n}?", "completion": ("even", "odd")[n % 2], "skill": "parity",
                                    "answer": ("even", "odd")[n % 2]}) + "\n")
             file.write(json.dumps({"prompt": f"who is {chr(97 + n % 26)}{n}", "completion": "I cannot say.",
-                                   "skill": "outside", "answer": "I cannot say."}) + "\n")
+                                   "skill": "declining", "answer": "I cannot say."}) + "\n")
     recipe = write_recipe(root / "tiny.yaml", root, model={**MODELS["qwen3"], "context": 64})
     values = yaml.safe_load(recipe.read_text())
     values["data"] = {"kind": "chats", "path": str(root / "chats.jsonl"), "fractions": [0.8, 0.1, 0.1]}
