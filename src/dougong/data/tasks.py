@@ -114,7 +114,8 @@ _OUTSIDE = (
     "How much is a {thing} in {place}?", "Who is the mayor of {place}?", "Call {name} and say that I am late {day}.",
     "What did {name} eat {day}?", "Which {thing} does {name} like best?", "Should I marry {name}?",
     "When does the train from {place} leave {day}?", "Is {name} at home {day}?",
-    "Send the {thing} to {name} in {place}.", "Who won the match in {place} {day}?", "What is the phone number of {name} in {place}?")
+    "Send the {thing} to {name} in {place}.", "Who won the match in {place} {day}?",
+    "What is the phone number of {name} in {place}?")
 _FILL = {
     "place": ("Amsterdam", "Bergen", "Cairo", "Dakar", "Dublin", "Geneva", "Havana", "Kyoto", "Lagos", "Lima", "Lisbon",
               "Madrid", "Nairobi", "Oslo", "Porto", "Quito", "Riga", "Seoul", "Tunis", "Wuhan"),
