@@ -83,7 +83,9 @@ class PythonQuestions(ChatSource):
 
 
 def _describe(function: Function, *_: Any) -> tuple[str, str] | None:
-    return (f"What does this function do?\n\n{_fenced(function.code)}", function.sentence) if function.sentence else None
+    if not function.sentence:
+        return None
+    return f"What does this function do?\n\n{_fenced(function.code)}", function.sentence
 
 
 def _docstring(function: Function, *_: Any) -> tuple[str, str] | None:

@@ -112,15 +112,18 @@ def _copying(source: random.Random, level: int) -> tuple[str, str]:
 _OUTSIDE = (
     "What will the weather be like in {place} {day}?", "Book me a {thing} in {place} for {day}.",
     "How much is a {thing} in {place}?", "Who is the mayor of {place}?", "Call {name} and say that I am late {day}.",
-    "What did {name} eat {day}?", "Which {thing} does {name} like best?", "When does the train from {place} leave {day}?",
-    "Is {name} at home {day}?", "Send the {thing} to {name} in {place}.", "Should I marry {name}?",
-    "Who won the match in {place} {day}?", "What is the phone number of {name} in {place}?")
+    "What did {name} eat {day}?", "Which {thing} does {name} like best?", "Should I marry {name}?",
+    "When does the train from {place} leave {day}?", "Is {name} at home {day}?",
+    "Send the {thing} to {name} in {place}.", "Who won the match in {place} {day}?",
+    "What is the phone number of {name} in {place}?")
 _FILL = {
-    "place": "Amsterdam Bergen Cairo Dakar Dublin Geneva Havana Kyoto Lagos Lima Lisbon Madrid Nairobi Oslo Porto Quito "
-             "Riga Seoul Tunis Wuhan".split(),
+    "place": ("Amsterdam", "Bergen", "Cairo", "Dakar", "Dublin", "Geneva", "Havana", "Kyoto", "Lagos", "Lima", "Lisbon",
+              "Madrid", "Nairobi", "Oslo", "Porto", "Quito", "Riga", "Seoul", "Tunis", "Wuhan"),
     "day": ("today", "tomorrow", "on Monday", "on Friday", "next week", "at noon", "tonight", "this evening"),
-    "thing": "bicycle book boat cake camera coat concert hotel lamp mirror phone piano room table ticket watch".split(),
-    "name": "Ada Bao Chidi Dana Elif Farid Grace Hana Ivan Jun Kofi Lena Mei Nadia Omar Priya Rosa Sami Tao Yuki".split(),
+    "thing": ("bicycle", "book", "boat", "cake", "camera", "coat", "concert", "hotel", "lamp", "mirror", "phone",
+              "piano", "room", "table", "ticket", "watch"),
+    "name": ("Ada", "Bao", "Chidi", "Dana", "Elif", "Farid", "Grace", "Hana", "Ivan", "Jun", "Kofi", "Lena", "Mei",
+             "Nadia", "Omar", "Priya", "Rosa", "Sami", "Tao", "Yuki"),
 }
 
 

@@ -11,10 +11,10 @@ from torch import nn
 from dougong.core.events import read_events
 from dougong.core.files import write_json
 from dougong.core.run import RunDirectory
-from dougong.data.chat_template import ChatTemplate
 from dougong.data.conversations import Conversation
 from dougong.evaluate.skills import OUTSIDE, Answered, answer_all, same, scores
-from dougong.generate import Engine, SamplingConfig
+from dougong.generate import SamplingConfig
+from dougong.generate.replies import replies
 from dougong.models import count
 from dougong.recipes.assemble import prepare_data
 from dougong.recipes.journey import read_journey, stage_runs
@@ -23,7 +23,6 @@ from dougong.recipes.recipe import recipe_from_run
 from dougong.recipes.start import with_own_tokenizer
 from dougong.runtime.device import Runtime
 
-_AT_ONCE = 32
 _SHOWN = 10
 _MOST = 1000
 """questions of a skill at most, evenly spread over those held out"""
@@ -61,8 +60,10 @@ def judge(model: nn.Module, tokenizer: Any, runtime: Runtime, corpus: Any, split
         return None
     known = questions(corpus.conversations("train"))
     longest = max(len(tokenizer.encode(question.answer)) for question in asked)
-    said = replies(model, tokenizer, runtime, [question.messages for question in asked], most=longest + 8,
-                   progress=progress)
+    if progress:
+        progress(0, None, f"asking {len(asked):,} questions")
+    said = replies(model, tokenizer, [question.messages for question in asked],
+                   SamplingConfig(temperature=0, max_tokens=longest + 8, long_prompt="truncate"), runtime=runtime)
     answered = answer_all(asked, known, lambda _prompts: said)
     inside = [one for one in answered if one.skill != OUTSIDE]
     outside = [one for one in answered if one.skill == OUTSIDE]
@@ -70,7 +71,8 @@ def judge(model: nn.Module, tokenizer: Any, runtime: Runtime, corpus: Any, split
     declined = [any(same(one.reply, refusal) for refusal in refusals) for one in inside]
     random = np.random.default_rng(seed)
     return {
-        "items": len(answered), "scores": [score.to_dict() for score in scores(inside, seed=seed)],
+        "items": len(answered), "exact_match": float(np.mean([one.right for one in answered])),
+        "scores": [score.to_dict() for score in scores(inside, seed=seed)],
         "right": float(np.mean([one.right for one in inside])) if inside else 0.0,
         "outside": {"items": len(outside), "declined": float(np.mean([one.right for one in outside]))}
         if outside else None,
@@ -88,26 +90,6 @@ def _drawn(answered: list[Answered], random: np.random.Generator) -> list[dict[s
     chosen = random.permutation(len(answered))[:_SHOWN]
     return [{"skill": one.skill, "prompt": one.prompt, "answer": one.answer, "reply": one.reply}
             for one in (answered[int(place)] for place in chosen)]
-
-
-def replies(model: nn.Module, tokenizer: Any, runtime: Runtime, conversations: Sequence[Sequence[dict[str, Any]]], *,
-            most: int, progress: Any = None) -> list[str]:
-    """The likeliest reply to each conversation, of at most `most` tokens."""
-    template, engine = ChatTemplate(tokenizer), Engine(model, runtime)
-    prompts = [template.encode(list(messages)) for messages in conversations]
-    ends = template.stop_ids | ({tokenizer.document_id} if tokenizer.document_id is not None else set())
-    written: list[list[int]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-    for begin in range(0, len(order), _AT_ONCE):
-        group = order[begin:begin + _AT_ONCE]
-        sampling = SamplingConfig(max_tokens=most, temperature=0, long_prompt="truncate")
-        for step in engine.start([prompts[n] for n in group], sampling, stop_ids=ends, vocab_size=tokenizer.vocab_size):
-            for token in step:
-                if token.finish != "stop":
-                    written[group[token.row]].append(token.id)
-        if progress:
-            progress(min(begin + _AT_ONCE, len(order)), len(order), "asking questions")
-    return [tokenizer.decode(ids) for ids in written]
 
 
 def judge_journey(path: Path, *, progress: Any = None) -> dict[str, Any] | None:

@@ -48,9 +48,10 @@ def final_score(recipe: Recipe, corpus: Any, model: nn.Module, runtime: Runtime,
         from dougong.recipes.judge import judge
 
         objective, corpus = accompany(recipe, corpus, recipe.objective.build(), model, runtime)
-        judged = judge(model, corpus.tokenizer, runtime, corpus, split, seed=recipe.seed, progress=progress)
-        return {"split": split, "weights": weights, **_on_rows(recipe, corpus, runtime, objective, model, split),
-                **({"skills": judged} if judged else {})}
+        found = _on_rows(recipe, corpus, runtime, objective, model, split)
+        if judged := judge(model, corpus.tokenizer, runtime, corpus, split, seed=recipe.seed, progress=progress):
+            found |= {"exact_match": judged["exact_match"], "skills": judged}
+        return {"split": split, "weights": weights, **found}
     if not recipe.is_language_model:
         if stride is not None:
             raise ConfigError("stride belongs to the windows of a language model; this run has none. Leave it out.")
@@ -95,6 +96,8 @@ def _print_measures(result: dict[str, Any], out: Any) -> None:
     for number, (key, value) in enumerate(measures.items()):
         form = ",d" if isinstance(value, int) else ".4f" if value >= 1e-3 or not value else ".1e"
         out.print(f"  {key.replace('_', ' '):<28}{value:{form}}")
+        for part, share in (result.get(f"{key}_by_skill") or {}).items():
+            out.print(f"    {part:<26}{share:.4f}")
         for row in result.get("baselines", []) if number == 0 else []:
             gap = f"   model − it {row['difference']:+.4f} {_interval(row['interval'])}" if "difference" in row else ""
             out.print(f"    {row['name']:<26}{row[key]:.4f}{gap}")

@@ -6,7 +6,8 @@ import pytest
 import yaml
 from tiny_recipe import MODELS, dougong, write_recipe
 
-from dougong.recipes.judge import questions, replies
+from dougong.generate.replies import replies
+from dougong.recipes.judge import questions
 from dougong.recipes.open_run import open_run
 
 
@@ -46,8 +47,8 @@ def test_replies_are_the_same_whatever_is_asked_beside(run):
     path, _ = run
     opened = open_run(path)
     asked = [question.messages for question in questions(opened.corpus.conversations("test"))][:8]
-    together = replies(opened.model, opened.tokenizer, opened.runtime, asked, most=12)
-    alone = [replies(opened.model, opened.tokenizer, opened.runtime, [one], most=12)[0] for one in asked]
+    together = replies(opened.model, opened.tokenizer, asked)
+    alone = [replies(opened.model, opened.tokenizer, [one])[0] for one in asked]
     assert together == alone and all(together)
 
 
