@@ -31,6 +31,8 @@ from dougong.interop.verify import UNUSUAL, Mismatch, Verified, compare_ids, com
 from dougong.train.shadow import tracked
 
 READER = "onnxruntime"
+PADDING = 3
+"""columns before the row whose logits a left-padded batch is compared on"""
 
 
 def write_onnx_directory(directory: Path, model: nn.Module, tokenizer: Tokenizer, *, dtype: str = "f32", card: str = "",
@@ -79,10 +81,11 @@ def verify_onnx(directory: Path, model: nn.Module, tokenizer: Tokenizer, texts: 
     rows = rows_of(tokenizer.encode_batch(list(texts), threads=1), first=tokenizer.begin_id, context=context_of(ours))
     with readable(READER):
         session = Session(directory / MODEL, cache_names(ours))  # type: ignore[arg-type]
+    shorter = [row[:context_of(ours) - PADDING] or row[:1] for row in rows[:6]]
     found = [compare_logits(ours, _raising(reading), some, f"{READER} ({name})", texts=len(texts))
              for name, reading, some in (("whole texts", session.whole, rows),
                                          ("through the cache", session.stepwise, rows[:6]),
-                                         ("a left-padded batch", session.padded, rows[:6]))]
+                                         ("a left-padded batch", session.padded, shorter))]
     worst = max(found, key=lambda one: one.largest_difference)
     return Verified(f"{READER} (whole texts, through the cache, in left-padded batches)", len(texts),
                     sum(one.tokens for one in found), worst.largest_difference, worst.allowed, worst.own_rounding)
@@ -122,8 +125,8 @@ class Session:
         return self._read(tokens, torch.ones_like(tokens), [half, middle, *[1] * (T - half - middle)])
 
     def padded(self, tokens: Tensor) -> Tensor:
-        """After three columns of padding, below a row that begins at once; half of them at once, and the rest."""
-        pad, T = 3, tokens.shape[1]
+        """After columns of padding, below a row that begins at once; half of them at once, and the rest."""
+        pad, T = PADDING, tokens.shape[1]
         other = tokens.flip(1).repeat(1, 1 + pad)[:, :T + pad]
         batch = torch.cat([other, torch.cat([tokens.new_zeros(1, pad), tokens], 1)])
         mask = torch.ones_like(batch)
