@@ -139,7 +139,8 @@ def _scaled(graph):
 
 def _without_the_past(graph):
     """The cache's values of before are forgotten, which a whole text does not show."""
-    node = next(node for node in graph.graph.node if node.op_type == "Concat" and "past_key_values.0.value" in node.input)
+    node = next(node for node in graph.graph.node
+                if node.op_type == "Concat" and "past_key_values.0.value" in node.input)
     node.input[0] = node.input[1]
     del node.input[1]
 
@@ -162,14 +163,14 @@ def test_a_graph_that_computes_something_else_is_found_and_named_by_the_reading(
 def test_another_end_of_texts_and_other_tokens_are_found(qwen3, copy):
     path = copy / "generation_config.json"
     path.write_text(path.read_text().replace("256", "255"))
-    with pytest.raises(Mismatch, match="generation_config.json names other tokens"):
+    with pytest.raises(Mismatch, match=r"generation_config.json names other tokens"):
         verified(copy, qwen3[0])
     path = copy / "tokenizer.json"
     spec = json.loads(path.read_text())
     words = spec["model"]["vocab"]
     words["a"], words["b"] = words["b"], words["a"]
     path.write_text(json.dumps(spec))
-    with pytest.raises(Mismatch, match="tokenizers reads .* as other tokens"):
+    with pytest.raises(Mismatch, match=r"tokenizers reads .* as other tokens"):
         verified(copy, qwen3[0])
 
 
