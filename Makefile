@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # as the command line sets it: torch's threads sleep while they wait (see cli/main.py)
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: help install demo demo-short test test-slow test-gpu chaos chaos-short check bench bench-full docs clean
+.PHONY: help install demo demo-short test test-slow test-gpu test-llamacpp chaos chaos-short check bench bench-full docs clean
 
 help:            ## show this list
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  +##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -42,6 +42,11 @@ chaos-short: install  ## the same with ten kills and without what is slow (about
 
 test-gpu: install  ## those that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+# built from source (six minutes or more on two cores); of what it ships, the library alone
+test-llamacpp: install  ## those that read our GGUF files with llama.cpp itself, which is built first
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF" $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt llama-cpp-python
+	$(BIN)/python -m pytest -m llamacpp
 
 check: install   ## ruff, types, the floors between rooms, fast tests
 	$(BIN)/ruff check src tests benchmarks

@@ -1,7 +1,7 @@
 """`dougong export`: a run as files that other programs read, read back by one of them before they get their name."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -10,11 +10,12 @@ from dougong.cli.output import Json, console, emit, tell_passed_over
 
 def export(
     run: Annotated[Path, typer.Argument(help="A run, one of its checkpoints, or a Hugging Face directory.")],
-    to: Annotated[Literal["hf", "gguf"], typer.Option(
-        "--to", help="hf: a directory for transformers; gguf: a file for llama.cpp and Ollama.")] = "hf",
+    to: Annotated[Literal["hf", "gguf", "onnx"], typer.Option(
+        "--to", help="hf: a directory for transformers; gguf: a file for llama.cpp and Ollama; onnx: a directory for "
+                     "onnxruntime.")] = "hf",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Where; default: RUN-hf beside the run.")] = None,
     dtype: Annotated[Literal["f32", "bf16", "f16"] | None, typer.Option(
-        "--dtype", help="Type of the weights in hf; default: f32, or that of the imported model.")] = None,
+        "--dtype", help="Type of the weights in hf and onnx; default: f32, in hf that of an imported model.")] = None,
     quant: Annotated[Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] | None, typer.Option(
         "--quant", help="Type of the weights in gguf; default: f32.")] = None,
     license: Annotated[str, typer.Option("--license", help="For the model card, such as apache-2.0.")] = "unknown",
@@ -24,7 +25,7 @@ def export(
 ) -> None:
     """Write a run's model for other programs, and check that they compute the same."""
     from dougong.core.errors import ConfigError
-    from dougong.recipes.export import export_gguf, export_hf
+    from dougong.recipes.export import export_gguf, export_hf, export_onnx
     from dougong.recipes.open_run import open_run
 
     if (other := dtype if to == "gguf" else quant) is not None:
@@ -33,8 +34,10 @@ def export(
     opened = open_run(run, checkpoint=checkpoint)
     tell_passed_over(opened)
     place = out or opened.directory.path.with_name(f"{opened.directory.path.resolve().name}-{quant or to}")
-    exported = export_hf(opened, place, dtype=dtype, verify=not no_verify, license=license) if to == "hf" else \
-        export_gguf(opened, place, quant=quant or "f32", verify=not no_verify, license=license)
+    common: dict[str, Any] = {"verify": not no_verify, "license": license}
+    exported = {"hf": lambda: export_hf(opened, place, dtype=dtype, **common),
+                "gguf": lambda: export_gguf(opened, place, quant=quant or "f32", **common),
+                "onnx": lambda: export_onnx(opened, place, dtype=dtype or "f32", **common)}[to]()
     screen = console(as_json)
     for name, size in exported.files.items():
         screen.print(f"  {name:<36}{size:>16,} bytes", style="dim")

@@ -1,5 +1,6 @@
 """`dougong inspect`: what a path holds, and what is wrong with it."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,8 +10,8 @@ from dougong.cli.output import Json, console, emit
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A run, a checkpoint, a Hugging Face directory, a .gguf or "
-                                              ".safetensors file.")],
+    path: Annotated[Path, typer.Argument(help="A run, a checkpoint, a Hugging Face directory, a .gguf, "
+                                              ".onnx or .safetensors file.")],
     as_json: Json = False,
 ) -> None:
     """Say what a run or a model's files hold; exit code 1 where something in them is damaged."""
@@ -48,6 +49,8 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(("step", f"{facts['step']:,} (saved as {facts['reason']})"))
     lines.append(("parameters", f"{facts['parameters']:,} ({', '.join(facts['dtypes']) or 'none found'})"))
     lines.append(("on disk", f"{facts['bytes']:,} bytes"))
+    for label in ("inputs", "outputs"):
+        lines += [(label, text) for text in _ports(facts.get(label) or {})]
     if tokenizer := facts.get("tokenizer"):
         pre = f", cut by {tokenizer['pre_tokenizer']}" if tokenizer.get("pre_tokenizer") else ""
         lines.append(("tokenizer", f"{tokenizer['kind']}, {tokenizer['vocab_size']:,} tokens{pre}; a text ends with "
@@ -63,3 +66,12 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(("checkpoints", f"{len(facts['checkpoints'])}, of which pass all checks: "
                                      f"{', '.join(map(str, facts['valid_checkpoints'])) or 'none'}"))
     return lines
+
+
+def _ports(values: dict[str, str]) -> list[str]:
+    """Inputs or outputs of a graph, those that differ only in the number of their layer told once."""
+    found: dict[tuple[str, str], int] = {}
+    for name, kind in values.items():
+        key = re.sub(r"\.\d+\.", ".*.", name), kind
+        found[key] = found.get(key, 0) + 1
+    return [f"{name} {kind}" + (f", {count:,} of them" if count > 1 else "") for (name, kind), count in found.items()]

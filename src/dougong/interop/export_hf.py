@@ -33,14 +33,19 @@ def write_hf(directory: Path, family: FamilyMap, config: Any, state: Mapping[str
     """
     tensors = family.tensors_to_hf(config, rounded(state, dtype))
     names = write_shards(directory, tensors, shard_bytes=shard_bytes)
+    write_beside(directory, family.config_to_hf(config), tokenizer, dtype=dtype, context=config.context, card=card)
+    return names
+
+
+def write_beside(directory: Path, config: Mapping[str, Any], tokenizer: Tokenizer, *, dtype: str, context: int,
+                 card: str) -> None:
+    """What lies beside the weights: config, generation settings, tokenizer and card."""
     ids = special_ids(tokenizer)
     write_json(directory / "config.json", {
-        **family.config_to_hf(config), **ids, "dtype": _LONG_NAMES[dtype],
-        "torch_dtype": _LONG_NAMES[dtype], "use_cache": True})
+        **config, **ids, "dtype": _LONG_NAMES[dtype], "torch_dtype": _LONG_NAMES[dtype], "use_cache": True})
     write_json(directory / "generation_config.json", {**ids, "do_sample": True, "temperature": 0.8, "top_p": 0.95})
-    _write_tokenizer(directory, tokenizer, config)
+    _write_tokenizer(directory, tokenizer, context)
     write_text(directory / "README.md", card)
-    return names
 
 
 def rounded(state: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
@@ -65,10 +70,10 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
     return {name: token for name, token in ids.items() if token is not None}
 
 
-def _write_tokenizer(directory: Path, tokenizer: Tokenizer, config: Any) -> None:
+def _write_tokenizer(directory: Path, tokenizer: Tokenizer, context: int) -> None:
     tokenizer.save(directory)
     path = directory / "tokenizer_config.json"
-    settings = json.loads(path.read_bytes()) | {"model_max_length": config.context}
+    settings = json.loads(path.read_bytes()) | {"model_max_length": context}
     if tokenizer.begin_id is not None:
         settings["bos_token"] = tokenizer.backend.id_to_token(tokenizer.begin_id)
     write_json(path, settings)

@@ -1,4 +1,4 @@
-"""What a path holds: a run, a checkpoint, a Hugging Face directory, a GGUF or a safetensors file.
+"""What a path holds: a run, a checkpoint, a Hugging Face directory, a GGUF, an ONNX or a safetensors file.
 
 What the files claim (family, shapes, types), and what is wrong with them. Weights are not loaded.
 """
@@ -19,6 +19,7 @@ from dougong.core.run import RunDirectory
 from dougong.data.tokenizer import Tokenizer
 from dougong.interop.gguf_file import read_gguf
 from dougong.interop.import_hf import family_of, is_hf_directory, read_config, read_tokenizer
+from dougong.interop.onnx_file import MODEL, read_onnx
 from dougong.interop.tensor_files import headers, read_header
 from dougong.train.checkpoint import problems
 from dougong.train.manifest import read_manifest
@@ -43,6 +44,8 @@ def inspect_path(path: Path) -> dict[str, Any]:
     there, or a file cannot be read at all."""
     if path.suffix == ".gguf":
         return _gguf(path)
+    if path.suffix == ".onnx" or (path / MODEL).is_file():
+        return _onnx(path if path.suffix == ".onnx" else path / MODEL)
     if path.suffix == ".safetensors":
         entries = _entries(read_header(path))
         return _answer("safetensors file", path, {"bytes": path.stat().st_size}, entries, [])
@@ -55,7 +58,7 @@ def inspect_path(path: Path) -> dict[str, Any]:
     there = ", ".join(sorted(p.name for p in path.iterdir())[:10]) or "nothing" if path.is_dir() else \
         "a file of another kind" if path.exists() else "nothing"
     raise CheckpointError(f"{path} holds no run (recipe.yaml), checkpoint (manifest.json), Hugging Face model "
-                          f"(config.json), .gguf or .safetensors file. There is: {there}.")
+                          f"(config.json), .gguf, .onnx or .safetensors file. There is: {there}.")
 
 
 def _run(path: Path) -> dict[str, Any]:
@@ -140,6 +143,16 @@ def _gguf(path: Path) -> dict[str, Any]:
     entries = [Entry(name, tuple(int(n) for n in reversed(t.shape.tolist())), t.tensor_type.name, int(t.n_bytes))
                for name, t in tensors.items()]
     return _answer("GGUF file", path, facts, entries, [])
+
+
+def _onnx(path: Path) -> dict[str, Any]:
+    found = read_onnx(path)
+    facts = {"family": found.metadata.get("dougong.family"), "opset": found.opset, "inputs": found.inputs,
+             "outputs": found.outputs, "metadata": found.metadata, "bytes": found.bytes,
+             "tokenizer": _tokenizer_facts(lambda: Tokenizer.load(path.parent))
+             if (path.parent / "tokenizer.json").is_file() else None}
+    entries = [Entry(name, shape, kind, size) for name, (shape, kind, size) in found.tensors.items()]
+    return _answer("ONNX model", path, facts, entries, found.problems)
 
 
 def _answer(kind: str, path: Path, facts: Mapping[str, Any], entries: Iterable[Entry],

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class CardFacts:
     """the token that a text is read after"""
     chat: bool = False
     rounding: str = ""
+    library: Literal["transformers", "onnx"] = "transformers"
+    """what reads it"""
 
 
 def model_card(facts: CardFacts) -> str:
@@ -38,7 +40,7 @@ def model_card(facts: CardFacts) -> str:
 
 
 def _front_matter(facts: CardFacts) -> str:
-    return (f"---\nlibrary_name: transformers\npipeline_tag: text-generation\nlicense: {facts.license}\n"
+    return (f"---\nlibrary_name: {facts.library}\npipeline_tag: text-generation\nlicense: {facts.license}\n"
             "tags:\n- dougong\n---")
 
 
@@ -52,22 +54,41 @@ def _summary(facts: CardFacts) -> str:
 
 
 def _use(facts: CardFacts) -> str:
-    prompt = "tokenizer.bos_token + \"Once upon a time\"" if facts.begins_with else "\"Once upon a time\""
-    why = (f"Every training document followed `{facts.begins_with}`, and so should a prompt: `bos_token` above is that "
-           "token. It is also what the model ends a text with.\n") if facts.begins_with else ""
-    chat = "For conversations use `tokenizer.apply_chat_template(messages, add_generation_prompt=True)`.\n" \
-        if facts.chat else "It continues text; it was not taught to hold a conversation.\n"
-    return f"""## Use
+    why = (f"Every training document followed `{facts.begins_with}`, and so should a prompt, as above. It is also what "
+           "the model ends a text with.\n") if facts.begins_with else ""
+    chat = "For conversations use `tokenizer.apply_chat_template(messages, add_generation_prompt=True)` of " \
+        "transformers.\n" if facts.chat else "It continues text; it was not taught to hold a conversation.\n"
+    return f"## Use\n\n```python\n{_SNIPPETS[facts.library](facts.begins_with)}\n```\n\n{why}{chat}".rstrip()
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+
+def _with_transformers(begins_with: str | None) -> str:
+    prompt = ("tokenizer.bos_token + " if begins_with else "") + '"Once upon a time"'
+    return f"""from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForCausalLM.from_pretrained(".")
 inputs = tokenizer({prompt}, return_tensors="pt", add_special_tokens=False)
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0], skip_special_tokens=True))
-```
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0], skip_special_tokens=True))"""
 
-{why}{chat}""".rstrip()
+
+def _with_onnxruntime(begins_with: str | None) -> str:
+    return f"""import numpy as np, onnxruntime
+from tokenizers import Tokenizer
+
+tokenizer, session = Tokenizer.from_file("tokenizer.json"), onnxruntime.InferenceSession("model.onnx")
+text = tokenizer.encode({(begins_with or "") + "Once upon a time"!r}, add_special_tokens=False).ids
+past = {{i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), "float32") for i in session.get_inputs() if "past" in i.name}}
+new = text[:]
+for _ in range(40):
+    places = range(len(text) - len(new), len(text))
+    logits, *present = session.run(None, {{
+        "input_ids": np.array([new]), "position_ids": np.array([places]),
+        "attention_mask": np.ones((1, len(text)), "int64"), **past}})
+    past, new = dict(zip(past, present)), [int(logits[0, -1].argmax())]
+    text += new
+print(tokenizer.decode(text))"""
+
+
+_SNIPPETS = {"transformers": _with_transformers, "onnx": _with_onnxruntime}
 
 
 def _data(facts: CardFacts) -> str:

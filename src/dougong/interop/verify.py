@@ -70,8 +70,8 @@ def compare_ids(texts: Sequence[str], ours: Callable[[str], Any], theirs: Callab
                            f"{a[at] if at < len(a) else 'no token'}.")
 
 
-def compare_logits(model: nn.Module, reader: nn.Module, rows: Sequence[Sequence[int]], name: str, *, texts: int,
-                   layers: Callable[[Tensor], dict[str, Tensor]] | None = None) -> Verified:
+def compare_logits(model: nn.Module, reader: Callable[[Tensor], Any], rows: Sequence[Sequence[int]], name: str, *,
+                   texts: int, layers: Callable[[Tensor], dict[str, Tensor]] | None = None) -> Verified:
     """Compares logits on rows of token ids. Raises Mismatch naming row, position and, where the reader gives its
     `layers`, the first layer that differs.
 

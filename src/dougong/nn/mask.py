@@ -31,8 +31,8 @@ def build_mask(span: Span, *, window: int | None = None, position_bias: Float[Te
     NaN.
     """
     start_B = span.start_B
-    windowed = window is not None and window < span.end
-    if start_B is None and span.segment_BS is None and position_bias is None and not windowed:
+    plain = start_B is None and span.segment_BS is None and position_bias is None
+    if plain and not (window is not None and window < span.end):
         if span.length == 0:
             return Mask(causal=True)
         if span.T == 1:

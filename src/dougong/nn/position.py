@@ -225,11 +225,16 @@ class RoPE(Position):
 
 def rope_table(length: int, head_dim: int, theta: float, device: torch.device,
                dtype: torch.dtype) -> Rotation:
+    """`rope_at` of positions 0 to length - 1."""
+    return rope_at(torch.arange(length, device=device), head_dim, theta, dtype)
+
+
+def rope_at(position: Int[Tensor, "*b T"], head_dim: int, theta: float, dtype: torch.dtype) -> Rotation:
     """cos and sin of position / theta^(2i/H), angles in float32 as the published models compute them."""
-    exponent_h = torch.arange(0, head_dim, 2, device=device).float() / head_dim
-    angle_Th = torch.arange(length, device=device).float()[:, None] * (1.0 / theta**exponent_h)
-    cos_Th, sin_Th = angle_Th.cos().to(dtype), angle_Th.sin().to(dtype)
-    return torch.cat([cos_Th, cos_Th], -1), torch.cat([-sin_Th, sin_Th], -1)
+    exponent_h = torch.arange(0, head_dim, 2, device=position.device).float() / head_dim
+    angle = position.float()[..., None] * (1.0 / theta**exponent_h)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def rotate(x_BTNH: Float[Tensor, "B T N H"], rotation: Rotation) -> Float[Tensor, "B T N H"]:

@@ -6,7 +6,7 @@ Written beside its place under a name with a dot, read back by another program, 
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from dougong.core.errors import ConfigError, DougongError
 from dougong.core.events import read_events
 from dougong.core.files import explained_disk_errors, sync_directory
 from dougong.interop.export_hf import rounded, verify_hf, write_hf
+from dougong.interop.export_onnx import settings, verify_onnx, write_onnx_directory
 from dougong.interop.gguf_file import vocabulary, write_gguf, write_modelfile
 from dougong.interop.gguf_form import gguf_form
 from dougong.interop.gguf_verify import verify_gguf
@@ -67,6 +68,30 @@ def export_hf(opened: OpenRun, out: Path, *, dtype: str | None = None, verify: b
 
     verified = published_whole(out, write)
     return Exported(out, "hf", dtype, sizes_of(out), verified, _notes(opened, dtype, state))
+
+
+def export_onnx(opened: OpenRun, out: Path, *, dtype: str = "f32", verify: bool = True,
+                license: str = "unknown") -> Exported:
+    """A directory for onnxruntime and what builds on it: the graph, its weights, and the tokenizer.
+
+    Raises ConfigError for what is no decoder, Mismatch (and leaves nothing) where the reader disagrees.
+    """
+    kind = refuse_without_tokens(opened).model.kind
+    architecture = next(iter(settings(opened.model.config)["architectures"]), kind)
+    card = model_card(replace(card_facts(opened, architecture, dtype, license), library="onnx"))
+    about = {"dougong.version": __version__, "dougong.family": kind, "dougong.step": str(opened.step)}
+
+    def write(place: Path) -> Verified | None:
+        write_onnx_directory(place, opened.model, opened.tokenizer, dtype=dtype, card=card, about=about)
+        return verify_onnx(place, opened.model, opened.tokenizer, held_out_texts(opened), dtype=dtype) \
+            if verify else None
+
+    verified = published_whole(out, write)
+    notes = _notes(opened, dtype, tracked(opened.model))
+    if architecture == kind:
+        notes += (f"{kind} is no published family: onnxruntime runs the graph, and libraries that ask for a family's "
+                  "name (transformers, optimum) do not know it.",)
+    return Exported(out, "onnx", dtype, sizes_of(out), verified, notes)
 
 
 def export_gguf(opened: OpenRun, out: Path, *, quant: str = "f32", verify: bool = True,
@@ -166,7 +191,7 @@ def card_facts(opened: OpenRun, architecture: str, dtype: str, license: str) -> 
         tokens=steps[-1].get("tokens") if steps else None, imported_from=imported.get("from"),
         begins_with=None if begin is None else opened.tokenizer.backend.id_to_token(begin),
         chat=opened.tokenizer.chat_template is not None,
-        rounding="" if dtype == stored_dtype(opened) else f" The weights were rounded to {dtype} from f32.")
+        rounding="" if dtype in ("f32", stored_dtype(opened)) else f" The weights were rounded to {dtype} from f32.")
 
 
 def _recipe_text(opened: OpenRun) -> str:

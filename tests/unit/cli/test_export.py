@@ -1,9 +1,12 @@
 """A trained run leaves home and is inspected on the way: export, import, inspect as people and programs meet them."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
 
+import jaxtyping
 import pytest
 from tiny_recipe import MODELS, dougong, write_recipe, write_texts
 
@@ -60,6 +63,7 @@ def test_greedy_text_is_the_same_in_transformers(made, tmp_path):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--to", "gguf", "--dtype", "bf16"], "--dtype bf16 has no effect with --to gguf. Use --quant"),
+    (["--to", "onnx", "--quant", "q8_0"], "--quant q8_0 has no effect with --to onnx. Use --dtype"),
     (["--quant", "q8_0"], "--quant q8_0 has no effect with --to hf. Use --dtype"),
     (["--checkpoint", "99"], "no checkpoint '99'")])
 def test_options_without_an_effect_are_refused(made, tmp_path, arguments, message):
@@ -72,6 +76,38 @@ def test_a_model_without_a_published_form_is_refused_by_name(made, tmp_path):
         outcome = dougong("export", made / "nano", "--out", tmp_path / "out", "--to", to)
         assert outcome.code == 2 and "residual=x0" in outcome.err and "model.kind=qwen3" in outcome.err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def no_shape_checks():
+    """Lengths are symbols while a model is traced, and the checks of every test know numbers only."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def test_a_model_without_a_published_form_leaves_as_onnx_and_writes_the_same(made, tmp_path, no_shape_checks):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    outcome = dougong("export", made / "nano", "--to", "onnx", "--out", tmp_path / "out", "--license", "mit", "--json")
+    assert outcome.code == 0, outcome.err
+    assert outcome.json["verified"]["tokens"] > 300 and "nano is no published family" in outcome.json["notes"][0]
+    found = dougong("inspect", tmp_path / "out", "--json")
+    assert found.code == 0 and found.json["kind"] == "ONNX model" and found.json["facts"]["family"] == "nano"
+    said = dougong("inspect", tmp_path / "out").out
+    assert "past_key_values.*.key FLOAT [batch_size, 2, past_sequence_length, 16], 2 of them" in " ".join(said.split())
+    card = (tmp_path / "out/README.md").read_text()
+    assert "library_name: onnx" in card and "onnxruntime.InferenceSession" in card and str(made) not in card
+    printed = io.StringIO()
+    code = card.split("```python\n")[1].split("```")[0].replace("Once upon a time", "abc").replace("(40)", "(12)")
+    with contextlib.chdir(tmp_path / "out"), contextlib.redirect_stdout(printed):
+        exec(compile(code, "card", "exec"), {})
+    ours = dougong("generate", made / "nano", "abc", "--tokens", 12, "--temperature", 0, "--json").json
+    assert printed.getvalue().strip().endswith(("abc" + ours["generations"][0]["text"]).strip())
+    changed = tmp_path / "out/model.onnx"
+    changed.write_bytes(changed.read_bytes()[:-1] + b"?")
+    outcome = dougong("inspect", tmp_path / "out", "--json")
+    assert outcome.code == 1 or (outcome.code == 2 and "model.onnx is no whole ONNX file" in outcome.err)
 
 
 def test_inspect_tells_what_each_kind_of_path_holds(made, tmp_path):
