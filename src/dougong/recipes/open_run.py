@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from dougong.adapt.compression import Compression, read_compression
 from dougong.core.config import replace
 from dougong.core.errors import CheckpointError, ConfigError
 from dougong.core.run import RunDirectory
@@ -33,6 +34,8 @@ class OpenRun:
     recorded: dict[str, Any]
     passed_over: list[str]
     """what was wrong with newer or better checkpoints than the one loaded"""
+    compression: Compression | None = None
+    """how the weights were made smaller; None: they are floats"""
 
     @cached_property
     def corpus(self) -> Any:
@@ -60,7 +63,7 @@ class OpenRun:
         if "imported" in recorded:
             recorded["imported"] = {**recorded["imported"], "data": path}
         return OpenRun(self.directory, recipe, self.runtime, self.model, self.tokenizer, self.step, self.weights,
-                       recorded, self.passed_over)
+                       recorded, self.passed_over, self.compression)
 
     @property
     def tokenizer_path(self) -> str:
@@ -99,11 +102,12 @@ def open_run(path: Path | str, *, checkpoint: str = "best") -> OpenRun:
         recipe = replace(recipe, tokenizer=replace(recipe.tokenizer, path=str(directory.tokenizer)))
     found, passed_over = _find(directory, checkpoint)
     runtime = Runtime.start(runtime_here(recipe.runtime))
-    weights = "ema" if recipe.train.ema else "raw"
-    model = build_model(recipe, runtime)
-    load_weights(model, load_model_tensors(found, weights=weights))
+    compression = read_compression(found)     # its integers were made of one or the other, and are all there is
+    weights = compression.source["weights"] if compression else "ema" if recipe.train.ema else "raw"
+    model = build_model(recipe, runtime, integers=compression.parts if compression else None)
+    load_weights(model, load_model_tensors(found, weights="raw" if compression else weights))
     return OpenRun(directory, recipe, runtime, model.eval(), load_tokenizer(directory), int(found.name[5:]), weights,
-                   recorded, passed_over)
+                   recorded, passed_over, compression)
 
 
 def _open_hf(name: str, checkpoint: str) -> OpenRun:
