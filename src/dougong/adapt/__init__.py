@@ -1,9 +1,13 @@
-"""What is done to a model that exists: adapters, distillation, experience for rewards, compression."""
+"""What is done to a model that exists: small parts to learn with, distillation, experience for rewards, compression."""
 
 from dougong.core.table import Table
 
 ADAPTERS = Table("adapter", {
     "lora": "dougong.adapt.lora:LoRAConfig",
 })
+METHODS = Table("compression method", {
+    "rtn": "dougong.adapt.quantize:round_to_nearest",
+})
+"""how integers are found for a model's weights; a `Method` each"""
 
-__all__ = ["ADAPTERS"]
+__all__ = ["ADAPTERS", "METHODS"]

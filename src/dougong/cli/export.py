@@ -17,7 +17,7 @@ def export(
     dtype: Annotated[Literal["f32", "bf16", "f16"] | None, typer.Option(
         "--dtype", help="Type of the weights in hf and onnx; default: f32, in hf that of an imported model.")] = None,
     quant: Annotated[Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] | None, typer.Option(
-        "--quant", help="Type of the weights in gguf; default: f32.")] = None,
+        "--quant", help="Type of the weights in gguf; default: f32, or that of a compressed run.")] = None,
     license: Annotated[str, typer.Option("--license", help="For the model card, such as apache-2.0.")] = "unknown",
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not read back what was written.")] = False,
     checkpoint: Annotated[str, typer.Option("--checkpoint", help="best, last, or a step.")] = "best",
@@ -36,7 +36,7 @@ def export(
     place = out or opened.directory.path.with_name(f"{opened.directory.path.resolve().name}-{quant or to}")
     common: dict[str, Any] = {"verify": not no_verify, "license": license}
     exported = {"hf": lambda: export_hf(opened, place, dtype=dtype, **common),
-                "gguf": lambda: export_gguf(opened, place, quant=quant or "f32", **common),
+                "gguf": lambda: export_gguf(opened, place, quant=quant, **common),
                 "onnx": lambda: export_onnx(opened, place, dtype=dtype or "f32", **common)}[to]()
     screen = console(as_json)
     for name, size in exported.files.items():

@@ -62,17 +62,19 @@ class CompressStage:
     """The run of the stage before with smaller weights."""
 
     kind: Literal["compress"] = "compress"
-    to: str = "int8"
-    method: str | None = None
+    to: Literal["int8", "int4"] = "int8"
+    method: str = "rtn"
 
     def run(self, before: Path | None, path: Path, progress: Any) -> str:
-        from dougong.recipes.compress import compress_run
+        from dougong.recipes.compress import compress_run, form_for
+        from dougong.recipes.open_run import open_run
 
         if before is None:
             raise ConfigError("compress is the first stage of this journey, and there is nothing yet to compress.")
         if not (path / "recipe.yaml").is_file():
             shutil.rmtree(path, ignore_errors=True)
-            compress_run(before, path, to=self.to, progress=progress)
+            compress_run(open_run(before), path, form_for(self.to, group=None, activations="float"),
+                         method=self.method)
         return "done"
 
 
