@@ -4,6 +4,7 @@ from dougong.core.table import Table
 
 ADAPTERS = Table("adapter", {
     "lora": "dougong.adapt.lora:LoRAConfig",
+    "dora": "dougong.adapt.lora:LoRAConfig",
 })
 
 __all__ = ["ADAPTERS"]

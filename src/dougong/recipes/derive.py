@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from dougong.adapt.lora import TABLES, widths
 from dougong.core.config import from_dict, to_dict
 from dougong.core.errors import ConfigError, DougongError
 from dougong.models import FAMILIES, count
@@ -21,6 +22,10 @@ from dougong.runtime.processes import launched_here
 
 _LAYERS_TO_WIDTH = 56        # width / depth of published small models: 40 (nanoGPT CPU) to 64 (nanochat)
 _TOKENS_PER_PARAMETER = 12   # nanochat's compute-optimal ratio, 10.5 to 12 tokens per parameter
+_TOKENS_PER_ADAPTER_PARAMETER = 2   # a parameter holds about 2 bits (Allen-Zhu and Li 2024, arXiv:2404.05405); a token
+                                    # of tuning data has about 1 that a trained model does not know
+_TIMES_FOR_ADAPTERS = 10     # found over models, ranks and data ("LoRA Without Regret", Schulman et al. 2025)
+_LOWER_IN_TUNING = 1 / 30    # published rates of tuning 7B to 70B (1e-5 to 2e-5) beside the ladder's
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,9 @@ def resolve(recipe: Recipe, *, elsewhere: bool = False) -> tuple[Recipe, list[De
     from dougong.recipes.start import with_start
 
     recipe, derived = with_start(recipe)
+    if recipe.adapt is not None and recipe.start is None:
+        raise ConfigError(f"adapt.kind={recipe.adapt.kind} adapts a model that exists, and this recipe begins from none. "
+                          "Name one: --model RUN, --model FOLDER, or --model hf:OWNER/NAME.")
     notes = _Notes(recipe)
     notes.items += derived
     if not elsewhere:
@@ -100,11 +108,40 @@ def fit_to_data(recipe: Recipe, shapes: dict[str, int]) -> tuple[Recipe, list[De
         notes.set(f"model.{name}", value, "from the data")
     given, needed = notes.value("model.vocab_size"), shapes.get("vocab_size")
     if recipe.start is not None and needed and given and given < needed:
+        added = f"{needed - given:,} tokens were added"
         grown = with_values(notes.recipe, {"model.vocab_size": needed})
-        return grown, [*notes.items, Derived("model.vocab_size", needed, f"{needed - given:,} tokens were added")]
+        return _with_tables(grown, [*notes.items, Derived("model.vocab_size", needed, added)], added)
     if needed and given and given < needed:
         raise ConfigError(f"model.vocab_size={given} is smaller than the tokenizer's {needed} tokens.\n"
                           "Leave it out: it is derived.")
+    return notes.recipe, notes.items
+
+
+def _with_tables(recipe: Recipe, items: list[Derived], added: str) -> tuple[Recipe, list[Derived]]:
+    """Beside an adapter, the tables that new tokens have rows in are trained whole: their rows begin as noise."""
+    if recipe.adapt is None:
+        return recipe, items
+    also = [*recipe.adapt.also, *(TABLES[:1] if recipe.model.tied else TABLES)]
+    return with_values(recipe, {"adapt.also": also}), [*items, Derived("adapt.also", also, f"{added}: their rows begin "
+                                                                       "as noise, so the table is trained")]
+
+
+def fit_adapter(recipe: Recipe, facts: dict[str, Any]) -> tuple[Recipe, list[Derived]]:
+    """Fills in the rank of an adapter: enough parameters for what there is to learn, and no more than the matrices have
+    room for."""
+    notes = _Notes(recipe)
+    if recipe.adapt is None or recipe.adapt.rank is not None:
+        return recipe, []
+    with torch.device("meta"):
+        model = recipe.model.build()
+    parts = recipe.adapt.chosen(model).values()
+    tokens = facts.get("splits", {}).get("train", {}).get("tokens") or 0
+    wanted = tokens / _TOKENS_PER_ADAPTER_PARAMETER / widths(parts)
+    room = max(min(part.in_features, part.out_features) for part in parts) // 4
+    rank = 2 ** math.ceil(math.log2(min(max(wanted, 8), 128, max(room, 1))))
+    notes.set("adapt.rank", rank, f"{rank * widths(parts):,} parameters for {tokens:,} tokens; a parameter for "
+                                  f"{_TOKENS_PER_ADAPTER_PARAMETER} tokens (a prior), between 8 and 128, and at most a "
+                                  "quarter of the width")
     return notes.recipe, notes.items
 
 
@@ -245,8 +282,21 @@ def _batch(notes: _Notes, size: int | None) -> None:
     notes.set("train.rows", max(1, round(tokens / context)), reason)
 
 
+def _adapter_rate(notes: _Notes) -> None:
+    optim, total = notes.recipe.optim, count.parameters(notes.recipe.model)["total"]
+    if optim.kind == "muon":
+        raise ConfigError("optim.kind=muon makes steps for whole matrices, and an adapter's are factors of one, whose "
+                          "product then moves by another measure. Use optim.kind=adamw.")
+    rate = float(f"{_LOWER_IN_TUNING * _TIMES_FOR_ADAPTERS * 0.00235 * (total / 108e6) ** (-1 / 3):.2g}")
+    notes.set("optim.lr", rate, f"{_TIMES_FOR_ADAPTERS} times that of training all weights on, which is a thirtieth of "
+                                "the ladder's for their number; a prior, ±3×")
+
+
 def _rates(notes: _Notes, size: int | None) -> None:
     optim = notes.recipe.optim
+    if notes.recipe.adapt is not None:
+        _adapter_rate(notes)
+        return
     ladder = round(0.00235 * ((size or 1e8) / 108e6) ** (-1 / 3), 5)
     reason = "OLMo's ladder, 0.00235 × (size/108M)^(-1/3); a prior, ±2×"
     if optim.kind == "muon":
