@@ -7,13 +7,14 @@
 
 import fnmatch
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from dougong.core.config import config
-from dougong.core.errors import ConfigError, did_you_mean
+from dougong.core.errors import CheckpointError, ConfigError, did_you_mean
 from dougong.nn.embedding import Embedding
 from dougong.nn.init import initialise
 from dougong.nn.linear import Linear
@@ -32,6 +33,7 @@ from dougong.nn.moe import Experts
 from dougong.nn.ranges import Count, Positive, Probability
 
 ALPHA = 32.0
+_TRIED, _SLACK, _FLOOR = 16, 8.0, 2e-6
 TABLES = ("stem.tokens.weight", "head.weight")
 """what must be trained whole where the vocabulary has grown: rows of new tokens begin as noise"""
 _LAYERS: dict[tuple[str, bool], Any] = {
@@ -91,9 +93,12 @@ class LoRAConfig:
             if isinstance(part, LowRankRows):
                 part.reset_magnitude()
 
-    def merge(self, model: nn.Module) -> nn.Module:
-        """Plain matrices in place of the adapted ones; all of the model may be trained again."""
-        return merge_adapters(model).requires_grad_(True)
+    def merge(self, model: nn.Module) -> "Merged":
+        """Plain matrices in place of the adapted ones, each tried on random inputs first; all of the model may be
+        trained again. Raises CheckpointError where one would compute something else."""
+        found = check_merge(model)
+        merge_adapters(model).requires_grad_(True)
+        return found
 
     def chosen(self, model: nn.Module) -> dict[str, Linear]:
         """The matrices that are adapted, by name. Raises ConfigError for patterns that match none, and for those of a
@@ -123,6 +128,41 @@ class LoRAConfig:
             if not fnmatch.filter(names, pattern):
                 raise ConfigError(f"adapt.also={pattern!r} matches no parameter.{did_you_mean(pattern, names)}")
         return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.also)]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """How far merged matrices stray from what they were merged of, computed in float64, as a share of the largest
+    output; and the same of the adapters left apart."""
+
+    matrices: int
+    largest_difference: float
+    allowed: float
+    own_rounding: float
+
+
+@torch.no_grad()
+def check_merge(model: nn.Module) -> Merged:
+    """Tries what merging will give, matrix by matrix. Raises CheckpointError naming one that strays further than eight
+    times what its adapter does by itself, or 2e-6 (as exports are judged)."""
+    worst = (0.0, _FLOOR, 0.0)
+    draw = torch.Generator().manual_seed(0)
+    for name, part in adapters(model).items():
+        x = torch.randn(_TRIED, part.in_features, generator=draw, dtype=torch.float64)
+        exact = part.exactly(x.to(part.lora_a.device))
+        scale = exact.abs().max().clamp(min=1e-30)
+        single = x.to(part.lora_a.device, part.lora_a.dtype)
+        training = part.training
+        merged, apart = part.eval().merged()(single).double(), part(single).double()
+        part.train(training)
+        difference, rounding = (float((y - exact).abs().max() / scale) for y in (merged, apart))
+        allowed = max(_SLACK * rounding, _FLOOR)
+        if not difference <= allowed:       # also where it is NaN
+            raise CheckpointError(f"{name} merged computes something else than with its adapter beside it: outputs differ "
+                                  f"by {difference:.1e} of the largest, {allowed:.1e} allowed. Its numbers may be damaged, "
+                                  "or its training may have diverged.")
+        worst = max(worst, (difference, allowed, rounding))
+    return Merged(len(adapters(model)), *worst)
 
 
 def hold_frozen(model: Any) -> nn.Module:

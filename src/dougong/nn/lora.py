@@ -75,6 +75,17 @@ class LowRank(nn.Module):
         return torch.addmm(self.dequantize(wide), self.lora_b.to(wide), self.lora_a.to(wide), alpha=self.factor)
 
     @torch.no_grad()
+    def exactly(self, x: Float[Tensor, "M in"]) -> Float[Tensor, "M out"]:
+        """By the formula, in the precision of x, in evaluation."""
+        y = self.product_of(x)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+    def product_of(self, x: Tensor) -> Tensor:
+        """`x Wᵀ + s (x Aᵀ) Bᵀ`, operation by operation."""
+        a, b = self.lora_a.to(x.dtype), self.lora_b.to(x.dtype)
+        return x @ self.dequantize(x.dtype).t() + self.factor * (x @ a.t()) @ b.t()
+
+    @torch.no_grad()
     def merged(self) -> Linear:
         """One plain linear map that computes the same."""
         made = _empty(Linear, self.in_features, self.out_features, bias=self.bias is not None)
@@ -112,6 +123,10 @@ class LowRankRows(LowRank):
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         y = super().product(x, None) * (self.magnitude * self.stretch()).to(x.dtype)
         return y if bias is None else y + bias.to(x.dtype)
+
+    def product_of(self, x: Tensor) -> Tensor:
+        directions = self.dequantize(x.dtype) + self.factor * self.lora_b.to(x.dtype) @ self.lora_a.to(x.dtype)
+        return super().product_of(x) * (self.magnitude.to(x.dtype) / directions.norm(dim=1))
 
     @torch.no_grad()
     def whole(self) -> Float[Tensor, "O I"]:

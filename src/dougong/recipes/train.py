@@ -298,6 +298,8 @@ def _parameters(built: Assembly) -> dict[str, Any]:
 def _score_final(directory: RunDirectory, reporter: Reporter, corpus: Any) -> dict[str, Any] | None:
     """Scores the best checkpoint as it lies on disk, on the whole split; None where nothing was held out."""
     opened = open_run(directory.path)
+    if opened.merged is not None:
+        reporter.write("merged", **to_dict(opened.merged), step=opened.step)
     if not held_out_splits(corpus):
         reporter.write("warning", message="the data have no validation or test split, so there is no final score")
         return None
