@@ -4,6 +4,7 @@ from dougong.core.table import Table
 
 ADAPTERS = Table("adapter", {
     "lora": "dougong.adapt.lora:LoRAConfig",
+    "dora": "dougong.adapt.lora:LoRAConfig",
 })
 METHODS = Table("compression method", {
     "rtn": "dougong.adapt.quantize:round_to_nearest",

@@ -13,6 +13,7 @@ from dougong.generate.cache import KVCache
 from dougong.generate.fused import fuse
 from dougong.generate.sampling import Draws, SamplingConfig, choose, log_probabilities
 from dougong.nn.attention import Cache
+from dougong.nn.lora import merge_adapters
 from dougong.runtime.device import Runtime
 from dougong.runtime.seeds import derive
 
@@ -246,4 +247,4 @@ def _for_inference(model: nn.Module, runtime: Runtime) -> nn.Module:
     copied: Any = copy.deepcopy(model, memo).eval()
     if getattr(copied, "compute_dtype", runtime.dtype) != runtime.dtype:
         copied.compute_dtype = runtime.dtype
-    return fuse(copied)
+    return fuse(merge_adapters(copied))

@@ -75,7 +75,7 @@ def _run(path: Path) -> dict[str, Any]:
     whole = [step for step, wrong in found if not wrong]
     resolved = recipe.get("resolved") or {}
     facts = {"family": family, "model": recipe["model"], "imported": resolved.get("imported"),
-             "compressed": resolved.get("compressed"),
+             "compressed": resolved.get("compressed"), "adapter": _adapter(recipe),
              "ended": events.get("end", {}).get("reason"), "checkpoints": steps, "valid_checkpoints": whole,
              "tokenizer": _tokenizer_facts(lambda: Tokenizer.load(run.tokenizer)) if run.tokenizer.is_dir() else None,
              "data": _data_facts(events.get("data", {}).get("facts", {})),
@@ -85,6 +85,14 @@ def _run(path: Path) -> dict[str, Any]:
     entries = _model_entries(run.checkpoint(whole[-1])) if whole else []
     wrong = [text for _, texts in found for text in texts] + ([] if steps else ["no checkpoint yet"])
     return _answer("run", path, facts, entries, wrong)
+
+
+def _adapter(recipe: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the run's checkpoints hold in place of a model, and the model that it belongs to."""
+    adapt, start = recipe.get("adapt"), recipe.get("start")
+    if not adapt or not start:
+        return None
+    return {key: adapt.get(key) for key in ("kind", "rank", "alpha", "base")} | {"of": start["path"]}
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ process draws all of it, one parameter at a time, and keeps its part.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -62,19 +62,22 @@ def matrix(std: float | None, *, scale: float = 1.0) -> Init:
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, seed: int) -> None:
-    """Fills every parameter by its module's rule, and every buffer by its module's `reset_buffers`.
+def initialise(model: nn.Module, seed: int, *, only: Collection[str] | None = None) -> None:
+    """Fills every parameter by its module's rule, and every buffer by its module's `reset_buffers`; or `only` the
+    parameters of these names.
 
     Two models that share a parameter's path, shape and rule share its values.
     """
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             full_name = f"{path}.{name}" if path else name
+            if only is not None and full_name not in only:
+                continue
             rules = getattr(module, "init", {})
             assert name in rules, f"{type(module).__name__} gives no initial value for {full_name}"
             _fill(parameter, rules[name], Generator().manual_seed(derive(seed, full_name)))
         reset_buffers = getattr(module, "reset_buffers", None)
-        if callable(reset_buffers):
+        if callable(reset_buffers) and only is None:
             reset_buffers()
 
 

@@ -33,13 +33,14 @@ class Estimate:
         return {**asdict(self), "memory_bytes": self.memory_bytes}
 
 
-def estimate(*, parameters: int, flops_per_token: float, tokens_per_step: int, steps: int, optimizer: str,
+def estimate(*, parameters: int, trained: int | None = None, flops_per_token: float, tokens_per_step: int, steps: int, optimizer: str,
              ema: bool, counted: Mapping[str, float], checkpoints_kept: int) -> Estimate:
     """Adds the parts up. `counted` is a step's memory by kind at its peak (`step.step_memory`).
 
-    A checkpoint holds the fp32 weights, the optimiser's state and the moving average if there is one.
+    A checkpoint holds the fp32 weights, the optimiser's state and the moving average if there is one: of all
+    parameters, or of those that are `trained`.
     """
-    weights = parameters * BYTES_FP32
+    weights = (parameters if trained is None else trained) * BYTES_FP32
     checkpoint = weights * (1 + OPTIMIZER_COPIES[optimizer] + ema)
     return Estimate(
         parameters=parameters,

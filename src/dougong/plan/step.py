@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from dougong.adapt.lora import hold_frozen
 from dougong.core.config import replace
 from dougong.data.batch import Batch
 from dougong.plan.memory_counter import MemoryCounter
@@ -32,6 +33,7 @@ class Step:
     device: str = "cpu"
     checkpoint: str = "none"
     ema: bool = False
+    adapt: Any = None
 
     def shape(self) -> tuple[int, int]:
         return self.micro_rows, self.context or self.model.context
@@ -101,6 +103,8 @@ def _ready(step: Step) -> tuple[MemoryCounter, Any, Any, Any, list[Batch]]:
     with device:
         model = step.model.build().train()
     model.compute_dtype = dtype
+    if step.adapt is not None:
+        hold_frozen(step.adapt.apply(model, seed=0))
     if step.checkpoint != "none":
         model.stack.checkpoint_activations = step.checkpoint
     optimizer, objective = step.optim.build(model), step.objective.build()
@@ -139,10 +143,11 @@ def replace_layers(step: Step, layers: int) -> Step:
 
 def _prepare(counter: MemoryCounter, model: Any, optimizer: Any, *, ema: bool) -> None:
     """Weights, then optimiser state, which the first step makes; then everything is as at the second."""
+    trained = [p for p in model.parameters() if p.requires_grad]
     counter.label([*model.parameters(), *model.buffers()], "weights")
-    shadow = [torch.empty_like(p) for p in model.parameters()] if ema else []
+    shadow = [torch.empty_like(p) for p in trained] if ema else []
     counter.label(shadow, "weights")
-    for p in model.parameters():
+    for p in trained:
         p.grad = torch.empty_like(p)
     _fuse(optimizer, False)
     optimizer.step()

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from dougong.adapt.lora import hold_frozen, trained
 from dougong.adapt.quantize import Form, make_room
 from dougong.core.config import replace
 from dougong.core.errors import ConfigError
 from dougong.models import count
 from dougong.objectives.objective import Objective
 from dougong.recipes.companions import accompany
-from dougong.recipes.derive import Derived, fit_to_data
+from dougong.recipes.derive import Derived, fit_adapter, fit_to_data
 from dougong.recipes.launch import micro_batches
 from dougong.recipes.recipe import Recipe
 from dougong.recipes.start import Weights, begin, read_weights
@@ -57,8 +58,10 @@ class Assembly:
 
     @property
     def flops_per_token(self) -> float | None:
-        return count.flops_per_token(self.recipe.model, self.recipe.row_tokens) if self.recipe.is_language_model \
-            else None
+        if not self.recipe.is_language_model:
+            return None
+        adapter = trained(self.state.model) if self.recipe.adapt is not None else None
+        return count.flops_per_token(self.recipe.model, self.recipe.row_tokens, adapter=adapter)
 
 
 def prepare_data(recipe: Recipe, *, progress: Any = None) -> Any:
@@ -111,6 +114,8 @@ def assemble(recipe: Recipe, corpus: Any, *, runtime: Runtime | None = None) -> 
     runtime = runtime or Runtime.start(recipe.runtime)
     mesh = runtime.mesh
     recipe, derived = fit_to_data(recipe, data_shapes(recipe, corpus))
+    recipe, ranked = fit_adapter(recipe, corpus.facts)
+    derived += ranked
     _check_rows(recipe)
     objective = recipe.objective.build()
     if mesh.devices is not None and recipe.train.micro_rows is None:
@@ -147,6 +152,7 @@ def _whole_model(recipe: Recipe, runtime: Runtime, start: Weights | None) -> nn.
         begin(model, start, seed=recipe.seed)
     if recipe.adapt is not None:
         recipe.adapt.apply(model, seed=derive(recipe.seed, "adapter"))
+        hold_frozen(model)
     _checkpoint_activations(model, recipe)
     if runtime.compile:
         compile_blocks(model)
@@ -158,11 +164,11 @@ def _divided_model(recipe: Recipe, objective: Objective, runtime: Runtime,
     """This process's part of the model, filled with the values that the whole would have."""
     from dougong.parallel.parallelize import parallelize
 
-    if recipe.adapt is not None:
-        raise ConfigError(f"adapt.kind={recipe.adapt.kind} trains in one process so far, and the layout asks for "
-                          f"{runtime.mesh.layout}. Start it without torchrun.")
     with torch.device("meta"):
         whole = recipe.model.build()
+    if recipe.adapt is not None:
+        _check_adapter_divisible(recipe, runtime.mesh)
+        recipe.adapt.apply(whole, seed=0)
     _checkpoint_activations(whole, recipe)
     whole.compute_dtype = runtime.dtype
     parallel = parallelize(whole, objective, runtime, micro_batches=micro_batches(recipe, runtime.mesh.layout),
@@ -171,7 +177,17 @@ def _divided_model(recipe: Recipe, objective: Objective, runtime: Runtime,
     model.initialise(derive(recipe.seed, "model"))
     if start is not None:
         begin(model, start, seed=recipe.seed)
+    if recipe.adapt is not None:
+        recipe.adapt.fill(model, seed=derive(recipe.seed, "adapter"))
     return model, parallel
+
+
+def _check_adapter_divisible(recipe: Recipe, mesh: Mesh) -> None:
+    """Adapters know copies and shards of rows of data; what cuts matrices or layers apart would cut them too."""
+    if mesh.size("tensor", "pipeline", "context", "expert") > 1 or recipe.adapt.base != "float":
+        raise ConfigError(f"adapt.kind={recipe.adapt.kind} adapt.base={recipe.adapt.base} with the layout {mesh.layout}: "
+                          "in several processes adapters train over floating-point matrices, along replicate and shard "
+                          "alone. Try layout.replicate or layout.shard, and adapt.base=float.")
 
 
 def _checkpoint_activations(model: nn.Module, recipe: Recipe) -> None:

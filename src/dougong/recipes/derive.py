@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from dougong.adapt.lora import TABLES, widths
 from dougong.core.config import from_dict, to_dict
 from dougong.core.errors import ConfigError, DougongError
 from dougong.models import FAMILIES, count
@@ -24,6 +25,9 @@ _ROW_TOKENS = 1024
 _TUNING = 0.03               # of OLMo's ladder: 1.8e-5 at 7B (Alpaca, Zephyr: 2e-5), 1.7e-4 where 8M are tuned
 _ROWS_PER_EPOCH = 10         # steps that an epoch of few conversations should still have
 _TOKENS_PER_PARAMETER = 12   # nanochat's compute-optimal ratio, 10.5 to 12 tokens per parameter
+_TOKENS_PER_ADAPTER_PARAMETER = 2   # a parameter holds about 2 bits (Allen-Zhu and Li 2024, arXiv:2404.05405); a token
+                                    # of tuning data has about 1 that a trained model does not know
+_TIMES_FOR_ADAPTERS = 10     # found over models, ranks and data ("LoRA Without Regret", Schulman et al. 2025)
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,9 @@ def resolve(recipe: Recipe, *, elsewhere: bool = False) -> tuple[Recipe, list[De
     from dougong.recipes.start import with_start
 
     recipe, derived = with_start(recipe)
+    if recipe.adapt is not None and recipe.start is None:
+        raise ConfigError(f"adapt.kind={recipe.adapt.kind} adapts a model that exists, and this recipe begins from none. "
+                          "Name one: --model RUN, --model FOLDER, or --model hf:OWNER/NAME.")
     notes = _Notes(recipe)
     notes.items += derived
     if not elsewhere:
@@ -103,8 +110,9 @@ def fit_to_data(recipe: Recipe, shapes: dict[str, int]) -> tuple[Recipe, list[De
         notes.set(f"model.{name}", value, "from the data")
     given, needed = notes.value("model.vocab_size"), shapes.get("vocab_size")
     if recipe.start is not None and needed and given and given < needed:
+        added = f"{needed - given:,} tokens were added"
         grown = with_values(notes.recipe, {"model.vocab_size": needed})
-        return grown, [*notes.items, Derived("model.vocab_size", needed, f"{needed - given:,} tokens were added")]
+        return _with_tables(grown, [*notes.items, Derived("model.vocab_size", needed, added)], added)
     if needed and given and given < needed:
         raise ConfigError(f"model.vocab_size={given} is smaller than the tokenizer's {needed} tokens.\n"
                           "Leave it out: it is derived.")
@@ -118,6 +126,32 @@ def fit_to_rows(recipe: Recipe, rows: int | None) -> tuple[Recipe, list[Derived]
         return recipe, []
     return with_values(recipe, {"train.rows": fewer}), [
         Derived("train.rows", fewer, f"the data fill {rows:,} rows: about {_ROWS_PER_EPOCH} steps an epoch")]
+def _with_tables(recipe: Recipe, items: list[Derived], added: str) -> tuple[Recipe, list[Derived]]:
+    """Beside an adapter, the tables that new tokens have rows in are trained whole: their rows begin as noise."""
+    if recipe.adapt is None:
+        return recipe, items
+    also = [*recipe.adapt.also, *(TABLES[:1] if recipe.model.tied else TABLES)]
+    return with_values(recipe, {"adapt.also": also}), [*items, Derived("adapt.also", also, f"{added}: their rows begin "
+                                                                       "as noise, so the table is trained")]
+
+
+def fit_adapter(recipe: Recipe, facts: dict[str, Any]) -> tuple[Recipe, list[Derived]]:
+    """Fills in the rank of an adapter: enough parameters for what there is to learn, and no more than the matrices have
+    room for."""
+    notes = _Notes(recipe)
+    if recipe.adapt is None or recipe.adapt.rank is not None:
+        return recipe, []
+    with torch.device("meta"):
+        model = recipe.model.build()
+    parts = recipe.adapt.chosen(model).values()
+    tokens = facts.get("splits", {}).get("train", {}).get("tokens") or 0
+    wanted = tokens / _TOKENS_PER_ADAPTER_PARAMETER / widths(parts)
+    room = max(min(part.in_features, part.out_features) for part in parts) // 4
+    rank = 2 ** math.ceil(math.log2(min(max(wanted, 8), 128, max(room, 1))))
+    notes.set("adapt.rank", rank, f"{rank * widths(parts):,} parameters for {tokens:,} tokens; a parameter for "
+                                  f"{_TOKENS_PER_ADAPTER_PARAMETER} tokens (a prior), between 8 and 128, and at most a "
+                                  "quarter of the width")
+    return notes.recipe, notes.items
 
 
 def fit_to_epochs(recipe: Recipe, batches_per_epoch: int) -> tuple[Recipe, list[Derived]]:
@@ -271,9 +305,22 @@ def _row(notes: _Notes) -> None:
         notes.set("data.row_tokens", min(context, _ROW_TOKENS), reason)
 
 
+def _adapter_rate(notes: _Notes) -> None:
+    optim, total = notes.recipe.optim, count.parameters(notes.recipe.model)["total"]
+    if optim.kind == "muon":
+        raise ConfigError("optim.kind=muon makes steps for whole matrices, and an adapter's are factors of one, whose "
+                          "product then moves by another measure. Use optim.kind=adamw.")
+    rate = float(f"{_TUNING * _TIMES_FOR_ADAPTERS * 0.00235 * (total / 108e6) ** (-1 / 3):.2g}")
+    notes.set("optim.lr", rate, f"{_TIMES_FOR_ADAPTERS} times that of training all weights on, which is {_TUNING:g} of "
+                                "the ladder's for their number; a prior, ±3×")
+
+
 def _rates(notes: _Notes, size: int | None) -> None:
     optim = notes.recipe.optim
-    if notes.recipe.start is not None and notes.recipe.adapt is None and optim.kind != "muon":
+    if notes.recipe.adapt is not None:
+        _adapter_rate(notes)
+        return
+    if notes.recipe.start is not None and optim.kind != "muon":
         size = count.parameters(notes.recipe.model)["total"]
         notes.set("optim.lr", float(f"{_TUNING * 0.00235 * (size / 108e6) ** (-1 / 3):.2g}"),
                   f"{_TUNING:g} of the rate of first training at {size:,} parameters: 2e-5 at 7B, as published")

@@ -4,16 +4,16 @@ from typing import Any
 
 import torch
 
+from dougong.adapt.lora import trained
 from dougong.core.config import to_dict
 from dougong.models import count
 from dougong.plan import estimate
 from dougong.plan.step import Step, step_memory
 from dougong.plan.work import CHECKPOINTING
-from dougong.recipes.assemble import assemble
+from dougong.recipes.assemble import Assembly, assemble
 from dougong.recipes.probe import measure_step
 from dougong.recipes.recipe import Recipe
 from dougong.recipes.train import given, settle
-from dougong.runtime.device import Runtime
 
 
 def dry_run(asked: Recipe, *, out: Any, progress: Any = None) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def dry_run(asked: Recipe, *, out: Any, progress: Any = None) -> dict[str, Any]:
     seconds = measure_step(built)
     parameters = count.parameters(recipe.model)
     if recipe.is_language_model:
-        figures = _language_model(recipe, parameters["total"], built.runtime)
+        figures = _language_model(recipe, parameters["total"], built)
     else:
         figures = {"parameters": parameters["total"]}
     figures |= {"steps": given(recipe.train.steps), "seconds_per_step": seconds,
@@ -41,20 +41,22 @@ def dry_run(asked: Recipe, *, out: Any, progress: Any = None) -> dict[str, Any]:
             "data": corpus.facts}
 
 
-def _language_model(recipe: Recipe, total: int, runtime: Runtime) -> dict[str, Any]:
+def _language_model(recipe: Recipe, total: int, built: Assembly) -> dict[str, Any]:
     """Bytes and operations; memory is one whole step of this process, counted on the meta device."""
+    runtime, moved = built.runtime, trained(built.state.model) if recipe.adapt is not None else None
     context, rows, micro_rows = recipe.row_tokens, given(recipe.train.rows), given(recipe.train.micro_rows)
     step = Step(recipe.model, recipe.objective, recipe.optim, micro_rows=micro_rows,
                 micro_batches=min(2, -(-rows // micro_rows)), context=context,
                 precision="bf16" if runtime.dtype == torch.bfloat16 else "fp32", device=runtime.device.type,
-                checkpoint=CHECKPOINTING[recipe.train.gradient_checkpointing], ema=recipe.train.ema is not None)
+                checkpoint=CHECKPOINTING[recipe.train.gradient_checkpointing], ema=recipe.train.ema is not None,
+                adapt=recipe.adapt)
     counted = step_memory(step).kinds
     planned = estimate(
-        parameters=total, flops_per_token=count.flops_per_token(recipe.model, context) or 0,
+        parameters=total, trained=moved, flops_per_token=built.flops_per_token or 0,
         tokens_per_step=rows * context, steps=given(recipe.train.steps), optimizer=recipe.optim.kind,
         ema=recipe.train.ema is not None, checkpoints_kept=recipe.train.keep_last + recipe.train.keep_best,
         counted=counted)
-    return planned.to_dict()
+    return planned.to_dict() | ({} if moved is None else {"parameters_trained": moved})
 
 
 def _table(figures: dict[str, Any]) -> Any:

@@ -37,6 +37,8 @@ class OpenRun:
     """what was wrong with newer or better checkpoints than the one loaded"""
     compression: Compression | None = None
     """how the weights were made smaller; None: they are floats"""
+    merged: Any = None
+    """of a run with an adapter: how near its merged matrices are to what was trained (`adapt.lora.Merged`)"""
 
     @cached_property
     def corpus(self) -> Any:
@@ -83,10 +85,11 @@ class OpenRun:
         return generate(self.model, self.tokenizer, prompts, sampling, runtime=self.runtime, stream=stream)
 
 
-def open_run(path: Path | str, *, checkpoint: str = "best") -> OpenRun:
+def open_run(path: Path | str, *, checkpoint: str = "best", merge: bool = True) -> OpenRun:
     """Opens a run, or one checkpoint inside it.
 
-    `checkpoint` is "best" (lowest validation loss), "last", or a step. Damaged checkpoints are passed over. Raises
+    `checkpoint` is "best" (lowest validation loss), "last", or a step. Damaged checkpoints are passed over. Where the
+    run holds an adapter, it is merged into the model that it began from, unless `merge` is false. Raises
     CheckpointError where there is nothing to open.
     """
     from dougong.train.checkpoint import load_model_tensors
@@ -114,10 +117,9 @@ def open_run(path: Path | str, *, checkpoint: str = "best") -> OpenRun:
         begin(model, start, seed=recipe.seed)
         recipe.adapt.apply(model, seed=0)
     load_weights(model, load_model_tensors(found, weights="raw" if compression else weights))
-    if adapted:
-        recipe.adapt.merge(model)
+    merged = recipe.adapt.merge(model) if adapted and merge else None
     return OpenRun(directory, recipe, runtime, model.eval(), load_tokenizer(directory), int(found.name[5:]), weights,
-                   recorded, passed_over, compression)
+                   recorded, passed_over, compression, merged)
 
 
 def _open_hf(name: str, checkpoint: str) -> OpenRun:

@@ -19,6 +19,7 @@ from dougong.core.run import RunDirectory
 from dougong.data.tokenizer import FileConfig
 from dougong.interop.hub import is_hub_name, local_directory
 from dougong.interop.import_hf import family_of, is_hf_directory, read_config, read_hf
+from dougong.nn.lora import is_adapter
 from dougong.recipes.derive import Derived
 from dougong.recipes.recipe import Recipe, StartConfig, recipe_from_run
 from dougong.runtime.seeds import derive
@@ -109,11 +110,11 @@ def begin(model: nn.Module, weights: Weights, *, seed: int) -> None:
     Where the vocabulary has grown, new rows are drawn around the mean row. Raises CheckpointError where the shapes are
     not the same otherwise.
     """
-    own = tracked(model)
+    own = {name: tensor for name, tensor in tracked(model).items() if not is_adapter(name)}
     tensors = {name: _grown(name, tensor, own[name].shape, seed) if name in own else tensor
                for name, tensor in weights.tensors.items()}
     here = getattr(model, "names_of_whole", None)       # a pipeline stage holds some of them
-    load_weights(model, tensors if here is None else {name: t for name, t in tensors.items() if name in own})
+    load_weights(model, tensors if here is None else {name: t for name, t in tensors.items() if name in own}, own)
 
 
 def _grown(name: str, tensor: Tensor, wanted: torch.Size, seed: int) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from dougong import __version__
+from dougong.adapt.lora import trained
 from dougong.core.config import dump_yaml, replace, to_dict
 from dougong.core.errors import CheckpointError
 from dougong.core.events import EventLog, read_events
@@ -285,16 +286,24 @@ def _announce(reporter: Reporter, built: Assembly, derived: list[Derived], step:
         reporter.write("derived", values=[item.to_dict() for item in derived])
     if not any(event["event"] == "model" for event in read_events(reporter.log.path)):   # or killed before it was told
         reporter.write("data", facts=built.corpus.facts)
-        reporter.write("model", parameters=count.parameters(recipe.model), flops_per_token=built.flops_per_token,
+        reporter.write("model", parameters=_parameters(built), flops_per_token=built.flops_per_token,
                        groups=describe(built.state.optimizer))
     if resumed is not None and resumed.path is None:
         reporter.write("warning", message="no valid checkpoint was found; training begins again at step 0")
     return peak
 
 
+def _parameters(built: Assembly) -> dict[str, Any]:
+    """Counts of the model; where an adapter is trained, also how many numbers that moves."""
+    counted, adapt = count.parameters(built.recipe.model), built.recipe.adapt
+    return counted if adapt is None else {**counted, "trained": trained(built.state.model)}
+
+
 def _score_final(directory: RunDirectory, reporter: Reporter, corpus: Any) -> dict[str, Any] | None:
     """Scores the best checkpoint as it lies on disk, on the whole split; None where nothing was held out."""
     opened = open_run(directory.path)
+    if opened.merged is not None:
+        reporter.write("merged", **to_dict(opened.merged), step=opened.step)
     if not held_out_splits(corpus):
         reporter.write("warning", message="the data have no validation or test split, so there is no final score")
         return None

@@ -233,6 +233,7 @@ PHRASES: dict[str, tuple[str, str]] = {
     "embedding": ("embedding", "嵌入"),
     "matrices": ("matrices", "矩阵"),
     "vectors": ("vectors", "向量"),
+    "trained": ("trained beside frozen ones", "在冻结参数旁训练"),
     "flops_per_token": (
         "{n} FLOPs for each training token, forward and backward.",
         "每个训练词元前向加反向共 {n} 次浮点运算。",
@@ -340,7 +341,7 @@ def say(key: str, **values: object) -> Text:
 
 
 _NAMES = frozenset((
-    "train", "validation", "test", "raw", "ema", "embedding", "matrices", "vectors", "total",
+    "train", "validation", "test", "raw", "ema", "embedding", "matrices", "trained", "vectors", "total",
     "accuracy", "exact", "near", "documents", "bytes", "tokens", "examples", "rows", "documents_cut",
     "padding_share", "weight", "passes_per_epoch", "share", "bytes_per_token", "lr", "loss",
     "processor", "cores", "memory_bytes", "system", "device", "precision", "threads", "compile",

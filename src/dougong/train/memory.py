@@ -12,12 +12,12 @@ from dougong.models.count import Products
 from dougong.objectives.objective import Objective
 from dougong.runtime import seeds
 from dougong.runtime.device import Runtime
-from dougong.train.shadow import tracked
+from dougong.train.shadow import moving, tracked
 from dougong.train.state import TrainState
 from dougong.train.step import why_not_additive
 
 _TRANSIENT = 1.5        # gradients of activations and temporaries beside what autograd keeps; see the test
-_COPIES_TO_COME = 3     # gradients and at most two moments, each as large as the weights
+_COPIES_TO_COME = 3     # gradients and at most two moments, each as large as the weights that are trained
 _HEADROOM = 0.9
 
 
@@ -33,7 +33,7 @@ def choose_micro_rows(state: TrainState, objective: Objective, runtime: Runtime,
     available = available_bytes(runtime.device)
     sample = batch.split(min(2, batch.rows))[0]
     per_row = _TRANSIENT * kept_bytes(state.model, objective, sample, runtime) / sample.rows
-    fixed = _COPIES_TO_COME * sum(t.numel() * t.element_size() for t in tracked(state.model).values())
+    fixed = _COPIES_TO_COME * sum(t.numel() * t.element_size() for t in moving(state.model).values())
     need = {rows: fixed + rows * per_row
             for rows in [*_parts(batch.rows), *([micro_rows] if micro_rows else [])]}
     fitting = [rows for rows in _parts(batch.rows) if need[rows] <= _HEADROOM * available]

@@ -85,10 +85,10 @@ class TrainState:
 _COUNTERS = ("step", "tokens", "skips", "evaluated", "elapsed_s", "best", "window")
 
 
-def load_weights(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copies tensors (whole, or placed like the model's) into a model by name. Raises CheckpointError naming what is
-    missing, unknown or misshapen."""
-    own = moving(model)
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], own: dict[str, Tensor] | None = None) -> None:
+    """Copies tensors (whole, or placed like the model's) into a model by name: into `own` of its tensors, else into all
+    that move. Raises CheckpointError naming what is missing, unknown or misshapen."""
+    own = moving(model) if own is None else own
     _same_tensors("model", own, shapes(tensors))
     for name, tensor in own.items():
         fill(tensor, tensors[name])
