@@ -5,6 +5,7 @@ from dougong.data.batch import Batch
 
 DATA = Table("data", {
     "text": "dougong.data.prepare:TextData",
+    "chats": "dougong.data.chats:ChatData",
     "digits": "dougong.data.arrays:DigitsData",
     "regression": "dougong.data.arrays:RegressionData",
 })

@@ -27,6 +27,8 @@ PATTERNS = {
                  r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
 DOCUMENT_TOKEN = "<|endoftext|>"
+RESERVED = "<|reserved_"
+"""how the names of special tokens begin that have no meaning yet"""
 BYTES = 256
 _LEAST_PAIRS = 2          # a merge must occur at least twice: a token seen once teaches nothing
 _CHUNK_CHARACTERS = 1 << 16
@@ -59,7 +61,7 @@ def add_special_tokens(tokenizer: HuggingFaceTokenizer, names: list[str]) -> Non
 
 
 def special_names(reserved: int) -> list[str]:
-    return [DOCUMENT_TOKEN, *(f"<|reserved_{number}|>" for number in range(reserved))]
+    return [DOCUMENT_TOKEN, *(f"{RESERVED}{number}|>" for number in range(reserved))]
 
 
 def train_bpe(

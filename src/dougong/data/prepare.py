@@ -103,9 +103,9 @@ def prepare(data: TextData, tokenizer: Any, *, context: int, cache: Path | str |
     report = progress or (lambda done, total, what: None)
     sources = data.resolved_sources()
     store = _documents(data, sources, cache, _gap_bytes(tokenizer, context), seed, report)
-    chosen = _tokenizer(tokenizer, store, cache, seed, report)
+    chosen = ready_tokenizer(tokenizer, store, cache, seed, report)
     directory = tokens_directory(cache, store, chosen)
-    with _turn(directory / "lock", report):
+    with turn(directory / "lock", report):
         tokens = {
             split: write_shards(
                 store.split(split), chosen, directory / split, stage=f"tokenising {split}", progress=report
@@ -119,8 +119,8 @@ def prepare(data: TextData, tokenizer: Any, *, context: int, cache: Path | str |
 def _documents(data: TextData, sources: tuple, cache: Path, gap_bytes: int, seed: int,
                report: Progress) -> DocumentStore:
     asked = [source_fingerprint(sources), to_dict(data.dedup), to_dict(data.split), gap_bytes, seed]
-    directory = cache / "documents" / _key(asked)
-    with _turn(directory.with_suffix(".lock"), report):
+    directory = cache / "documents" / key_of(asked)
+    with turn(directory.with_suffix(".lock"), report):
         return materialise(
             sources,
             directory,
@@ -132,13 +132,13 @@ def _documents(data: TextData, sources: tuple, cache: Path, gap_bytes: int, seed
         )
 
 
-def _tokenizer(section: Any, store: DocumentStore, cache: Path, seed: int, report: Progress) -> Tokenizer:
+def ready_tokenizer(section: Any, store: DocumentStore, cache: Path, seed: int, report: Progress) -> Tokenizer:
     """Trains the tokenizer, or loads the one trained on these documents before."""
     documents = store.split("train")
     if section.kind not in ("bpe", "characters"):     # nothing to learn: made anew in no time
         return section.build(documents, seed=seed)
-    directory = cache / "tokenizers" / _key([store.fingerprint, to_dict(section), seed])
-    with _turn(directory.with_suffix(".lock"), report):
+    directory = cache / "tokenizers" / key_of([store.fingerprint, to_dict(section), seed])
+    with turn(directory.with_suffix(".lock"), report):
         if not directory.is_dir():
             report(0, documents.bytes, f"training the tokenizer ({section.kind})")
             partial = directory.with_suffix(".partial")
@@ -154,12 +154,12 @@ def _gap_bytes(tokenizer: Any, context: int) -> int:
     return 1 << (widest - 1).bit_length()
 
 
-def _key(values: list[Any]) -> str:
+def key_of(values: list[Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:24]
 
 
 @contextlib.contextmanager
-def _turn(path: Path, report: Progress) -> Iterator[None]:
+def turn(path: Path, report: Progress) -> Iterator[None]:
     """Holds the lock; while another process has it, waits and says so once."""
     said = False
     with contextlib.ExitStack() as stack:

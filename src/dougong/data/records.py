@@ -1,4 +1,4 @@
-"""Documents out of record files: JSON lines and Parquet, one record one document."""
+"""Records out of files: JSON lines, JSON lists and Parquet; for text, one record is one document."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dougong.core.errors import MissingExtraError
-from dougong.data.decode import NotText, damage, open_bytes
+from dougong.data.decode import NotText, bare_suffix, damage, open_bytes
 from dougong.data.walk import Skipped
 
 JSON_LINES = (".jsonl", ".ndjson")
@@ -51,8 +51,35 @@ def read_json_lines(path: Path, name: str, skipped: Skipped, *,
             raise NotText("damaged compressed file", str(error)) from None
 
 
-def read_parquet(path: Path, name: str, fields: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """Yields (`name:row`, {field: value}), a few rows in memory at a time.
+def read_json(path: Path, name: str, skipped: Skipped) -> Iterator[tuple[str, Any]]:
+    """Yields (`name:number`, value) of a file that holds one list; one of JSON lines is read as such."""
+    with open_bytes(path) as file:
+        head = file.read(256).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not head.startswith(b"["):
+        yield from read_json_lines(path, name, skipped)
+        return
+    try:
+        with open_bytes(path) as file:
+            values = json.loads(file.read().decode("utf-8-sig"))
+    except (ValueError, *damage()) as error:
+        raise NotText("broken JSON file", str(error)) from None
+    yield from ((f"{name}:{number}", value) for number, value in enumerate(values, 1))
+
+
+def read_records(path: Path, name: str, skipped: Skipped) -> Iterator[tuple[str, Any]]:
+    """Yields (name, record) of a .jsonl, .json or .parquet file, compressed or not. Raises NotText for another."""
+    suffix = bare_suffix(name)
+    if suffix in JSON_LINES:
+        return read_json_lines(path, name, skipped)
+    if suffix == ".json":
+        return read_json(path, name, skipped)
+    if suffix == ".parquet":
+        return read_parquet(path, name)
+    raise NotText("not a .jsonl, .json or .parquet file")
+
+
+def read_parquet(path: Path, name: str, fields: Sequence[str] | None = None) -> Iterator[tuple[str, Any]]:
+    """Yields (`name:row`, {field: value}), a few rows in memory at a time; None: every column.
 
     Raises MissingExtraError without pyarrow, NotText where the file is no Parquet file or lacks a column.
     """
@@ -64,11 +91,11 @@ def read_parquet(path: Path, name: str, fields: Sequence[str]) -> Iterator[tuple
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             columns = file.schema_arrow.names
-            if lacking := [field for field in fields if field not in columns]:
+            if lacking := [field for field in fields or () if field not in columns]:
                 raise NotText(f"Parquet file without column {lacking[0]!r}",
                               f"it has {', '.join(columns[:8])}")
             number = 0
-            for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=list(fields)):
+            for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=None if fields is None else list(fields)):
                 for record in batch.to_pylist():
                     number += 1
                     yield f"{name}:{number}", record

@@ -182,7 +182,7 @@ class HuggingFaceSource(Source):
         return None
 
     def documents(self, skipped: Skipped) -> Iterator[Document]:
-        records = (r for r, _ in zip(enumerate(self._open()), range(self.limit or sys.maxsize)))
+        records = (r for r, _ in zip(enumerate(self.open()), range(self.limit or sys.maxsize)))
         named = ((f"{self.split}:{number}", record) for number, record in records)
         for name, text in texts(named, self.fields, skipped):
             if text.strip():
@@ -190,7 +190,8 @@ class HuggingFaceSource(Source):
             else:
                 skipped.add("empty", name)
 
-    def _open(self) -> Any:
+    def open(self) -> Any:
+        """The records, one dict each. Raises DataError where the data set cannot be opened."""
         try:
             import datasets
         except ImportError:

@@ -24,6 +24,7 @@ from dougong.data.bpe import (
     BYTES,
     DOCUMENT_TOKEN,
     PATTERNS,
+    RESERVED,
     add_special_tokens,
     byte_alphabet,
     byte_level,
@@ -104,6 +105,21 @@ class Tokenizer:
         if name is None:
             return self
         return Tokenizer(self.backend, document_id=token, settings={**self._settings, "eos_token": name})
+
+    def with_chat_template(self, source: str, special_tokens: Sequence[str]) -> "Tokenizer":
+        """The same tokenizer with a template for conversations. The special tokens that the template writes take the
+        place of reserved ones, so that the vocabulary keeps its size; where none is left they are added at its end."""
+        spec = json.loads(self.backend.to_str())
+        held = {token["content"]: token for token in spec["added_tokens"]}
+        free = [token for token in spec["added_tokens"] if token["content"].startswith(RESERVED)]
+        for name in special_tokens:
+            if name in held:
+                held[name]["special"] = True
+            elif free:
+                free.pop(0)["content"] = name
+        backend = HuggingFaceTokenizer.from_str(json.dumps(spec, ensure_ascii=False))
+        add_special_tokens(backend, [name for name in special_tokens if backend.token_to_id(name) is None])
+        return Tokenizer(backend, document_id=self.document_id, settings={**self._settings, "chat_template": source})
 
     @property
     def normalizes(self) -> bool:

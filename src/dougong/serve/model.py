@@ -10,6 +10,7 @@ import torch
 
 from dougong.core.config import from_dict
 from dougong.core.errors import CheckpointError, ConfigError
+from dougong.data.chat_template import ChatTemplate
 from dougong.generate import Engine, SamplingConfig
 from dougong.generate.grammar import Grammar
 from dougong.generate.request import Request
@@ -20,7 +21,6 @@ from dougong.serve.metrics import Metrics
 from dougong.serve.runner import Runner
 from dougong.serve.settings import ServeConfig
 from dougong.serve.structured import Structured
-from dougong.serve.template import ChatTemplate
 
 _LONG_TEXT = 20_000        # characters; longer ones are encoded beside the event loop
 _DEFAULT_CONTEXT = 4096    # for a model that names none

@@ -10,10 +10,10 @@ from typing import Any
 from dougong.core.config import from_dict
 from dougong.core.errors import ConfigError, did_you_mean
 from dougong.core.files import write_text
+from dougong.data.chat_template import ChatTemplate
 from dougong.generate import Engine, SamplingConfig
 from dougong.generate.request import Request
 from dougong.generate.scheduler import Scheduler
-from dougong.serve.template import ChatTemplate
 from dougong.serve.writing import Writer
 
 HELP = """\

@@ -5,8 +5,8 @@ from tokenizers import Tokenizer as Backend
 
 from dougong.core.errors import ConfigError
 from dougong.data.bpe import byte_alphabet, byte_level
+from dougong.data.chat_template import ChatTemplate
 from dougong.data.tokenizer import BytesConfig, Tokenizer
-from dougong.serve.template import ChatTemplate
 
 CHATML = """\
 {% for message in messages %}

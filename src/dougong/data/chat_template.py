@@ -9,7 +9,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -39,11 +39,12 @@ _MARK = "\ufdd0"   # a code point that Unicode promises never to give a meaning
 class ChatTemplate:
     """A model's way to spell a conversation. `own` says whether it is the run's, `stop_ids` and `stops` end a reply."""
 
-    def __init__(self, tokenizer: Any, source: str | None = None) -> None:
-        """`source` defaults to the tokenizer's template. Raises ConfigError where it is no template."""
+    def __init__(self, tokenizer: Any, source: str | None = None, *, day: datetime | None = None) -> None:
+        """`source` defaults to the tokenizer's template, `day` (what a template that writes the date takes for today)
+        to the clock. Raises ConfigError where it is no template."""
         source = source or getattr(tokenizer, "chat_template", None)
         self.own, self.source = source is not None, source or PLAIN
-        self._tokenizer = tokenizer
+        self._tokenizer, self._day = tokenizer, day
         self._names = sorted(tokenizer.special_tokens, key=len, reverse=True)
         self._cut = re.compile("|".join(f"({re.escape(name)})" for name in self._names)) if self._names else None
         try:
@@ -55,12 +56,27 @@ class ChatTemplate:
 
     def encode(self, messages: Sequence[dict[str, Any]], *, reply: bool = True) -> list[int]:
         """The ids of a conversation, with the beginning of the reply. Raises ConfigError where the template does."""
-        mark = _MARK
-        while any(mark in message["content"] for message in messages):
-            mark += _MARK
-        broken = [{**message, "content": self._break(message["content"], mark)} for message in messages]
-        text = self._render(broken, reply)
         ids: list[int] = [] if self.own or self._begin is None else [self._begin]
+        return ids + self.ids(*self.spell(messages, reply=reply))
+
+    def spell(self, messages: Sequence[dict[str, Any]], *, reply: bool, tools: Sequence[dict[str, Any]] = (),
+              mark: str | None = None) -> tuple[str, str]:
+        """The text of a conversation, special tokens' names that people wrote being broken, and what breaks them.
+        Raises ConfigError where the template does."""
+        mark = mark or self.mark_for([messages, tools])
+        broken, theirs = (_each_text(value, lambda text: self._break(text, mark)) for value in (messages, tools))
+        return self._render(broken, reply, theirs), mark
+
+    def mark_for(self, value: Any) -> str:
+        """A text that occurs in none of the texts within."""
+        mark, found = _MARK, json.dumps(value, ensure_ascii=False, default=str)
+        while mark in found:
+            mark += _MARK
+        return mark
+
+    def ids(self, text: str, mark: str) -> list[int]:
+        """The ids of what `spell` wrote, or of a part of it."""
+        ids: list[int] = []
         for part in self._cut.split(text) if self._cut else [text]:
             if part and part in self._tokenizer.special_tokens:
                 ids.append(self._tokenizer.special_tokens[part])
@@ -72,10 +88,15 @@ class ChatTemplate:
     def _begin(self) -> int | None:
         return getattr(self._tokenizer, "begin_id", self._tokenizer.document_id)
 
+    @property
+    def stop_names(self) -> list[str]:
+        """The names of `stop_ids`."""
+        return [name for name in self._names if self._tokenizer.special_tokens[name] in self.stop_ids]
+
     def _break(self, text: str, mark: str) -> str:
         return text if self._cut is None else self._cut.sub(lambda found: found[0][:1] + mark + found[0][1:], text)
 
-    def _render(self, messages: Sequence[dict[str, Any]], reply: bool) -> str:
+    def _render(self, messages: Sequence[dict[str, Any]], reply: bool, tools: Sequence[dict[str, Any]] = ()) -> str:
         def name(id: int | None) -> str:
             return next((name for name, held in self._tokenizer.special_tokens.items() if held == id), "")
 
@@ -86,9 +107,9 @@ class ChatTemplate:
         try:
             with _deadline(_SECONDS):
                 for piece in self._template.generate(
-                        messages=messages, add_generation_prompt=reply, tools=None, raise_exception=refuse,
+                        messages=messages, add_generation_prompt=reply, tools=tools or None, raise_exception=refuse,
                         bos_token=name(self._begin), eos_token=name(self._tokenizer.document_id),
-                        strftime_now=lambda form: datetime.now().strftime(form)):
+                        strftime_now=lambda form: (self._day or datetime.now()).strftime(form)):
                     pieces.append(piece)
                     size += len(piece)
                     if size > _CHARACTERS:
@@ -111,6 +132,17 @@ class ChatTemplate:
             return frozenset()
         found = self._cut.search(text, text.rfind(word) + len(word)) if self._cut and word in text else None
         return frozenset() if found is None else frozenset({self._tokenizer.special_tokens[found[0]]})
+
+
+def _each_text(value: Any, change: Callable[[str], str]) -> Any:
+    """Messages with every text in them changed, those inside tool calls too."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {_each_text(key, change): _each_text(inner, change) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_each_text(inner, change) for inner in value]
+    return value
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
