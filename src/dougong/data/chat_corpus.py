@@ -86,7 +86,7 @@ class ChatCorpus:
         known = {name: value for name, value in self._known.items() if name != "format"}
         return {"kind": "chats", **known, "context": self.context, **_per_token(totals), "splits": splits,
                 "packing": {"method": "best_fit" if pack else "one in a row",
-                            "reason": "conversations are whole and do not see each other" if pack else "data.pack=false"},
+                            "reason": "conversations do not see each other" if pack else "data.pack=false"},
                 "tokenizer": self.tokenizer.facts()}
 
     def _split_facts(self, split: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The data kind `chats`: conversations, spelled by the model's template, with loss on what it is to say."""
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -147,9 +148,9 @@ class _Builder:
 
     def build(self, sources: Sequence[Any]) -> None:
         self.directory.mkdir(parents=True)
-        read = 0
-        with (open(self.directory / "tokens.i32", "wb") as tokens, open(self.directory / "weights.f32", "wb") as weights,
-              open(self.directory / "conversations.jsonl", "wb") as lines):
+        read, names = 0, ("tokens.i32", "weights.f32", "conversations.jsonl")
+        with contextlib.ExitStack() as files:
+            tokens, weights, lines = (files.enter_context(open(self.directory / name, "wb")) for name in names)
             for number, source in enumerate(sources):
                 for conversation in source.stream(self.found):
                     if read % _TOLD_EVERY == 0:
@@ -184,7 +185,8 @@ class _Builder:
         try:
             ids, weight = encode_turns(conversation, self.template, train_on=self.data.train_on)
         except (ConfigError, DataError) as problem:
-            self.found.add("the chat template or the tokenizer refuses it", conversation.id, str(problem).split("\n")[0])
+            self.found.add("the chat template or the tokenizer refuses it", conversation.id,
+                           str(problem).split("\n")[0])
             return None
         if len(ids) > self.context + 1:
             if (fitting := self._fitted(conversation, weight, len(ids))) is None:
@@ -200,9 +202,9 @@ class _Builder:
         """How many tokens of one too long are kept. Every token but the first is a target, so a row takes one more."""
         most = self.context + 1
         if self.data.overlong == "error":
-            raise DataError(f"conversation {conversation.id} has {tokens:,} tokens, more than a row of {self.context:,} "
-                            "(data.overlong=error).\nTry a longer data.row_tokens (up to the model's context), or "
-                            "data.overlong=cut, turns or drop.")
+            raise DataError(f"conversation {conversation.id} has {tokens:,} tokens, more than a row of "
+                            f"{self.context:,} (data.overlong=error).\nTry a longer data.row_tokens (up to the model's "
+                            "context), or data.overlong=cut, turns or drop.")
         if self.data.overlong == "drop":
             self.found.add("longer than a row", conversation.id, f"{tokens:,} tokens")
             return None
@@ -224,7 +226,8 @@ class _Builder:
                 f"{self.context:,} tokens.\n{self.found}\n"
                 "Look at the mask with `dougong data inspect`; try a longer data.row_tokens, or data.train_on=all.")
         raise DataError(f"{where} holds no conversation that can be used. Skipped:\n{self.found}\n"
-                        "One JSON object a line with `messages` ([{\"role\": \"user\", \"content\": …}, …]) is read best.")
+                        "One JSON object a line with `messages` is read best: "
+                        "[{\"role\": \"user\", \"content\": …}, {\"role\": \"assistant\", …}].")
 
     def _divide(self) -> np.ndarray:
         """The split of each conversation. Where the hash would leave a wanted part of few empty, they are divided by
@@ -252,8 +255,9 @@ class _Builder:
         if not (splits == 0).any():
             raise DataError("the training split holds no conversation. Try data.fractions=[1,0,0], or add some.")
         starts = np.concatenate([np.zeros((1, 4), np.int64), np.cumsum(index, axis=0)])
-        for name, values in (("starts", starts[:, 0]), ("lines", starts[:, 2]), ("bytes", index[:, 1]), ("trained", index[:, 3]),
-                             ("split", splits), ("source", np.array(self._sources, np.int32))):
+        for name, values in (("starts", starts[:, 0]), ("lines", starts[:, 2]), ("bytes", index[:, 1]),
+                             ("trained", index[:, 3]), ("split", splits),
+                             ("source", np.array(self._sources, np.int32))):
             np.save(self.directory / f"{name}.npy", values)
         content = hashlib.sha256()
         for name in ("tokens.i32", "weights.f32"):
