@@ -13,6 +13,7 @@ OBJECTIVES = Table("objective", {
     "ipo": "dougong.objectives.preference:IPOConfig",
     "orpo": "dougong.objectives.preference:ORPOConfig",
     "kto": "dougong.objectives.kto:KTOConfig",
+    "reward": "dougong.objectives.reward:RewardConfig",
     "grpo": "dougong.objectives.policy:GRPOConfig",
     "rejection": "dougong.objectives.policy:RejectionConfig",
 })

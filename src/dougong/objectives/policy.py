@@ -7,7 +7,8 @@ a sample counts.
 
 from typing import Annotated, Any, Literal
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
 
@@ -39,8 +40,8 @@ class RolloutConfig:
     def build(self) -> "Policy":
         return Policy(chunk_logits=self.chunk_logits)
 
-    def advantages(self, rewards_PS: Float[Tensor, "P S"]) -> Float[Tensor, "P S"]:
-        """What each of the S samples of P prompts counts; a group that counts 0 throughout teaches nothing."""
+    def advantages(self, rewards_PS: Float[Tensor, "P S"]) -> tuple[Float[Tensor, "P S"], Bool[Tensor, "P S"]]:
+        """What each of the S samples of P prompts counts, and which of them are learned from at all."""
         raise NotImplementedError
 
 
@@ -52,8 +53,10 @@ class GRPOConfig(RolloutConfig):
 
     kind: Literal["grpo"] = "grpo"
 
-    def advantages(self, rewards_PS: Float[Tensor, "P S"]) -> Float[Tensor, "P S"]:
-        return rewards_PS - rewards_PS.mean(-1, keepdim=True)
+    def advantages(self, rewards_PS: Float[Tensor, "P S"]) -> tuple[Float[Tensor, "P S"], Bool[Tensor, "P S"]]:
+        """A group whose samples all earned the same says nothing, and its tokens are not counted."""
+        differ_P1 = rewards_PS.amax(-1, keepdim=True) > rewards_PS.amin(-1, keepdim=True)
+        return rewards_PS - rewards_PS.mean(-1, keepdim=True), differ_P1.expand_as(rewards_PS)
 
 
 @config
@@ -64,8 +67,8 @@ class RejectionConfig(RolloutConfig):
     passes: float = 1.0
     """least reward of a sample that passes"""
 
-    def advantages(self, rewards_PS: Float[Tensor, "P S"]) -> Float[Tensor, "P S"]:
-        return (rewards_PS >= self.passes).to(rewards_PS.dtype)
+    def advantages(self, rewards_PS: Float[Tensor, "P S"]) -> tuple[Float[Tensor, "P S"], Bool[Tensor, "P S"]]:
+        return torch.ones_like(rewards_PS), rewards_PS >= self.passes
 
 
 class Policy:
@@ -96,5 +99,5 @@ class Policy:
 
 
 FIGURES = ("reward", "passed", "length", "idle_groups", "failed_rewards")
-"""of a rollout: mean reward, share of samples with a reward of at least 1, mean tokens of a sample, share of groups
-whose samples all counted 0 or alike, share of samples whose reward failed"""
+"""of a rollout: mean reward, share of samples with a reward of at least 1, mean tokens of a sample, share of groups from
+which nothing was learned, share of samples whose reward failed"""

@@ -9,6 +9,7 @@ from torch import nn
 from dougong.core.config import replace
 from dougong.core.errors import ConfigError
 from dougong.models import count
+from dougong.models.heads import add_value_head
 from dougong.objectives.objective import Objective
 from dougong.recipes.companions import accompany
 from dougong.recipes.derive import Derived, fit_to_data
@@ -83,12 +84,20 @@ def data_shapes(recipe: Recipe, corpus: Any) -> dict[str, int]:
 def build_model(recipe: Recipe, runtime: Runtime) -> nn.Module:
     """The model with its first weights, on the device; built on the meta device, so memory is taken once."""
     with torch.device("meta"):
-        model = recipe.model.build()
+        model = _with_its_heads(recipe)
     model = model.to_empty(device=runtime.device)
     model.initialise(derive(recipe.seed, "model"))
     if getattr(recipe.data, "precision", None) == "float64":
         model = model.double()
     model.compute_dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else runtime.dtype
+    return model
+
+
+def _with_its_heads(recipe: Recipe) -> nn.Module:
+    """The model, with a head for values where its objective judges texts."""
+    model = recipe.model.build()
+    if outputs := getattr(recipe.objective, "value_outputs", None):
+        add_value_head(model, outputs)
     return model
 
 
@@ -155,7 +164,7 @@ def _divided_model(recipe: Recipe, objective: Objective, runtime: Runtime,
         raise ConfigError(f"adapt.kind={recipe.adapt.kind} trains in one process so far, and the layout asks for "
                           f"{runtime.mesh.layout}. Start it without torchrun.")
     with torch.device("meta"):
-        whole = recipe.model.build()
+        whole = _with_its_heads(recipe)
     _checkpoint_activations(whole, recipe)
     whole.compute_dtype = runtime.dtype
     parallel = parallelize(whole, objective, runtime, micro_batches=micro_batches(recipe, runtime.mesh.layout),

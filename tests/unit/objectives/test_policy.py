@@ -57,13 +57,16 @@ def test_micro_batches_add_up_and_figures_come_back_as_they_were():
         assert float(sum(p.metrics[name] for p in parts)) / objective.weight(batch) == pytest.approx(0.25)
 
 
-def test_grpo_centres_each_group_and_does_not_scale_it():
-    rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], [10.0, 0.0, 10.0, 0.0]])
-    expected = torch.tensor([[0.75, -0.25, -0.25, -0.25], [0.0, 0.0, 0.0, 0.0], [5.0, -5.0, 5.0, -5.0]])
-    torch.testing.assert_close(GRPOConfig().advantages(rewards), expected)
+def test_grpo_centres_each_group_does_not_scale_it_and_leaves_out_those_that_agree():
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.1, 0.1, 0.1, 0.1], [10.0, 0.0, 10.0, 0.0]])
+    advantage, kept = GRPOConfig().advantages(rewards)
+    torch.testing.assert_close(advantage[0], torch.tensor([0.75, -0.25, -0.25, -0.25]))
+    torch.testing.assert_close(advantage[2], torch.tensor([5.0, -5.0, 5.0, -5.0]))
+    assert kept.tolist() == [[True] * 4, [False] * 4, [True] * 4]
 
 
 def test_rejection_keeps_what_passes():
     rewards = torch.tensor([[1.0, 0.0, 0.5, 2.0], [0.0, 0.0, 0.0, 0.0]])
-    assert RejectionConfig().advantages(rewards).tolist() == [[1, 0, 0, 1], [0, 0, 0, 0]]
-    assert RejectionConfig(passes=0.5).advantages(rewards).tolist() == [[1, 0, 1, 1], [0, 0, 0, 0]]
+    advantage, kept = RejectionConfig().advantages(rewards)
+    assert kept.tolist() == [[True, False, False, True], [False] * 4] and (advantage == 1).all()
+    assert RejectionConfig(passes=0.5).advantages(rewards)[1].tolist() == [[True, False, True, True], [False] * 4]
