@@ -38,7 +38,7 @@ class PreferenceData:
     """Judged replies, cleaned of what cannot be learned from, split and spelled by the tokenizer's chat template."""
 
     kind: Literal["preferences"] = "preferences"
-    path: str = ""
+    path: str | None = None
     """a folder, file or glob of .jsonl, .json or .parquet, a saved Hugging Face data set, or hf:OWNER/NAME"""
     hub_split: str = "train"
     """of a Hugging Face data set: the split to read; dougong makes its own split of it"""
@@ -92,21 +92,21 @@ class _Reader:
     """The records of a section, read once; to a tokenizer that learns, the words of all of them as documents."""
 
     def __init__(self, data: PreferenceData) -> None:
-        self._data = data
+        self._data, self._path = data, data.path or ""
         self.skipped = Skipped()
         self._records: list[Judged] | None = None
 
     @property
     def label(self) -> str:
-        path = self._data.path
+        path = self._path
         return path.removeprefix(_HUB) if path.startswith(_HUB) else Path(path).expanduser().name or "files"
 
     def _hub(self) -> HuggingFaceSource | None:
-        folder = Path(self._data.path).expanduser()
+        folder = Path(self._path).expanduser()
         saved = any((folder / mark).is_file() for mark in ("dataset_dict.json", "state.json"))
-        if not saved and not self._data.path.startswith(_HUB):
+        if not saved and not self._path.startswith(_HUB):
             return None
-        return HuggingFaceSource(dataset=self._data.path.removeprefix(_HUB), split=self._data.hub_split)
+        return HuggingFaceSource(dataset=self._path.removeprefix(_HUB), split=self._data.hub_split)
 
     @property
     def fingerprint(self) -> str:
@@ -115,8 +115,8 @@ class _Reader:
             listed = list(hub.inventory())
         else:
             listed = [(name, path.stat().st_size, path.stat().st_mtime_ns)
-                      for name, path in find(self._data.path, Skipped())]
-        return f"preferences {key_of([self._data.path, self._data.hub_split, listed])}"
+                      for name, path in find(self._path, Skipped())]
+        return f"preferences {key_of([self._path, self._data.hub_split, listed])}"
 
     def records(self) -> list[Judged]:
         if self._records is None:
@@ -131,7 +131,7 @@ class _Reader:
             named = ((f"{hub.split}:{number}", record) for number, record in enumerate(hub.open()))
             yield from judged_in(named, source=self.label, skipped=self.skipped)
             return
-        for name, path in find(self._data.path, self.skipped):
+        for name, path in find(self._path, self.skipped):
             try:
                 yield from judged_in(read_records(path, name, self.skipped), source=self.label, skipped=self.skipped)
             except NotText as problem:
