@@ -84,7 +84,7 @@ class ChatCorpus:
         totals = {name: sum(facts[name] for facts in splits.values())
                   for name in ("documents", "bytes", "tokens", "trained_tokens")}
         known = {name: value for name, value in self._known.items() if name != "format"}
-        return {"kind": "chats", **known, "context": self.context, **_per_token(totals), "splits": splits,
+        return {"kind": "chats", **known, "context": self.context, **totals, "splits": splits,
                 "packing": {"method": "best_fit" if pack else "one in a row",
                             "reason": "conversations do not see each other" if pack else "data.pack=false"},
                 "tokenizer": self.tokenizer.facts()}

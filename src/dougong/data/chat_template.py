@@ -54,18 +54,19 @@ class ChatTemplate:
         self.stops = () if self.own else _PLAIN_STOPS
         self.stop_ids = self._turn_ends() if self.own else frozenset()
 
-    def encode(self, messages: Sequence[dict[str, Any]], *, reply: bool = True) -> list[int]:
+    def encode(self, messages: Sequence[dict[str, Any]], *, reply: bool = True,
+               tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         """The ids of a conversation, with the beginning of the reply. Raises ConfigError where the template does."""
         ids: list[int] = [] if self.own or self._begin is None else [self._begin]
-        return ids + self.ids(*self.spell(messages, reply=reply))
+        return ids + self.ids(*self.spell(messages, reply=reply, tools=tools))
 
     def spell(self, messages: Sequence[dict[str, Any]], *, reply: bool, tools: Sequence[dict[str, Any]] = (),
               mark: str | None = None) -> tuple[str, str]:
         """The text of a conversation, special tokens' names that people wrote being broken, and what breaks them.
         Raises ConfigError where the template does."""
-        mark = mark or self.mark_for([messages, tools])
-        broken, theirs = (_each_text(value, lambda text: self._break(text, mark)) for value in (messages, tools))
-        return self._render(broken, reply, theirs), mark
+        sign = mark or self.mark_for([messages, tools])
+        broken, theirs = (_each_text(value, lambda text: self._break(text, sign)) for value in (messages, tools))
+        return self._render(broken, reply, theirs), sign
 
     def mark_for(self, value: Any) -> str:
         """A text that occurs in none of the texts within."""

@@ -132,7 +132,7 @@ def _documents(data: TextData, sources: tuple, cache: Path, gap_bytes: int, seed
         )
 
 
-def ready_tokenizer(section: Any, store: DocumentStore, cache: Path, seed: int, report: Progress) -> Tokenizer:
+def ready_tokenizer(section: Any, store: Any, cache: Path, seed: int, report: Progress) -> Tokenizer:
     """Trains the tokenizer, or loads the one trained on these documents before."""
     documents = store.split("train")
     if section.kind not in ("bpe", "characters"):     # nothing to learn: made anew in no time

@@ -1,5 +1,6 @@
 """Where documents come from: files, JSON lines, Parquet, Hugging Face datasets, the Python installation."""
 
+import fnmatch
 import os
 import platform
 import sys
@@ -232,6 +233,9 @@ class PythonSource(Source):
     kind: Literal["python"] = "python"
     tests: bool = True
     """read the standard library's tests where they are installed"""
+    exclude: tuple[str, ...] = ()
+    """patterns over the names of files left out, such as json/*; `data.python_questions.held_out_modules()` gives those
+    about which questions are held out"""
 
     @property
     def label(self) -> str:
@@ -248,7 +252,8 @@ class PythonSource(Source):
                             "data.path=FOLDER")
         return root
 
-    def _files(self, skipped: Skipped) -> Iterator[tuple[str, Path]]:
+    def files(self, skipped: Skipped) -> Iterator[tuple[str, Path]]:
+        """(name, path) of what is read, in order of their names."""
         for name, path in walk(self.root(), skipped):
             folders = set(name.split("/")[:-1])
             is_test = not folders.isdisjoint(_TEST_FOLDERS)
@@ -256,17 +261,19 @@ class PythonSource(Source):
                 skipped.add("not source or documentation", name)
             elif is_test and (not self.tests or "data" in folders or path.suffix != ".py"):
                 skipped.add("test data" if self.tests else "test", name)
+            elif any(fnmatch.fnmatchcase(name, pattern) for pattern in self.exclude):
+                skipped.add("excluded", name)
             elif _is_generated(path):
                 skipped.add("generated table", name)
             else:
                 yield name, path
 
     def inventory(self) -> Iterator[tuple[str, int, int]]:
-        for name, path in self._files(Skipped()):
+        for name, path in self.files(Skipped()):
             yield name, path.stat().st_size, path.stat().st_mtime_ns
 
     def documents(self, skipped: Skipped) -> Iterator[Document]:
-        for name, path in self._files(skipped):
+        for name, path in self.files(skipped):
             try:
                 parts = _topics() if name == _REFERENCE else ((name, text) for text in read_text(path))
                 for part, text in parts:

@@ -8,6 +8,8 @@ RECIPES = Table("recipe", {
     "shakespeare_char_cpu": "dougong.recipes.shipped.shakespeare:shakespeare_char_cpu",
     "gpt2_124m": "dougong.recipes.shipped.large:gpt2_124m",
     "qwen3_1b": "dougong.recipes.shipped.large:qwen3_1b",
+    "sft": "dougong.recipes.shipped.sft:sft",
+    "reversed_addition": "dougong.recipes.shipped.sft:reversed_addition",
     "linear_regression": "dougong.recipes.shipped.small:linear_regression",
     "digits_cnn": "dougong.recipes.shipped.small:digits_cnn",
     "digits_gan": "dougong.recipes.shipped.small:digits_gan",

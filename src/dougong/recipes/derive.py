@@ -20,6 +20,9 @@ from dougong.runtime.device import best_device, check_device, matmul_flops_per_s
 from dougong.runtime.processes import launched_here
 
 _LAYERS_TO_WIDTH = 56        # width / depth of published small models: 40 (nanoGPT CPU) to 64 (nanochat)
+_ROW_TOKENS = 1024
+_TUNING = 0.03               # of OLMo's ladder: 1.8e-5 at 7B (Alpaca, Zephyr: 2e-5), 1.7e-4 where 8M are tuned
+_ROWS_PER_EPOCH = 10         # steps that an epoch of few conversations should still have
 _TOKENS_PER_PARAMETER = 12   # nanochat's compute-optimal ratio, 10.5 to 12 tokens per parameter
 
 
@@ -106,6 +109,15 @@ def fit_to_data(recipe: Recipe, shapes: dict[str, int]) -> tuple[Recipe, list[De
         raise ConfigError(f"model.vocab_size={given} is smaller than the tokenizer's {needed} tokens.\n"
                           "Leave it out: it is derived.")
     return notes.recipe, notes.items
+
+
+def fit_to_rows(recipe: Recipe, rows: int | None) -> tuple[Recipe, list[Derived]]:
+    """Smaller steps where the data to adapt to fill few rows: an epoch of one step would hardly teach."""
+    fewer = max(1, (rows or 0) // _ROWS_PER_EPOCH)
+    if recipe.start is None or rows is None or fewer >= (recipe.train.rows or 1):
+        return recipe, []
+    return with_values(recipe, {"train.rows": fewer}), [
+        Derived("train.rows", fewer, f"the data fill {rows:,} rows: about {_ROWS_PER_EPOCH} steps an epoch")]
 
 
 def fit_to_epochs(recipe: Recipe, batches_per_epoch: int) -> tuple[Recipe, list[Derived]]:
@@ -236,17 +248,35 @@ def _batch(notes: _Notes, size: int | None) -> None:
     recipe = notes.recipe
     notes.set("model.context", 256 if (size or 0) < 20e6 else 1024,
               "short contexts leave more documents per step while a model is small")
+    _row(notes)
     context = notes.recipe.row_tokens
     if recipe.runtime.device == "cpu":
         tokens, reason = 4096, "4,096 tokens: on a CPU twice as many half as large steps learned more in a minute"
+    elif recipe.start is not None:
+        tokens, reason = 32_768, "32,768 tokens: some tens of conversations, as is usual where there are thousands"
     else:
         tokens = round(327_680 * ((size or 1e8) / 108e6) ** (2 / 3))
         reason = "OLMo's ladder, 327,680 tokens × (size/108M)^(2/3); a prior, ±2×"
     notes.set("train.rows", max(1, round(tokens / context)), reason)
 
 
+def _row(notes: _Notes) -> None:
+    """Rows of data that say themselves how long they are."""
+    context = notes.recipe.model.context
+    given = notes.value("data.row_tokens")
+    if given and context and given > context:
+        raise ConfigError(f"data.row_tokens={given} is more than the model's context of {context}. Try {context}.")
+    if context:
+        reason = "the model's context" if context <= _ROW_TOKENS else "holds most conversations; longer rows cost more"
+        notes.set("data.row_tokens", min(context, _ROW_TOKENS), reason)
+
+
 def _rates(notes: _Notes, size: int | None) -> None:
     optim = notes.recipe.optim
+    if notes.recipe.start is not None and notes.recipe.adapt is None and optim.kind != "muon":
+        size = count.parameters(notes.recipe.model)["total"]
+        notes.set("optim.lr", float(f"{_TUNING * 0.00235 * (size / 108e6) ** (-1 / 3):.2g}"),
+                  f"{_TUNING:g} of the rate of first training at {size:,} parameters: 2e-5 at 7B, as published")
     ladder = round(0.00235 * ((size or 1e8) / 108e6) ** (-1 / 3), 5)
     reason = "OLMo's ladder, 0.00235 × (size/108M)^(-1/3); a prior, ±2×"
     if optim.kind == "muon":

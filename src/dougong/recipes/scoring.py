@@ -8,6 +8,7 @@ from torch import nn
 from dougong.core.errors import ConfigError
 from dougong.objectives.objective import Objective
 from dougong.recipes import array_scores
+from dougong.recipes.answering import answered
 from dougong.recipes.companions import accompany
 from dougong.recipes.held_out import held_out
 from dougong.recipes.recipe import Recipe
@@ -46,7 +47,10 @@ def final_score(recipe: Recipe, corpus: Any, model: nn.Module, runtime: Runtime,
     wanted = recipe.evaluate.baselines if baselines is None else baselines
     if recipe.is_language_model and recipe.data.kind != "text":
         objective, corpus = accompany(recipe, corpus, recipe.objective.build(), model, runtime)
-        return {"split": split, "weights": weights, **_on_rows(recipe, corpus, runtime, objective, model, split)}
+        found = _on_rows(recipe, corpus, runtime, objective, model, split)
+        if recipe.data.kind == "chats":
+            found |= answered(model, corpus, runtime, split)
+        return {"split": split, "weights": weights, **found}
     if not recipe.is_language_model:
         if stride is not None:
             raise ConfigError("stride belongs to the windows of a language model; this run has none. Leave it out.")
@@ -91,6 +95,8 @@ def _print_measures(result: dict[str, Any], out: Any) -> None:
     for number, (key, value) in enumerate(measures.items()):
         form = ",d" if isinstance(value, int) else ".4f" if value >= 1e-3 or not value else ".1e"
         out.print(f"  {key.replace('_', ' '):<28}{value:{form}}")
+        for part, share in (result.get(f"{key}_by_skill") or {}).items():
+            out.print(f"    {part:<26}{share:.4f}")
         for row in result.get("baselines", []) if number == 0 else []:
             gap = f"   model − it {row['difference']:+.4f} {_interval(row['interval'])}" if "difference" in row else ""
             out.print(f"    {row['name']:<26}{row[key]:.4f}{gap}")

@@ -20,8 +20,9 @@ from dougong.core.files import explained_disk_errors, lock, sha256, write_text
 from dougong.core.run import RunDirectory
 from dougong.models import count
 from dougong.optim.groups import describe
+from dougong.recipes.answering import before_and_after
 from dougong.recipes.assemble import Assembly, assemble, prepare_data, settle_intervals
-from dougong.recipes.derive import Derived, fit_to_epochs, fit_to_time, resolve
+from dougong.recipes.derive import Derived, fit_to_epochs, fit_to_rows, fit_to_time, resolve
 from dougong.recipes.launch import lay_out, nearest, remember_launch, run_of_this_launch
 from dougong.recipes.open_run import check_same_data, load_tokenizer, open_run, runtime_here
 from dougong.recipes.probe import measure_step
@@ -135,6 +136,9 @@ def settle(asked: Recipe, *, progress: Any = None) -> tuple[Recipe, list[Derived
     check_trackers(recipe.train.trackers)
     layout, laid_out = lay_out(recipe)
     corpus = prepare_data(recipe, progress=progress)
+    if asked.train.rows is None and launched() == 1:
+        recipe, fewer = fit_to_rows(recipe, corpus.facts["splits"]["train"].get("rows"))
+        derived += fewer
     if progress:
         progress(0, None, "measuring a few steps")
     runtime = Runtime.start(recipe.runtime, layout)
@@ -296,6 +300,9 @@ def _score_final(directory: RunDirectory, reporter: Reporter, corpus: Any) -> di
         return None
     result = final_score(opened.recipe, corpus, opened.model, opened.runtime, weights=opened.weights)
     reporter.write("result", **result, step=opened.step)
+    if opened.recipe.start is not None and opened.recipe.data.kind == "chats":
+        reporter.write("before_after", step=opened.step, **before_and_after(
+            opened.recipe, corpus, opened.model, opened.runtime, result["split"]))
     return {**result, "step": opened.step}
 
 
