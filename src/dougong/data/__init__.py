@@ -6,6 +6,7 @@ from dougong.data.batch import Batch
 DATA = Table("data", {
     "text": "dougong.data.prepare:TextData",
     "chats": "dougong.data.chats:ChatData",
+    "preferences": "dougong.data.preferences:PreferenceData",
     "digits": "dougong.data.arrays:DigitsData",
     "regression": "dougong.data.arrays:RegressionData",
 })

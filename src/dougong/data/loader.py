@@ -145,11 +145,15 @@ def batches_in_order(packs: Sequence[Pack], rows: int) -> Iterator[Batch]:
 
 
 def _together(parts: list[tuple[np.ndarray, dict[str, np.ndarray]]], rows: int) -> dict[str, torch.Tensor]:
-    """Fields of several parts, each row put in its slot; a part without `segment` has one segment."""
+    """Fields of several parts, each row put in its slot; what a part does not have, or is narrower in, is 0 (a part
+    without `segment` has one segment)."""
     if len(parts) == 1:
         return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in parts[0][1].items()}
     fields: dict[str, np.ndarray] = {}
-    for slots, values in parts:
-        for name, value in values.items():
-            fields.setdefault(name, np.zeros((rows, value.shape[1]), value.dtype))[slots] = value
+    for name in dict.fromkeys(name for _, values in parts for name in values):
+        held = [(slots, values[name]) for slots, values in parts if name in values]
+        shape = np.max([value.shape[1:] for _, value in held], axis=0).astype(int)
+        fields[name] = np.zeros((rows, *shape), held[0][1].dtype)
+        for slots, value in held:
+            fields[name][(slots, *(slice(width) for width in value.shape[1:]))] = value
     return {name: torch.from_numpy(value) for name, value in fields.items()}

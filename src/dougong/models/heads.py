@@ -1,15 +1,18 @@
-"""From the last hidden state to logits.
+"""From the last hidden state to logits, or to a value.
 
 Logits come in the precision of their input. A loss raises them to float32 itself, chunk by chunk, so that the
 float32 logits of a whole batch and a large vocabulary never exist.
 """
 
+from typing import Any
+
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dougong.core.errors import ConfigError
 from dougong.nn.embedding import Embedding
-from dougong.nn.init import Init
+from dougong.nn.init import Init, matrix
 from dougong.nn.linear import Linear
 from dougong.nn.quantized import QuantizedEmbedding, QuantizedLinear
 
@@ -70,3 +73,22 @@ class TiedHead(nn.Module):
 def soften(logits: Tensor, cap: float | None) -> Tensor:
     """`cap · tanh(logits / cap)`: no logit exceeds ±cap (Gemma 2, arXiv:2408.00118, section 2)."""
     return logits if cap is None else cap * (logits / cap).tanh()
+
+
+class ValueHead(Linear):
+    """A few numbers for a place instead of one for each token: a reward, or the logits of classes."""
+
+    def __init__(self, dim: int, outputs: int) -> None:
+        super().__init__(dim, outputs, init=matrix(None))
+
+
+VALUE = "value"
+"""name of the value head in a model that has one"""
+
+
+def add_value_head(model: Any, outputs: int) -> None:
+    """Gives a decoder a value head beside its own. Raises ConfigError for a model without a stream of tokens."""
+    section = getattr(model.config, "decoder", None)
+    if section is None:
+        raise ConfigError(f"model.kind={model.config.kind} reads no tokens, so no head can judge a text by it.")
+    model.add_module(VALUE, ValueHead(section().dim, outputs))

@@ -9,6 +9,13 @@ OBJECTIVES = Table("objective", {
     "classify": "dougong.objectives.classify:ClassifyConfig",
     "regression": "dougong.objectives.regression:RegressionConfig",
     "gan": "dougong.objectives.gan:GANObjectiveConfig",
+    "dpo": "dougong.objectives.preference:DPOConfig",
+    "ipo": "dougong.objectives.preference:IPOConfig",
+    "orpo": "dougong.objectives.preference:ORPOConfig",
+    "kto": "dougong.objectives.kto:KTOConfig",
+    "reward": "dougong.objectives.reward:RewardConfig",
+    "grpo": "dougong.objectives.policy:GRPOConfig",
+    "rejection": "dougong.objectives.policy:RejectionConfig",
 })
 
 __all__ = ["OBJECTIVES", "Losses", "Objective"]

@@ -13,6 +13,8 @@ RECIPES = Table("recipe", {
     "linear_regression": "dougong.recipes.shipped.small:linear_regression",
     "digits_cnn": "dougong.recipes.shipped.small:digits_cnn",
     "digits_gan": "dougong.recipes.shipped.small:digits_gan",
+    "dpo": "dougong.recipes.shipped.feedback:dpo",
+    "grpo": "dougong.recipes.shipped.feedback:grpo",
 })
 
 __all__ = ["RECIPES"]

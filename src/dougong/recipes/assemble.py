@@ -12,6 +12,7 @@ from dougong.adapt.quantize import Form, make_room
 from dougong.core.config import replace
 from dougong.core.errors import ConfigError
 from dougong.models import count
+from dougong.models.heads import add_value_head
 from dougong.objectives.objective import Objective
 from dougong.recipes.companions import accompany
 from dougong.recipes.derive import Derived, fit_adapter, fit_to_data
@@ -91,7 +92,7 @@ def build_model(recipe: Recipe, runtime: Runtime, *, integers: Mapping[str, Form
     `integers` names the parts that will be loaded as integers: they get no floats.
     """
     with torch.device("meta"):
-        model = recipe.model.build()
+        model = _with_its_heads(recipe)
         if integers:
             make_room(model, integers)
     model = model.to_empty(device=runtime.device)
@@ -99,6 +100,14 @@ def build_model(recipe: Recipe, runtime: Runtime, *, integers: Mapping[str, Form
     if getattr(recipe.data, "precision", None) == "float64":
         model = model.double()
     model.compute_dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else runtime.dtype
+    return model
+
+
+def _with_its_heads(recipe: Recipe) -> nn.Module:
+    """The model, with a head for values where its objective judges texts."""
+    model = recipe.model.build()
+    if outputs := getattr(recipe.objective, "value_outputs", None):
+        add_value_head(model, outputs)
     return model
 
 
@@ -165,7 +174,7 @@ def _divided_model(recipe: Recipe, objective: Objective, runtime: Runtime,
     from dougong.parallel.parallelize import parallelize
 
     with torch.device("meta"):
-        whole = recipe.model.build()
+        whole = _with_its_heads(recipe)
     if recipe.adapt is not None:
         _check_adapter_divisible(recipe, runtime.mesh)
         recipe.adapt.apply(whole, seed=0)

@@ -13,7 +13,15 @@ from dougong.objectives.objective import Objective
 from dougong.recipes.recipe import Recipe
 from dougong.runtime.device import Runtime
 
-COMPANIONS = Table("companion", {})
+COMPANIONS = Table("companion", {
+    "dpo": "dougong.recipes.reference:with_reference",
+    "ipo": "dougong.recipes.reference:with_reference",
+    "kto": "dougong.recipes.reference:with_reference",
+    "orpo": "dougong.recipes.reference:check_pairs",
+    "reward": "dougong.recipes.reference:check_pairs",
+    "grpo": "dougong.recipes.experience:with_experience",
+    "rejection": "dougong.recipes.experience:with_experience",
+})
 """objective kind: function(recipe, corpus, objective, model, runtime) -> (objective, corpus)"""
 
 

@@ -19,6 +19,7 @@ from dougong.core.run import RunDirectory
 from dougong.data.tokenizer import FileConfig
 from dougong.interop.hub import is_hub_name, local_directory
 from dougong.interop.import_hf import family_of, is_hf_directory, read_config, read_hf
+from dougong.models.heads import VALUE
 from dougong.nn.lora import is_adapter
 from dougong.recipes.derive import Derived
 from dougong.recipes.recipe import Recipe, StartConfig, recipe_from_run
@@ -107,12 +108,13 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 def begin(model: nn.Module, weights: Weights, *, seed: int) -> None:
     """Puts the weights into a freshly built model, whole or this process's part of it.
 
-    Where the vocabulary has grown, new rows are drawn around the mean row. Raises CheckpointError where the shapes are
-    not the same otherwise.
+    Where the vocabulary has grown, new rows are drawn around the mean row. A value head keeps its first weights, and
+    that of a start is left behind. Raises CheckpointError where the shapes are not the same otherwise.
     """
     own = {name: tensor for name, tensor in tracked(model).items() if not is_adapter(name)}
     tensors = {name: _grown(name, tensor, own[name].shape, seed) if name in own else tensor
-               for name, tensor in weights.tensors.items()}
+               for name, tensor in weights.tensors.items() if not name.startswith(f"{VALUE}.")}
+    tensors |= {name: tensor.detach().clone() for name, tensor in own.items() if name.startswith(f"{VALUE}.")}
     here = getattr(model, "names_of_whole", None)       # a pipeline stage holds some of them
     load_weights(model, tensors if here is None else {name: t for name, t in tensors.items() if name in own}, own)
 

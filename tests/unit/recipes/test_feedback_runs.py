@@ -1,0 +1,124 @@
+"""Learning from judgements as whole runs: what comes out, what is refused, and stopped runs that go on."""
+
+import numpy as np
+import pytest
+import torch
+from feedback_runs import base_run, write_feedback_recipe, write_pairs, write_tasks
+from tiny_recipe import dougong
+
+from dougong.core.events import read_events
+from dougong.core.run import RunDirectory
+from dougong.recipes.open_run import open_run
+from dougong.train.shadow import tracked
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory, request):
+    folder = tmp_path_factory.mktemp("feedback")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DOUGONG_CACHE", str(folder / "cache"))
+        base_run(folder)
+        yield folder
+
+
+def pairs(root, **more):
+    return {"kind": "preferences", "path": str(write_pairs(root / "pairs.jsonl")), "spelling": "text",
+            "fractions": [0.7, 0.15, 0.15], **more}
+
+
+def tasks(root):
+    return {"kind": "chats", "path": str(write_tasks(root / "tasks.jsonl")), "fractions": [0.6, 0.2, 0.2]}
+
+
+def trained(root, name, recipe, *more):
+    done = dougong("train", recipe, "--model", root / "base", "--run", root / name, "--json", *more)
+    assert done.code == 0, done.err
+    return done.json
+
+
+def weights(path):
+    return tracked(open_run(path, checkpoint="last").model)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "ipo", "orpo", "kto", "reward"])
+def test_each_objective_learns_the_planted_preference_and_is_scored(root, kind):
+    recipe = write_feedback_recipe(root / f"{kind}.yaml", "dpo", pairs(root, unpair=kind == "kto"),
+                                   objective={"kind": kind}, train={"steps": 60, "checkpoint_every": 60},
+                                   optim={"kind": "adamw", "lr": 5e-3})
+    result = trained(root, kind, recipe)["result"]
+    assert result["accuracy"] > 0.8 and np.isfinite(result["loss"])
+    again = dougong("eval", root / kind, "--json")
+    assert again.code == 0, again.err
+    assert again.json["accuracy"] == result["accuracy"]
+
+
+def stop_and_go(root, name, recipe):
+    """The run in one go, and in two: stopped at step 4 by a copy of what lay on disk then."""
+    import shutil
+
+    trained(root, f"{name}-whole", recipe)
+    shutil.copytree(root / f"{name}-whole", root / f"{name}-parts")
+    directory = RunDirectory(root / f"{name}-parts")
+    shutil.rmtree(directory.checkpoint(6))
+    kept = [line for line in directory.events.read_text().splitlines()
+            if '"event": "end"' not in line and '"event":"end"' not in line]
+    directory.events.write_text("\n".join(kept) + "\n")
+    done = dougong("train", "--resume", "--run", directory.path, "--json")
+    assert done.code == 0, done.err
+    assert any(event["event"] == "start" and event["resumed_from"] == "step-000004"
+               for event in read_events(directory.events))
+    for name_of, tensor in weights(root / f"{name}-whole").items():
+        torch.testing.assert_close(weights(directory.path)[name_of], tensor, rtol=0, atol=0)
+
+
+def test_a_stopped_dpo_run_ends_with_the_same_bits(root):
+    stop_and_go(root, "resume-dpo", write_feedback_recipe(root / "resume-dpo.yaml", "dpo", pairs(root)))
+
+
+def test_a_stopped_run_of_rollouts_ends_with_the_same_bits(root):
+    stop_and_go(root, "resume-grpo", write_feedback_recipe(root / "resume-grpo.yaml", "grpo", tasks(root), objective={
+        "kind": "grpo", "samples": 4, "max_tokens": 6, "reward": "length:3"}))
+
+
+def test_rollouts_are_told_and_scored_by_their_reward(root):
+    recipe = write_feedback_recipe(root / "told.yaml", "grpo", tasks(root), objective={
+        "kind": "grpo", "samples": 4, "max_tokens": 6, "reward": "length:3"})
+    result = trained(root, "told", recipe)["result"]
+    assert 0 <= result["reward"] <= 1 and result["loss"] == -result["reward"] and result["tasks"] > 0
+    steps = [event for event in read_events(RunDirectory(root / "told").events) if event["event"] == "step"]
+    assert {"reward", "passed", "length", "idle_groups", "failed_rewards"} <= steps[-1].keys() | steps[-1].get(
+        "metrics", {}).keys()
+
+
+def test_the_reference_is_computed_once(root, monkeypatch):
+    from dougong.recipes import reference
+
+    recipe = write_feedback_recipe(root / "once.yaml", "dpo", pairs(root, fractions=[0.6, 0.2, 0.2]))
+    trained(root, "once", recipe)
+    monkeypatch.setattr(reference, "_computed", lambda *_: pytest.fail("computed again"))
+    trained(root, "once-more", recipe, "optim.lr=1e-4")
+    assert dougong("eval", root / "once").code == 0
+
+
+def test_a_reward_model_rewards_rollouts(root):
+    judge = write_feedback_recipe(root / "judge.yaml", "dpo", pairs(root, spelling="chat"), objective="reward")
+    trained(root, "judge", judge)
+    recipe = write_feedback_recipe(root / "judged.yaml", "grpo", tasks(root), objective={
+        "kind": "grpo", "samples": 4, "max_tokens": 6, "reward": f"model:{root / 'judge'}"})
+    assert np.isfinite(trained(root, "judged", recipe)["result"]["reward"])
+    refused = dougong("train", recipe, "--model", root / "base", f"objective.reward=model:{root / 'base'}")
+    assert refused.code == 2 and "objective.kind=reward" in refused.err
+
+
+@pytest.mark.parametrize("changes,message", [
+    (["objective=kto"], "data.unpair=true"),
+    (["objective=dpo", "data.unpair=true"], "reads pairs"),
+    (["data={kind: text, path: TEXTS}"], "data.kind=preferences"),
+    (["data.path="], "data.path is not given"),
+    (["start=null"], "--model RUN"),
+])
+def test_what_does_not_fit_is_refused_with_what_would(root, changes, message):
+    recipe = write_feedback_recipe(root / "refused.yaml", "dpo", pairs(root))
+    refused = dougong("train", recipe, "--model", root / "base", "--run", root / "refused",
+                      *(change.replace("TEXTS", str(root / "texts")) for change in changes))
+    assert refused.code == 2 and message in refused.err, refused.err
