@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # as the command line sets it: torch's threads sleep while they wait (see cli/main.py)
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: help install demo demo-short test test-slow test-gpu test-llamacpp chaos chaos-short check bench bench-full docs clean
+.PHONY: help install demo demo-short demo-assistant test test-slow test-gpu test-llamacpp chaos chaos-short check bench bench-full docs clean
 
 help:            ## show this list
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  +##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -26,6 +26,9 @@ demo: install    ## train a first model in about five minutes and show what it c
 
 demo-short: install  ## the same in about one minute
 	$(BIN)/dougong demo --minutes 0.5
+
+demo-assistant: install  ## a small assistant in stages: pretrain, learn to answer, practise, compress (about 12 minutes)
+	$(BIN)/dougong train assistant
 
 # a file's tests stay together, as they share what their fixtures trained
 test: install    ## the fast tests

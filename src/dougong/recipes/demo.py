@@ -1,19 +1,15 @@
 """The demo: a first model, fitted to this machine and the minutes given, shown from data to report."""
 
-import math
 from pathlib import Path
 from typing import Any
 
 from dougong.core.config import parse_overrides
 from dougong.core.events import last_per_step, read_events
 from dougong.recipes.assemble import print_data_facts
+from dougong.recipes.derive import size_for
 from dougong.recipes.recipe import load_recipe
 from dougong.recipes.scoring import print_result
 from dougong.recipes.train import Finished, train_run
-
-_TOKENS_PER_PARAMETER = 4.0    # few passes over little text: a larger model learns faster from each token
-_UTILISATION = 0.45            # of the matrix peak, as such small models reach on CPUs
-_LARGEST, _SMALLEST = 8e6, 0.4e6
 
 
 def train_demo(minutes: float, overrides: list[str], *, path: Path | None, out: Any, progress: Any) -> Finished:
@@ -23,18 +19,6 @@ def train_demo(minutes: float, overrides: list[str], *, path: Path | None, out: 
     out.print(f"[bold]斗拱 dougong[/]: a language model from nothing, in about {minutes:g} minutes of training.\n"
               f"Size {recipe.size} fits this machine and this time.\n")
     return train_run(recipe, base, path=path, progress=progress)
-
-
-def size_for(minutes: float) -> str:
-    """The size whose training at a sensible number of tokens per parameter takes the given time here.
-
-    From 6·N·D FLOPs with D = ratio · N: N = sqrt(FLOP/s · seconds / (6 · ratio)).
-    """
-    from dougong.recipes.derive import measured_peak
-
-    flops = measured_peak() * _UTILISATION * minutes * 60
-    size = min(max(math.sqrt(flops / 6 / _TOKENS_PER_PARAMETER), _SMALLEST), _LARGEST)
-    return f"{size / 1e6:.1f}M"
 
 
 def show(finished: Finished, out: Any, *, minutes_in_all: float) -> None:

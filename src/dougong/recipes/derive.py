@@ -30,6 +30,13 @@ _TOKENS_PER_ADAPTER_PARAMETER = 2   # a parameter holds about 2 bits (Allen-Zhu 
 _TIMES_FOR_ADAPTERS = 10     # found over models, ranks and data ("LoRA Without Regret", Schulman et al. 2025)
 
 
+FIT = "fit"
+"""a size that is derived: what this machine trains well in `train.minutes`"""
+_FITTED_RATIO = 4.0          # tokens per parameter: few passes over little text, of which a larger model learns more
+_UTILISATION = 0.45          # of the matrix peak, as such small models reach on CPUs
+_LARGEST_FIT, _SMALLEST_FIT = 8e6, 0.4e6
+
+
 @dataclass(frozen=True)
 class Derived:
     """One value that the recipe left open."""
@@ -87,7 +94,9 @@ def resolve(recipe: Recipe, *, elsewhere: bool = False) -> tuple[Recipe, list[De
     notes.items += derived
     if not elsewhere:
         _runtime(notes)
-    size = parse_size(recipe.size) if recipe.size else None
+    if recipe.size == FIT:
+        notes = _fitted(notes)
+    size = parse_size(notes.recipe.size) if notes.recipe.size else None
     if recipe.is_language_model:
         if size:
             _vocabulary(notes, size)
@@ -101,6 +110,26 @@ def resolve(recipe: Recipe, *, elsewhere: bool = False) -> tuple[Recipe, list[De
         _horizon(notes, None)
     _rates(notes, size)
     return notes.recipe, notes.items
+
+
+def size_for(minutes: float) -> str:
+    """The size whose training at a sensible number of tokens per parameter takes the given time here.
+
+    From 6·N·D FLOPs with D = ratio · N: N = sqrt(FLOP/s · seconds / (6 · ratio)).
+    """
+    flops = measured_peak() * _UTILISATION * minutes * 60
+    size = min(max(math.sqrt(flops / 6 / _FITTED_RATIO), _SMALLEST_FIT), _LARGEST_FIT)
+    return f"{size / 1e6:.1f}M"
+
+
+def _fitted(notes: _Notes) -> _Notes:
+    minutes = notes.recipe.train.minutes
+    if minutes is None:
+        raise ConfigError("size=fit fits a model to train.minutes, and this recipe gives none. Try train.minutes=5.")
+    size = size_for(minutes)
+    notes.recipe = with_values(notes.recipe, {"size": size})
+    notes.items.append(Derived("size", size, f"what this machine trains well in {minutes:g} minutes"))
+    return notes
 
 
 def fit_to_data(recipe: Recipe, shapes: dict[str, int]) -> tuple[Recipe, list[Derived]]:

@@ -32,6 +32,7 @@ STAGES = Table("stage", {
     "compress": "dougong.recipes.journey:CompressStage",
 })
 JOURNEYS = Table("journey", {
+    "assistant": "dougong.recipes.shipped.assistant:assistant",
 })
 
 

@@ -66,7 +66,8 @@ class Recipe:
     about: str = ""
     seed: Annotated[int, Field(ge=0)] = 0
     size: str | None = None
-    """the dial: parameters wanted, such as 2M or 124M; sets width, depth, batch, rate and horizon"""
+    """the dial: parameters wanted, such as 2M or 124M; sets width, depth, batch, rate and horizon. fit: what this
+    machine trains well in train.minutes"""
     data: Annotated[Any, chosen_from(DATA)]
     tokenizer: Annotated[Any, chosen_from(TOKENIZERS, optional=True)] = None
     start: StartConfig | None = None
