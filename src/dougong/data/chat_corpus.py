@@ -19,12 +19,14 @@ import numpy as np
 from dougong.core.errors import DataError
 from dougong.data.batch import Batch
 from dougong.data.conversations import Conversation
+from dougong.data.documents import Document
 from dougong.data.loader import Loader, batches_in_order
 from dougong.data.pack import Fields, best_fit
 from dougong.data.split import SPLITS
 from dougong.data.tokenizer import Tokenizer
 
 FORMAT = 1
+_TEXTS = 200
 
 
 class ChatCorpus:
@@ -63,6 +65,11 @@ class ChatCorpus:
     def conversations(self, split: str) -> "Sequence[Conversation]":
         """Those of a split, each read from disk when asked for."""
         return _Conversations(self, self._pack(split).numbers)
+
+    def documents(self, split: str) -> list[Document]:
+        """The words of the first conversations of a split, as texts to try a model on; none for an empty split."""
+        chosen = self.conversations(split)[:_TEXTS] if split in self._packs else []
+        return [Document(id=one.id, source=one.source, text=one.text) for one in chosen]
 
     def loader(self, split: str, *, rows: int, seed: int, rank: int = 0, world_size: int = 1) -> Loader:
         """Endless shuffled batches of `rows` rows in all. Raises DataError for an empty split."""
