@@ -38,7 +38,8 @@ def write_hf(directory: Path, family: FamilyMap, config: Any, state: Mapping[str
     write_json(directory / "config.json", {
         **family.config_to_hf(config), **ids, "dtype": _LONG_NAMES[dtype],
         "torch_dtype": _LONG_NAMES[dtype], "use_cache": True})
-    write_json(directory / "generation_config.json", {**ids, **reply_ends(tokenizer), "do_sample": True, "temperature": 0.8, "top_p": 0.95})
+    write_json(directory / "generation_config.json", {
+        **ids, **reply_ends(tokenizer), "do_sample": True, "temperature": 0.8, "top_p": 0.95})
     _write_tokenizer(directory, tokenizer, config)
     write_text(directory / "README.md", card)
     return names
