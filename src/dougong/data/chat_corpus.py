@@ -80,6 +80,21 @@ class ChatCorpus:
         """Every row of the split once, in order."""
         return batches_in_order([self._pack(split)], rows)
 
+    def look(self, *, split: str, documents: int, tokens: int, first: int = 0) -> dict[str, Any]:
+        """What `data.inspect` shows: conversations as the template spells them, with the weight of each token."""
+        from dougong.data.inspect import pieces_of
+
+        numbers = self._packs[split].numbers[first:first + documents] if split in self._packs else []
+        shown = []
+        for number in map(int, numbers):
+            one, (ids, weight) = self.conversation(number), self.encoded(number)
+            pieces = [{**piece, "weight": float(value)}
+                      for piece, value in zip(pieces_of(self.tokenizer, ids[:tokens]), weight)]
+            size = int(self._bytes[number])
+            shown.append({"id": one.id, "source": one.source, "skill": one.skill, "bytes": size, "tokens": len(ids),
+                          "bytes_per_token": size / len(ids), "weight": float(weight.sum()), "pieces": pieces})
+        return {"split": split, "documents": shown, "rows": [], "facts": self.facts}
+
     def _pack(self, split: str) -> "ChatPack":
         if split not in self._packs:
             raise DataError(f"the split {split!r} has no conversations. "
