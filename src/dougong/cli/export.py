@@ -10,8 +10,9 @@ from dougong.cli.output import Json, console, emit, tell_passed_over
 
 def export(
     run: Annotated[Path, typer.Argument(help="A run, one of its checkpoints, or a Hugging Face directory.")],
-    to: Annotated[Literal["hf", "gguf"], typer.Option(
-        "--to", help="hf: a directory for transformers; gguf: a file for llama.cpp and Ollama.")] = "hf",
+    to: Annotated[Literal["hf", "gguf", "peft"], typer.Option(
+        "--to", help="hf: a directory for transformers; gguf: a file for llama.cpp and Ollama; peft: the adapter alone.",
+    )] = "hf",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Where; default: RUN-hf beside the run.")] = None,
     dtype: Annotated[Literal["f32", "bf16", "f16"] | None, typer.Option(
         "--dtype", help="Type of the weights in hf; default: f32, or that of the imported model.")] = None,
@@ -24,16 +25,21 @@ def export(
 ) -> None:
     """Write a run's model for other programs, and check that they compute the same."""
     from dougong.core.errors import ConfigError
+    from dougong.recipes.adapters import export_peft
     from dougong.recipes.export import export_gguf, export_hf
     from dougong.recipes.open_run import open_run
 
+    if to == "peft" and (dtype or quant or license != "unknown"):
+        raise ConfigError("--dtype, --quant and --license have no effect with --to peft: an adapter is written in f32. "
+                          "Leave them out.")
     if (other := dtype if to == "gguf" else quant) is not None:
         raise ConfigError(f"{'--dtype' if to == 'gguf' else '--quant'} {other} has no effect with --to {to}. Use "
                           f"{'--quant' if to == 'gguf' else '--dtype'}.")
-    opened = open_run(run, checkpoint=checkpoint)
+    opened = open_run(run, checkpoint=checkpoint, merge=to != "peft")
     tell_passed_over(opened)
     place = out or opened.directory.path.with_name(f"{opened.directory.path.resolve().name}-{quant or to}")
-    exported = export_hf(opened, place, dtype=dtype, verify=not no_verify, license=license) if to == "hf" else \
+    exported = export_peft(opened, place, verify=not no_verify) if to == "peft" else \
+        export_hf(opened, place, dtype=dtype, verify=not no_verify, license=license) if to == "hf" else \
         export_gguf(opened, place, quant=quant or "f32", verify=not no_verify, license=license)
     screen = console(as_json)
     for name, size in exported.files.items():
