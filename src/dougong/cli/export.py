@@ -10,9 +10,9 @@ from dougong.cli.output import Json, console, emit, tell_passed_over
 
 def export(
     run: Annotated[Path, typer.Argument(help="A run, one of its checkpoints, or a Hugging Face directory.")],
-    to: Annotated[Literal["hf", "gguf", "onnx"], typer.Option(
+    to: Annotated[Literal["hf", "gguf", "onnx", "peft"], typer.Option(
         "--to", help="hf: a directory for transformers; gguf: a file for llama.cpp and Ollama; onnx: a directory for "
-                     "onnxruntime.")] = "hf",
+                     "onnxruntime; peft: the adapter alone.")] = "hf",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Where; default: RUN-hf beside the run.")] = None,
     dtype: Annotated[Literal["f32", "bf16", "f16"] | None, typer.Option(
         "--dtype", help="Type of the weights in hf and onnx; default: f32, in hf that of an imported model.")] = None,
@@ -25,19 +25,24 @@ def export(
 ) -> None:
     """Write a run's model for other programs, and check that they compute the same."""
     from dougong.core.errors import ConfigError
+    from dougong.recipes.adapters import export_peft
     from dougong.recipes.export import export_gguf, export_hf, export_onnx
     from dougong.recipes.open_run import open_run
 
+    if to == "peft" and (dtype or quant or license != "unknown"):
+        raise ConfigError("--dtype, --quant and --license have no effect with --to peft: an adapter is written in f32. "
+                          "Leave them out.")
     if (other := dtype if to == "gguf" else quant) is not None:
         raise ConfigError(f"{'--dtype' if to == 'gguf' else '--quant'} {other} has no effect with --to {to}. Use "
                           f"{'--quant' if to == 'gguf' else '--dtype'}.")
-    opened = open_run(run, checkpoint=checkpoint)
+    opened = open_run(run, checkpoint=checkpoint, merge=to != "peft")
     tell_passed_over(opened)
     place = out or opened.directory.path.with_name(f"{opened.directory.path.resolve().name}-{quant or to}")
     common: dict[str, Any] = {"verify": not no_verify, "license": license}
     exported = {"hf": lambda: export_hf(opened, place, dtype=dtype, **common),
                 "gguf": lambda: export_gguf(opened, place, quant=quant, **common),
-                "onnx": lambda: export_onnx(opened, place, dtype=dtype or "f32", **common)}[to]()
+                "onnx": lambda: export_onnx(opened, place, dtype=dtype or "f32", **common),
+                "peft": lambda: export_peft(opened, place, verify=not no_verify)}[to]()
     screen = console(as_json)
     for name, size in exported.files.items():
         screen.print(f"  {name:<36}{size:>16,} bytes", style="dim")

@@ -26,6 +26,8 @@ def generate(
     truncate: Annotated[bool, typer.Option("--truncate", help="Of a prompt longer than the context, keep its end.")
                         ] = False,
     checkpoint: Annotated[str, typer.Option("--checkpoint", help="best, last, or a step.")] = "best",
+    adapter: Annotated[Path | None, typer.Option("--adapter", help="Lay this over the model: a run that trained an "
+                                                                   "adapter of it, or PEFT's directory.")] = None,
     as_json: Json = False,
 ) -> None:
     """Continue one or more texts; one prompt streams as it is written."""
@@ -33,7 +35,12 @@ def generate(
     from dougong.generate import SamplingConfig
     from dougong.recipes.open_run import open_run
 
-    opened = open_run(run, checkpoint=checkpoint)
+    if adapter is not None:
+        from dougong.recipes.adapters import open_with_adapter
+
+        opened = open_with_adapter(str(run), adapter, checkpoint=checkpoint)
+    else:
+        opened = open_run(run, checkpoint=checkpoint)
     tell_passed_over(opened)
     asked = prompts or opened.recipe.sample.prompts or [""]
     texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in asked]

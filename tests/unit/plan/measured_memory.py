@@ -3,6 +3,7 @@
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from dougong.adapt.lora import hold_frozen
 from dougong.data.batch import Batch
 from dougong.runtime.device import Runtime
 from dougong.train.state import TrainState
@@ -27,6 +28,8 @@ def _two_steps(step) -> None:
     model = step.model.build().train()
     model.initialise(0)
     model.compute_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[step.precision]
+    if step.adapt is not None:
+        hold_frozen(step.adapt.apply(model, seed=0))
     if step.checkpoint != "none":
         model.stack.checkpoint_activations = step.checkpoint
     state = TrainState(model, step.optim.build(model), lambda at: 1.0, loader=None)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from dougong.adapt.lora import LoRAConfig
 from dougong.core.config import replace
 from dougong.models.families.gpt2 import GPT2Config
 from dougong.models.families.llama import LlamaConfig
@@ -31,6 +32,26 @@ def test_planned_memory_is_within_a_tenth_of_the_measured_peak(model, precision,
                 precision=precision, checkpoint=checkpoint)
     planned, measured = step_memory(step).peak_bytes, measured_peak(step)
     assert 0.9 < planned / measured < 1.1
+
+
+@pytest.mark.parametrize("model", [LLAMA, GPT2], ids=lambda model: model.kind)
+@pytest.mark.parametrize(("kind", "base", "precision", "checkpoint", "micro_batches"), [
+    ("lora", "float", "fp32", "none", 1), ("lora", "float", "bf16", "none", 2), ("lora", "float", "bf16", "selective", 1),
+    ("dora", "float", "fp32", "full", 1), ("lora", "int8", "fp32", "none", 1), ("lora", "int4", "fp32", "full", 2)])
+def test_memory_planned_with_an_adapter_is_within_a_tenth_of_the_measured_peak(model, kind, base, precision, checkpoint,
+                                                                               micro_batches):
+    step = Step(model, CausalLMConfig(), OPTIMIZERS["adamw"](), micro_rows=2, micro_batches=micro_batches,
+                precision=precision, checkpoint=checkpoint, adapt=LoRAConfig(kind=kind, base=base, rank=8))
+    planned, measured = step_memory(step).peak_bytes, measured_peak(step)
+    assert 0.9 < planned / measured < 1.1
+
+
+def test_an_adapter_needs_less_of_everything_but_activations():
+    whole = step_memory(Step(LLAMA, CausalLMConfig(), OPTIMIZERS["adamw"](), micro_rows=2)).kinds
+    adapted, integers = (step_memory(Step(LLAMA, CausalLMConfig(), OPTIMIZERS["adamw"](), micro_rows=2,
+                                          adapt=LoRAConfig(rank=8, base=base))).kinds for base in ("float", "int4"))
+    assert adapted["optimizer"] < whole["optimizer"] / 5
+    assert integers["weights"] < adapted["weights"] / 2
 
 
 def test_a_deep_model_is_planned_from_two_shallow_ones():
