@@ -1,6 +1,6 @@
 """Tasks as experience: the corpus whose batches are what the model writes, and that scores it by what it earns."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -8,6 +8,7 @@ from torch import nn
 from dougong.adapt.rewards import Rewards, Task
 from dougong.adapt.rollouts import Rollouts, greedy_score
 from dougong.core.errors import ConfigError, DataError
+from dougong.data.batch import Batch
 from dougong.data.chat_template import ChatTemplate
 from dougong.data.conversations import Conversation
 from dougong.data.turns import template_for_training
@@ -45,6 +46,14 @@ class Experience:
         section = recipe.objective
         self._rewards = Rewards(section.reward, on_error=section.on_error, seconds=section.reward_seconds,
                                 open_model=model_reward)
+
+    def conversations(self, split: str) -> Sequence[Conversation]:
+        """The tasks as they were given, with the replies that are known to be right."""
+        return self._corpus.conversations(split)
+
+    def batches(self, split: str, *, rows: int) -> Iterator[Batch]:
+        """Those replies as given text."""
+        return self._corpus.batches(split, rows=rows)
 
     def loader(self, split: str, *, rows: int, seed: int, rank: int = 0, world_size: int = 1) -> Rollouts:
         return Rollouts(self._tasks(split), self._model, self._spelling, self._rewards, self._recipe.objective, rows=rows,
