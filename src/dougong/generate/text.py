@@ -177,14 +177,15 @@ class StopStrings:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._held = ""
+        self.rest = ""   # what came behind the stop string that was found
 
     def push(self, text: str) -> tuple[str, str | None]:
         """Adds text; returns what is now certain, and the stop string if one is complete."""
         held = self._held + text
         found = [(at + len(stop), at, stop) for stop in self._stops if (at := held.find(stop)) >= 0]
         if found:
-            _, at, stop = min(found)
-            self._held = ""
+            end, at, stop = min(found)
+            self._held, self.rest = "", held[end:]
             return held[:at], stop
         keep = max((size for stop in self._stops for size in range(1, len(stop))
                     if held.endswith(stop[:size])), default=0)

@@ -14,13 +14,14 @@ from dougong.generate import Engine, SamplingConfig
 from dougong.generate.grammar import Grammar
 from dougong.generate.request import Request
 from dougong.generate.scheduler import Scheduler
-from dougong.serve.bodies import Writing
+from dougong.serve.bodies import Message, Writing
 from dougong.serve.errors import ApiError
 from dougong.serve.metrics import Metrics
 from dougong.serve.runner import Runner
 from dougong.serve.settings import ServeConfig
 from dougong.serve.structured import Structured
 from dougong.serve.template import ChatTemplate
+from dougong.serve.tools import Spelling, spelling_of
 
 _LONG_TEXT = 20_000        # characters; longer ones are encoded beside the event loop
 _DEFAULT_CONTEXT = 4096    # for a model that names none
@@ -36,6 +37,7 @@ class ServedModel:
         self.created = int(time.time())
         self.context = engine.context or _DEFAULT_CONTEXT
         self.template = ChatTemplate(tokenizer, template)
+        self.spelling: Spelling | str = _spelling(self.template)
         self.structured = Structured(tokenizer)
         self.fingerprint = fingerprint
         self.facts = facts or {}
@@ -80,7 +82,7 @@ class ServedModel:
         return {"id": self.name, "object": "model", "created": self.created, "owned_by": "dougong", "dougong": {
             "context": self.context, "vocab_size": self.tokenizer.vocab_size, **self.facts,
             "chat_template": "its own" if self.template.own else "plain (a base model: not trained on conversations)",
-            "mode": "chat" if self.template.own else "continue"}}
+            "tools": isinstance(self.spelling, Spelling), "mode": "chat" if self.template.own else "continue"}}
 
     # ---- text and ids
 
@@ -98,12 +100,32 @@ class ServedModel:
             return (await asyncio.to_thread(self.tokenizer.encode, text)).tolist()
         return self.tokenizer.encode(text).tolist()
 
-    async def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        ids = await asyncio.to_thread(self.template.encode, messages)
+    async def encode_chat(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
+        """A conversation as the model reads it. Raises ApiError for calls that the template cannot spell."""
+        called, told = {}, []
+        for message in messages:
+            if message.role == "tool" or message.tool_calls:
+                self.calls("messages")
+            for call in message.tool_calls or []:
+                called[call.id] = call.function.name
+            plain = message.plain(as_text=isinstance(self.spelling, Spelling) and self.spelling.as_text)
+            if message.role == "tool":
+                if message.tool_call_id not in called:
+                    raise ApiError(400, f"a tool answers the call {message.tool_call_id!r}, which no earlier message "
+                                   "made.", param="messages", code="invalid_value")
+                plain["name"] = called[message.tool_call_id]
+            told.append(plain)
+        ids = await asyncio.to_thread(lambda: self.template.encode(told, tools=list(tools) or None))
         if not ids:
             raise ApiError(400, "the template makes no token of this conversation.", param="messages",
                            code="empty_prompt")
         return ids
+
+    def calls(self, param: str) -> Spelling:
+        """How the template spells tool calls. Raises ApiError where it cannot, for what the request asked."""
+        if isinstance(self.spelling, Spelling):
+            return self.spelling
+        raise ApiError(400, self.spelling, param=param, code="unsupported_by_model")
 
     @property
     def begin_id(self) -> int | None:
@@ -161,3 +183,11 @@ class ServedModel:
         if not bool(hidden_D.isfinite().all()):
             raise CheckpointError("the model's hidden states are not finite. Its training probably diverged.")
         return (hidden_D / hidden_D.norm().clamp(min=1e-12)).tolist()
+
+
+def _spelling(template: ChatTemplate) -> Spelling | str:
+    """How it spells tool calls, or why it cannot."""
+    try:
+        return spelling_of(template)
+    except ConfigError as error:
+        return str(error)

@@ -45,7 +45,7 @@ class ChatTemplate:
         self.own, self.source = source is not None, source or PLAIN
         self._tokenizer = tokenizer
         self._names = sorted(tokenizer.special_tokens, key=len, reverse=True)
-        self._cut = re.compile("|".join(f"({re.escape(name)})" for name in self._names)) if self._names else None
+        self._cut = re.compile(f"({'|'.join(map(re.escape, self._names))})") if self._names else None
         try:
             self._template = _environment().from_string(self.source)
         except TemplateError as error:
@@ -53,17 +53,23 @@ class ChatTemplate:
         self.stops = () if self.own else _PLAIN_STOPS
         self.stop_ids = self._turn_ends() if self.own else frozenset()
 
-    def encode(self, messages: Sequence[dict[str, Any]], *, reply: bool = True) -> list[int]:
-        """The ids of a conversation, with the beginning of the reply. Raises ConfigError where the template does."""
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        return self._tokenizer.special_tokens
+
+    def encode(self, messages: Sequence[dict[str, Any]], *, reply: bool = True, tools: Any = None) -> list[int]:
+        """The ids of a conversation, with the beginning of the reply. Raises ConfigError where the template does.
+
+        What may stand in messages and `tools`, names and arguments of calls included, becomes no special token.
+        """
         mark = _MARK
-        while any(mark in message["content"] for message in messages):
+        while _holds((messages, tools), mark):
             mark += _MARK
-        broken = [{**message, "content": self._break(message["content"], mark)} for message in messages]
-        text = self._render(broken, reply)
+        text = self.render(self._break(messages, mark), reply=reply, tools=self._break(tools, mark))
         ids: list[int] = [] if self.own or self._begin is None else [self._begin]
-        for part in self._cut.split(text) if self._cut else [text]:
-            if part and part in self._tokenizer.special_tokens:
-                ids.append(self._tokenizer.special_tokens[part])
+        for part in self.split(text):
+            if part in self.special_tokens:
+                ids.append(self.special_tokens[part])
             elif part:
                 ids += [int(id) for id in self._tokenizer.encode(part.replace(mark, ""))]
         return ids
@@ -72,10 +78,21 @@ class ChatTemplate:
     def _begin(self) -> int | None:
         return getattr(self._tokenizer, "begin_id", self._tokenizer.document_id)
 
-    def _break(self, text: str, mark: str) -> str:
-        return text if self._cut is None else self._cut.sub(lambda found: found[0][:1] + mark + found[0][1:], text)
+    def split(self, text: str) -> list[str]:
+        """The text cut at the names of special tokens, which are parts of their own."""
+        return self._cut.split(text) if self._cut else [text]
 
-    def _render(self, messages: Sequence[dict[str, Any]], reply: bool) -> str:
+    def _break(self, value: Any, mark: str) -> Any:
+        if self._cut is None:
+            return value
+        if isinstance(value, str):
+            return self._cut.sub(lambda found: found[0][:1] + mark + found[0][1:], value)
+        if isinstance(value, dict):
+            return {self._break(name, mark): self._break(held, mark) for name, held in value.items()}
+        return [self._break(held, mark) for held in value] if isinstance(value, list | tuple) else value
+
+    def render(self, messages: Sequence[dict[str, Any]], *, reply: bool, tools: Any = None) -> str:
+        """The conversation as text; `reply` adds what an assistant's turn begins with."""
         def name(id: int | None) -> str:
             return next((name for name, held in self._tokenizer.special_tokens.items() if held == id), "")
 
@@ -86,7 +103,7 @@ class ChatTemplate:
         try:
             with _deadline(_SECONDS):
                 for piece in self._template.generate(
-                        messages=messages, add_generation_prompt=reply, tools=None, raise_exception=refuse,
+                        messages=messages, add_generation_prompt=reply, tools=tools, raise_exception=refuse,
                         bos_token=name(self._begin), eos_token=name(self._tokenizer.document_id),
                         strftime_now=lambda form: datetime.now().strftime(form)):
                     pieces.append(piece)
@@ -106,11 +123,19 @@ class ChatTemplate:
         """The special token that the template writes behind an assistant's words."""
         word = "dougong"
         try:
-            text = self._render([{"role": "user", "content": "a"}, {"role": "assistant", "content": word}], False)
+            text = self.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": word}], reply=False)
         except ConfigError:
             return frozenset()
         found = self._cut.search(text, text.rfind(word) + len(word)) if self._cut and word in text else None
         return frozenset() if found is None else frozenset({self._tokenizer.special_tokens[found[0]]})
+
+
+def _holds(value: Any, mark: str) -> bool:
+    if isinstance(value, str):
+        return mark in value
+    if isinstance(value, dict):
+        return any(_holds(held, mark) for pair in value.items() for held in pair)
+    return isinstance(value, list | tuple) and any(_holds(held, mark) for held in value)
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
