@@ -14,6 +14,7 @@ from dougong.generate import Engine, SamplingConfig
 from dougong.generate.grammar import Grammar
 from dougong.generate.request import Request
 from dougong.generate.scheduler import Scheduler
+from dougong.generate.text import AHEAD
 from dougong.serve.bodies import Message, Writing
 from dougong.serve.errors import ApiError
 from dougong.serve.metrics import Metrics
@@ -32,7 +33,8 @@ class ServedModel:
     """One model under one name. `facts` are what /v1/models adds about it."""
 
     def __init__(self, name: str, engine: Engine, tokenizer: Any, config: ServeConfig, *,
-                 facts: dict[str, Any] | None = None, fingerprint: str = "", template: str | None = None) -> None:
+                 facts: dict[str, Any] | None = None, fingerprint: str = "", template: str | None = None,
+                 draft: Engine | None = None) -> None:
         self.name, self.engine, self.tokenizer, self.config = name, engine, tokenizer, config
         self.created = int(time.time())
         self.context = engine.context or _DEFAULT_CONTEXT
@@ -41,15 +43,20 @@ class ServedModel:
         self.structured = Structured(tokenizer)
         self.fingerprint = fingerprint
         self.facts = facts or {}
+        self.speculate = (0 if draft is None else AHEAD) if config.speculate is None else config.speculate
+        if draft is not None and not self.speculate:
+            raise ConfigError("--draft has no effect with --speculate 0. Leave one of them out.")
         least = -(-self.context // 64) * 64 + 128
         self._scheduler = Scheduler(engine, max_rows=config.rows, chunk=_CHUNK, vocab_size=tokenizer.vocab_size,
-                                    cache_tokens=max(config.cache_tokens or config.rows * least, 2 * least))
+                                    cache_tokens=max(config.cache_tokens or config.rows * least, 2 * least),
+                                    draft=draft)
         self._names = {id: name for name, id in tokenizer.special_tokens.items()}
 
     @classmethod
     def open(cls, path: Path, config: ServeConfig, *, checkpoint: str = "best", name: str | None = None,
-             ) -> "ServedModel":
-        """Loads a run. Raises ConfigError or CheckpointError where it holds nothing that writes."""
+             draft: Path | None = None) -> "ServedModel":
+        """Loads a run, and the smaller run `draft` that guesses for it. Raises ConfigError or CheckpointError where it
+        holds nothing that writes."""
         from dougong.recipes.open_run import open_run
 
         opened = open_run(path, checkpoint=checkpoint)
@@ -63,8 +70,9 @@ class ServedModel:
         parameters = sum(parameter.numel() for parameter in opened.model.parameters())
         facts = {"family": opened.recipe.model.kind, "parameters": parameters, "step": opened.step}
         fingerprint = f"{opened.weights}-{opened.step}-{opened.tokenizer.fingerprint[:12]}"
+        guesses = None if draft is None else open_run(draft).drafting_for(opened)
         return cls(name or opened.directory.path.resolve().name, Engine(opened.model, opened.runtime),
-                   opened.tokenizer, config, facts=facts, fingerprint=fingerprint)
+                   opened.tokenizer, config, facts=facts, fingerprint=fingerprint, draft=guesses)
 
     def start(self, metrics: Metrics) -> None:
         """Begins the model's thread, in the running event loop."""
@@ -142,7 +150,7 @@ class ServedModel:
     def request(self, prompt: Sequence[int], sampling: SamplingConfig, *, sample: int, stop_ids: frozenset[int],
                 grammar: Grammar | None = None) -> Request:
         """A request of the engine; each has a grammar of its own, which follows its text."""
-        return Request(prompt, sampling, stop_ids=stop_ids, sample=sample,
+        return Request(prompt, sampling, stop_ids=stop_ids, sample=sample, speculate=self.speculate,
                        constraint=None if grammar is None else grammar.copy())
 
     def fit(self, prompt: Sequence[int], body: Writing, most: int) -> tuple[list[int], int]:
