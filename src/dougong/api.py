@@ -27,7 +27,11 @@ def train(recipe: str | Recipe = "first", *overrides: str, run: str | Path | Non
     return finished
 
 
-def generate(run: str | Path | OpenRun, prompts: str | list[str], **sampling: Any) -> list[Generation]:
-    """Continues prompts with a run's model; `sampling` are the fields of `SamplingConfig`."""
+def generate(run: str | Path | OpenRun, prompts: str | list[str], *, draft: str | Path | OpenRun | None = None,
+             speculate: int | None = None, **sampling: Any) -> list[Generation]:
+    """Continues prompts with a run's model; `sampling` are the fields of `SamplingConfig`. `draft`, a smaller run with
+    the same tokenizer, guesses `speculate` tokens ahead."""
     opened = run if isinstance(run, OpenRun) else open_run(run)
-    return opened.generate([prompts] if isinstance(prompts, str) else prompts, from_dict(SamplingConfig, sampling))
+    guesses = draft if draft is None or isinstance(draft, OpenRun) else open_run(draft)
+    return opened.generate([prompts] if isinstance(prompts, str) else prompts, from_dict(SamplingConfig, sampling),
+                           draft=guesses, speculate=speculate)

@@ -25,6 +25,9 @@ def generate(
     logprobs: Annotated[int | None, typer.Option(min=0, help="Also give the n likeliest tokens of each step.")] = None,
     truncate: Annotated[bool, typer.Option("--truncate", help="Of a prompt longer than the context, keep its end.")
                         ] = False,
+    draft: Annotated[Path | None, typer.Option(help="A smaller run with the same tokenizer, which guesses ahead.")
+                     ] = None,
+    speculate: Annotated[int | None, typer.Option(min=0, help="Tokens guessed ahead; 4 with --draft, else 0.")] = None,
     checkpoint: Annotated[str, typer.Option("--checkpoint", help="best, last, or a step.")] = "best",
     adapter: Annotated[Path | None, typer.Option("--adapter", help="Lay this over the model: a run that trained an "
                                                                    "adapter of it, or PEFT's directory.")] = None,
@@ -60,7 +63,8 @@ def generate(
         unwritten.clear()
         out.flush()
 
-    results = opened.generate(texts, sampling, stream=show if streaming else None)
+    results = opened.generate(texts, sampling, stream=show if streaming else None,
+                              draft=None if draft is None else open_run(draft), speculate=speculate)
     for result in results:
         if not streaming:
             out.write(f"\n{'─' * 72}\n{result.prompt}{result.text}\n")

@@ -16,6 +16,10 @@ def serve(
     requests_per_minute: Annotated[float | None, typer.Option(help="With --new-key: a limit of that key.")] = None,
     tokens_per_minute: Annotated[float | None, typer.Option(help="With --new-key: tokens read and written.")] = None,
     concurrent: Annotated[int | None, typer.Option(help="With --new-key: requests at the same time.")] = None,
+    draft: Annotated[Path | None, typer.Option(help="A smaller run with the same tokenizer, which guesses ahead for "
+                                               "the one run that is served.")] = None,
+    speculate: Annotated[int | None, typer.Option(min=0, help="Tokens guessed ahead for few clients; 4 with --draft, "
+                                                  "else 0.")] = None,
     checkpoint: Annotated[str, typer.Option("--checkpoint", help="best, last, or a step.")] = "best",
     rows: Annotated[int, typer.Option(min=1, help="Texts written at the same time.")] = 16,
     queue: Annotated[int, typer.Option(min=0, help="Texts that may wait; more are answered 429.")] = 64,
@@ -55,16 +59,19 @@ def serve(
     config = from_dict(ServeConfig, {
         "host": host, "port": port, "rows": rows, "queue": queue, "max_tokens": max_tokens,
         "cache_tokens": cache_tokens, "request_seconds": seconds, "allow_origins": tuple(allow_origin or ()),
-        "hostnames": tuple(hostname or ()), "log_prompts": log_prompts})
+        "hostnames": tuple(hostname or ()), "log_prompts": log_prompts,
+        "speculate": speculate})
+    if draft is not None and len(runs) > 1:
+        raise ConfigError("--draft guesses for one run; serve the others in a process of their own.")
     if not config.is_loopback and api_key_file is None:
         raise ConfigError(f"--host {host} lets other machines in, and then every one of them needs a key.\n"
                           "Make one: dougong serve --new-key NAME --api-key-file keys.json\n"
                           "then add --api-key-file keys.json; or stay with --host 127.0.0.1.")
     keys = None if api_key_file is None else Keys.load(api_key_file)
-    _run(runs, config, keys, checkpoint)
+    _run(runs, config, keys, checkpoint, draft)
 
 
-def _run(runs: list[Path], config, keys, checkpoint: str) -> None:
+def _run(runs: list[Path], config, keys, checkpoint: str, draft: Path | None) -> None:
     """Loads, listens, says where, and serves until told to stop."""
     from dougong.core.errors import ConfigError
     from dougong.serve.app import create_app
@@ -72,7 +79,7 @@ def _run(runs: list[Path], config, keys, checkpoint: str) -> None:
     from dougong.serve.server import Server, bind
 
     listener = bind(config)   # first: a port in use is said before minutes of loading
-    models = [ServedModel.open(path, config, checkpoint=checkpoint) for path in runs]
+    models = [ServedModel.open(path, config, checkpoint=checkpoint, draft=draft) for path in runs]
     names = [model.name for model in models]
     if len(set(names)) < len(names):
         raise ConfigError(f"two of the runs have the same name: {', '.join(names)}. Rename a directory.")

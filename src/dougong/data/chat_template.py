@@ -46,7 +46,7 @@ class ChatTemplate:
         self.own, self.source = source is not None, source or PLAIN
         self._tokenizer, self._day = tokenizer, day
         self._names = sorted(tokenizer.special_tokens, key=len, reverse=True)
-        self._cut = re.compile("|".join(f"({re.escape(name)})" for name in self._names)) if self._names else None
+        self._cut = re.compile(f"({'|'.join(map(re.escape, self._names))})") if self._names else None
         try:
             self._template = _environment().from_string(self.source)
         except TemplateError as error:
@@ -54,11 +54,18 @@ class ChatTemplate:
         self.stops = () if self.own else _PLAIN_STOPS
         self.stop_ids = self._turn_ends() if self.own else frozenset()
 
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        return self._tokenizer.special_tokens
+
     def encode(self, messages: Sequence[dict[str, Any]], *, reply: bool = True,
-               tools: Sequence[dict[str, Any]] = ()) -> list[int]:
-        """The ids of a conversation, with the beginning of the reply. Raises ConfigError where the template does."""
+               tools: Sequence[dict[str, Any]] | None = ()) -> list[int]:
+        """The ids of a conversation, with the beginning of the reply. Raises ConfigError where the template does.
+
+        What may stand in messages and `tools`, names and arguments of calls included, becomes no special token.
+        """
         ids: list[int] = [] if self.own or self._begin is None else [self._begin]
-        return ids + self.ids(*self.spell(messages, reply=reply, tools=tools))
+        return ids + self.ids(*self.spell(messages, reply=reply, tools=tools or ()))
 
     def spell(self, messages: Sequence[dict[str, Any]], *, reply: bool, tools: Sequence[dict[str, Any]] = (),
               mark: str | None = None) -> tuple[str, str]:
@@ -66,7 +73,7 @@ class ChatTemplate:
         Raises ConfigError where the template does."""
         sign = mark or self.mark_for([messages, tools])
         broken, theirs = (_each_text(value, lambda text: self._break(text, sign)) for value in (messages, tools))
-        return self._render(broken, reply, theirs), sign
+        return self.render(broken, reply=reply, tools=theirs), sign
 
     def mark_for(self, value: Any) -> str:
         """A text that occurs in none of the texts within."""
@@ -78,9 +85,9 @@ class ChatTemplate:
     def ids(self, text: str, mark: str) -> list[int]:
         """The ids of what `spell` wrote, or of a part of it."""
         ids: list[int] = []
-        for part in self._cut.split(text) if self._cut else [text]:
-            if part and part in self._tokenizer.special_tokens:
-                ids.append(self._tokenizer.special_tokens[part])
+        for part in self.split(text):
+            if part in self.special_tokens:
+                ids.append(self.special_tokens[part])
             elif part:
                 ids += [int(id) for id in self._tokenizer.encode(part.replace(mark, ""))]
         return ids
@@ -94,10 +101,16 @@ class ChatTemplate:
         """The names of `stop_ids`."""
         return [name for name in self._names if self._tokenizer.special_tokens[name] in self.stop_ids]
 
+    def split(self, text: str) -> list[str]:
+        """The text cut at the names of special tokens, which are parts of their own."""
+        return self._cut.split(text) if self._cut else [text]
+
     def _break(self, text: str, mark: str) -> str:
         return text if self._cut is None else self._cut.sub(lambda found: found[0][:1] + mark + found[0][1:], text)
 
-    def _render(self, messages: Sequence[dict[str, Any]], reply: bool, tools: Sequence[dict[str, Any]] = ()) -> str:
+    def render(self, messages: Sequence[dict[str, Any]], *, reply: bool,
+               tools: Sequence[dict[str, Any]] | None = None) -> str:
+        """The conversation as text; `reply` adds what an assistant's turn begins with."""
         def name(id: int | None) -> str:
             return next((name for name, held in self._tokenizer.special_tokens.items() if held == id), "")
 
@@ -128,7 +141,7 @@ class ChatTemplate:
         """The special token that the template writes behind an assistant's words."""
         word = "dougong"
         try:
-            text = self._render([{"role": "user", "content": "a"}, {"role": "assistant", "content": word}], False)
+            text = self.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": word}], reply=False)
         except ConfigError:
             return frozenset()
         found = self._cut.search(text, text.rfind(word) + len(word)) if self._cut and word in text else None

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dougong.core.errors import ConfigError, MissingExtraError
 
-_WHITESPACE = {"whitespace_pattern": r"[\x20\x0A]"}   # one at most between tokens: a model may love spaces too much
+ONE_BLANK = {"whitespace_pattern": r"[\x20\x0A]"}   # at most, between tokens: a model may love spaces too much
 
 
 class Grammars:
@@ -41,7 +41,7 @@ class Grammars:
             text = schema if isinstance(schema, str) else json.dumps(schema)
             if not isinstance(json.loads(text), dict):
                 raise ValueError("a schema is a JSON object, such as {\"type\": \"object\"}")
-            grammar = self._matcher.grammar_from_json_schema(text, defaults=_WHITESPACE)  # type: ignore[arg-type]
+            grammar = self._matcher.grammar_from_json_schema(text, defaults=ONE_BLANK)  # type: ignore[arg-type]
         except (TypeError, ValueError, RecursionError) as error:
             raise ConfigError(f"the JSON schema cannot be read: {error}") from None
         return self._compile(grammar, "JSON schema")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dougong.generate.drafts import NGrams
+from dougong.generate.drafts import Ahead
 from dougong.generate.lanes import Lane
 from dougong.generate.sampling import Draws, SamplingConfig, adjust
 
@@ -32,8 +32,9 @@ class Request:
     """A continuation to be written: token ids in, token ids out.
 
     `stop_ids` end the text. `sample` says which of several continuations of one prompt this is: together with
-    `sampling.seed` it decides the draws. `speculate` is how many tokens are guessed ahead at most from repetitions in
-    the text: it changes the speed, never the choice. Stop strings and `sampling.n` are the caller's.
+    `sampling.seed` it decides the draws. `speculate` is how many tokens are guessed ahead at most, from repetitions in
+    the text or by the scheduler's draft model: it changes the speed and never the distribution; the text itself only
+    with a draft model above temperature 0. Stop strings and `sampling.n` are the caller's.
     """
 
     prompt: Sequence[int]
@@ -58,7 +59,7 @@ class Row:
     lane: Lane | None = None
     blocks: int = 0
     """of the budget"""
-    drafts: NGrams | None = None
+    drafts: Ahead | None = None
     seen: Tensor | None = None
     counts: Tensor | None = None
 

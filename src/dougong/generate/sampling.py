@@ -172,12 +172,36 @@ def pick(logits_BV: Float[Tensor, "B V"], config: SamplingConfig, uniforms: list
     if config.temperature == 0:
         return best_B
     assert uniforms is not None and len(uniforms) == len(logits_BV)
-    # Shifted by the maximum first: a tiny temperature then sends the others to -inf, never the best to +inf.
-    scaled_BV = truncate((logits_BV - top_B[:, None]).div_(config.temperature), config)
-    device = "cpu" if scaled_BV.device.type == "mps" else scaled_BV.device   # MPS has no float64
-    cdf_BV = scaled_BV.exp().to(device).double().cumsum_(-1)
-    target_B1 = torch.tensor(uniforms, dtype=torch.float64, device=device)[:, None] * cdf_BV[:, -1:]
+    cdf_BV = _weights(logits_BV - top_B[:, None], config).cumsum_(-1)
+    target_B1 = torch.tensor(uniforms, dtype=torch.float64, device=cdf_BV.device)[:, None] * cdf_BV[:, -1:]
     return torch.searchsorted(cdf_BV, target_B1, right=True)[:, 0].to(logits_BV.device)
+
+
+def _weights(shifted_BV: Float[Tensor, "B V"], config: SamplingConfig) -> Float[Tensor, "B V"]:
+    """What each token's probability is proportional to, in float64. `shifted_BV` are logits less their largest: a tiny
+    temperature then sends the others to -inf, never the best to +inf.
+    """
+    scaled_BV = truncate(shifted_BV.div_(config.temperature), config)
+    device = "cpu" if scaled_BV.device.type == "mps" else scaled_BV.device   # MPS has no float64
+    return scaled_BV.exp().to(device).double()
+
+
+def probabilities(logits_BV: Float[Tensor, "B V"], config: SamplingConfig) -> Float[Tensor, "B V"]:
+    """The law that `pick` draws from at a temperature above 0, in float64."""
+    weights_BV = _weights(logits_BV - logits_BV.max(-1, keepdim=True).values, config)
+    return weights_BV / weights_BV.sum(-1, keepdim=True)
+
+
+def accept(p_V: Float[Tensor, "V"], q_V: Float[Tensor, "V"], guess: int, uniforms: tuple[float, float]) -> int:
+    """A draw from p, given a draw from q: the guess with probability min(1, p/q), else a draw from what p has more than
+    q (Leviathan et al. 2023, arXiv:2211.17192, algorithm 1).
+    """
+    if uniforms[0] * float(q_V[guess]) < float(p_V[guess]):
+        return guess
+    cdf_V = (p_V - q_V).clamp_(min=0).cumsum_(0)
+    if not float(cdf_V[-1]):        # p is q but for rounding
+        return guess
+    return int(torch.searchsorted(cdf_V, cdf_V[-1] * uniforms[1], right=True))
 
 
 def log_probabilities(logits_BV: Float[Tensor, "B V"], chosen_B: Int[Tensor, "B"], count: int,

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from dougong.core.errors import ConfigError
-from dougong.generate.drafts import NGrams
+from dougong.generate.draft_model import Drafted, DraftModel
+from dougong.generate.drafts import Ahead, Guess, NGrams
 from dougong.generate.engine import Engine, Finish, Token, sample_seed
 from dougong.generate.lanes import BLOCK, Lane, Reading, width_for
 from dougong.generate.prefixes import Prefixes
 from dougong.generate.request import Request, Row
-from dougong.generate.sampling import NOT_FINITE, Draws, SamplingConfig, log_probabilities, pick
+from dougong.generate.sampling import NOT_FINITE, Draws, SamplingConfig, accept, log_probabilities, pick, probabilities
 
 Choice = int | str
 """a chosen token, or why there is none"""
@@ -29,14 +30,18 @@ class Scheduler:
     `max_rows` write at a time. `cache_tokens` bounds the keys and values held, unused columns included (while a lane
     is being resized, up to half as much again may be allocated). `chunk` tokens of prompts are read per step at most,
     so a long prompt delays the others' next token by one chunk's time. `vocab_size`: ids from it on are never chosen.
+    Requests that `speculate` are guessed by `draft`, a smaller model of the same tokenizer, else by what repeats in
+    their text; at most `guessing` of them at a time, as each advances at its own pace, which many pay for.
     """
 
     def __init__(self, engine: Engine, *, max_rows: int = 16, cache_tokens: int = 16384, chunk: int = 256,
-                 vocab_size: int | None = None) -> None:
+                 vocab_size: int | None = None, draft: Engine | None = None, guessing: int = 4) -> None:
         if max_rows < 1 or chunk < 1 or cache_tokens < 2 * BLOCK:
             raise ConfigError(f"max_rows={max_rows}, chunk={chunk}, cache_tokens={cache_tokens}: at least one row and "
                               f"one token at a time, and a cache of at least {2 * BLOCK} tokens.")
         self.engine, self.max_rows, self.chunk, self.vocab_size = engine, max_rows, chunk, vocab_size
+        self.draft = None if draft is None else DraftModel(draft, engine, vocab_size)
+        self.guessing = guessing
         self.blocks = cache_tokens // BLOCK
         self.prefixes = Prefixes()
         self._used = 0
@@ -69,7 +74,10 @@ class Scheduler:
     def nbytes(self) -> int:
         """Bytes of keys and values held."""
         reading = [row.lane for row in self._reading if row.lane is not None]
-        return self.prefixes.nbytes + sum(lane.nbytes for lane in [*self._lanes.values(), *self._alone, *reading])
+        drafts = [row.drafts.lane for row in self._rows.values()
+                  if isinstance(row.drafts, Drafted) and row.drafts.lane is not None]
+        lanes = [*self._lanes.values(), *self._alone, *reading, *drafts]
+        return self.prefixes.nbytes + sum(lane.nbytes for lane in lanes)
 
     def add(self, request: Request) -> int:
         """Queues a request; returns its id, the `row` of its tokens. Raises ConfigError for what can never run."""
@@ -88,7 +96,7 @@ class Scheduler:
                               f"places of the cache, which has {self.blocks * BLOCK}. Ask for fewer tokens, or start "
                               "with a larger cache (cache_tokens).")
         row = Row(self._next_id, request, tokens, len(tokens), Draws(sample_seed(sampling.seed, request.sample)))
-        row.drafts = NGrams(request.speculate) if request.speculate else None
+        row.drafts = self._drafts(request)
         self._next_id += 1
         self._rows[row.id] = row
         self._waiting.append(row)
@@ -210,6 +218,8 @@ class Scheduler:
         else:
             self._leave(row)
         row.lane = None
+        if row.drafts is not None:
+            row.drafts.forget()
         self._used -= row.blocks
         row.blocks = 0
 
@@ -274,9 +284,11 @@ class Scheduler:
         return finished
 
     def _begin_writing(self, row: Row, lane: Lane) -> None:
-        if row.drafts is not None:
+        if row.drafts is not None and len(self._alone) < self.guessing:
             self._alone.append(lane)
-        elif lane.width in self._lanes:
+            return
+        row.drafts = None
+        if lane.width in self._lanes:
             row.lane = self._lanes[lane.width]
             row.lane.join(lane)
         else:
@@ -287,47 +299,56 @@ class Scheduler:
         context = self.engine.context
         return self.blocks * BLOCK if context is None else context - len(row.text) + 1
 
-    def _guesses(self) -> list[list[int]]:
-        """What each row of `_alone` guesses; empty where nobody guesses anything."""
-        guesses = []
-        for lane in self._alone:
-            row = lane.members[0]
-            sampling, written = row.request.sampling, len(row.tokens) - row.prompt_length
-            room = min(sampling.max_tokens - written - 1, self._places(row) - 1, lane.width - lane.end - 1)
-            assert row.drafts is not None
-            guesses.append(row.drafts.guess(row.tokens, room) if room > 0 else [])
-        room = min((min(self._places(lane.members[0]), lane.width - lane.end) for lane in self._alone), default=1) - 1
-        return [guess[:room] for guess in guesses] if any(guess[:room] for guess in guesses) else []
+    def _drafts(self, request: Request) -> Ahead | None:
+        if not request.speculate:
+            return None
+        return NGrams(request.speculate) if self.draft is None else Drafted(request)
 
-    def _write_guessed(self, guesses: list[list[int]]) -> list[Token]:
+    def _guesses(self) -> list[Guess]:
+        """What each row of `_alone` guesses; empty where nobody guesses anything."""
+        rows: list[Row] = [lane.members[0] for lane in self._alone]
+        shared = min((min(self._places(row), lane.width - lane.end) for row, lane in zip(rows, self._alone)), default=1)
+        rooms = [min(row.request.sampling.max_tokens - (len(row.tokens) - row.prompt_length), shared) - 1
+                 for row in rows]
+        if self.draft is not None:
+            guesses = self.draft.guess(rows, rooms)
+        else:
+            guesses = [Guess(row.drafts.guess(row.tokens, room)) if room > 0 and isinstance(row.drafts, NGrams)
+                       else Guess() for row, room in zip(rows, rooms)]
+        return guesses if any(guess.tokens for guess in guesses) else []
+
+    def _write_guessed(self, guesses: list[Guess]) -> list[Token]:
         """One forward over the newest token and the guess of each row of `_alone`; keeps the guess as far as it is what
         is chosen, and the choice after it.
         """
-        lanes, width = self._alone[:], max(map(len, guesses))
-        tokens_BT = torch.tensor([[lane.members[0].tokens[-1], *guess, *[0] * (width - len(guess))]
+        lanes, width = self._alone[:], max(len(guess.tokens) for guess in guesses)
+        tokens_BT = torch.tensor([[lane.members[0].tokens[-1], *guess.tokens, *[0] * (width - len(guess.tokens))]
                                   for lane, guess in zip(lanes, guesses)])
         logits_BTV = self.engine.read_each(tokens_BT, Reading(lanes, self.engine.runtime.device))
         written: list[Token] = []
         for lane, guess, logits_TV in zip(lanes, guesses, logits_BTV):
-            row, right = lane.members[0], 0
-            for t in range(len(guess) + 1):
+            row, right, size = lane.members[0], 0, len(guess.tokens)
+            for t in range(size + 1):
                 lane.advance(t + 1 - (width + 1) if t == 0 else 1)    # holds what is known to be the text
-                written += self._choose_and_write([row], logits_TV[t:t + 1])
+                drawn = (guess.tokens[t], guess.laws[t]) if t < len(guess.laws) else None
+                written += self._choose_and_write([row], logits_TV[t:t + 1], drawn)
                 if row.id not in self._rows or row.lane is not lane:
                     break
-                if t == len(guess) or row.tokens[-1] != guess[t]:
+                if t == size or row.tokens[-1] != guess.tokens[t]:
                     break
                 right += 1
-            if guess and row.drafts is not None:
-                row.drafts.learn(len(guess), right)
+            if size and row.drafts is not None:
+                row.drafts.learn(size, right)
         return written
 
     # Choosing.
 
-    def _choose_and_write(self, rows: Sequence[Row], logits_NV: Tensor) -> list[Token]:
-        """The next token of each row, and what becomes of the row."""
+    def _choose_and_write(self, rows: Sequence[Row], logits_NV: Tensor, drawn: tuple[int, Tensor] | None = None,
+                          ) -> list[Token]:
+        """The next token of each row, and what becomes of the row. `drawn`: what a draft drew for the one row, and
+        from which law."""
         logits_NV = logits_NV[:, :self.vocab_size].float()
-        choices = self._choose(rows, logits_NV)
+        choices = self._choose(rows, logits_NV, drawn)
         tokens = []
         for n, (row, choice) in enumerate(zip(rows, choices)):
             if isinstance(choice, int):
@@ -339,7 +360,7 @@ class Scheduler:
                 self._end(row, keep=token.finish != "error")
         return tokens
 
-    def _choose(self, rows: Sequence[Row], logits_NV: Tensor) -> list[Choice]:
+    def _choose(self, rows: Sequence[Row], logits_NV: Tensor, drawn: tuple[int, Tensor] | None) -> list[Choice]:
         """Rows of one kind of sampling are chosen in one go; every operation treats its rows one by one."""
         top_N, best_N = logits_NV.max(-1)
         choices: list[Choice] = list(best_N.tolist())
@@ -363,6 +384,11 @@ class Scheduler:
             sampling: SamplingConfig = rows[members[0]].request.sampling
             whole = not changed and len(members) == len(rows)
             x_NV = logits_NV if whole else torch.cat([changed.get(n, logits_NV[n:n + 1]) for n in members])
+            if drawn is not None:
+                draws = rows[members[0]].draws
+                choices[members[0]] = accept(probabilities(x_NV, sampling)[0], drawn[1], drawn[0],
+                                             (draws.next(), draws.next()))
+                continue
             uniforms = [rows[n].draws.next() for n in members] if sampling.temperature else None
             for n, id in zip(members, pick(x_NV, sampling, uniforms).tolist()):
                 choices[n] = id
@@ -381,7 +407,7 @@ class Scheduler:
         finish = self._finish(row)
         if finish is None and self._places(row) < 1:       # the context slides
             row.window = len(row.tokens) - ((self.engine.context or 0) + 1) // 2
-            row.drafts = NGrams(row.request.speculate) if row.drafts else None
+            row.drafts = self._drafts(row.request) if row.drafts else None
             self._send_back(row)
         return Token(row.id, id, finish, *told)
 

@@ -1,17 +1,21 @@
 """Text in, text out: prompts are encoded, tokens become text as they come, stop strings cut exactly."""
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 from torch import nn
 
-from dougong.core.errors import ConfigError
-from dougong.generate.engine import Engine, Token
+from dougong.core.errors import CheckpointError, ConfigError
+from dougong.generate.engine import Decoding, Engine, Token
+from dougong.generate.lanes import BLOCK, width_for
+from dougong.generate.request import Request
 from dougong.generate.sampling import SamplingConfig
+from dougong.generate.scheduler import Scheduler
 from dougong.runtime.device import Runtime
 
+AHEAD = 4                 # tokens that a draft model guesses at most, unless told otherwise
 _LEFT_CONTEXT = 4         # tokens of the prompt decoded before the first new one
 _UNFINISHED = "\ufffd"    # what `decode` writes for bytes that are no character, or not yet
 
@@ -54,16 +58,22 @@ class Generation:
 
 def generate(model: nn.Module | Engine, tokenizer: TextCodec, prompts: Sequence[str],
              config: SamplingConfig | None = None, *, runtime: Runtime | None = None,
-             stream: Callable[[int, str], None] | None = None, rows: int = 16) -> list[Generation]:
+             stream: Callable[[int, str], None] | None = None, rows: int = 16, draft: Engine | None = None,
+             speculate: int | None = None) -> list[Generation]:
     """Continues each prompt `config.n` times; returns the continuations prompt by prompt.
 
     Every prompt begins with the tokenizer's document_id (where it has one), as every training document does,
     so the empty prompt asks for a new document. At most `rows` continuations are decoded at a time, prompts
     of similar length together; neither changes a text. `stream(index, piece)` receives the pieces of text of
     result `index` as they become certain: whole characters, and nothing that may yet turn out to be a stop
-    string. Raises ConfigError for what cannot be continued.
+    string. `speculate` tokens are guessed ahead at most, by `draft` (a smaller model of the same tokenizer), else by
+    what repeats: faster for few texts at a time, and the text keeps its distribution (`generate.request.Request`).
+    Raises ConfigError for what cannot be continued.
     """
     config = config or SamplingConfig()
+    speculate = (0 if draft is None else AHEAD) if speculate is None else speculate
+    if draft is not None and speculate < 1:
+        raise ConfigError("a draft has no effect with speculate=0. Leave the draft out, or guess at least one token.")
     if rows < 1:
         raise ConfigError(f"rows={rows}: at least one row is decoded at a time.")
     engine = model if isinstance(model, Engine) else Engine(model, runtime or Runtime())
@@ -73,8 +83,9 @@ def generate(model: nn.Module | Engine, tokenizer: TextCodec, prompts: Sequence[
     by_length = sorted(range(len(results)), key=lambda i: (-results[i].prompt_tokens, i))
     for begin in range(0, len(by_length), rows):
         group = by_length[begin:begin + rows]
-        _generate_group(engine, tokenizer, [encoded[i // config.n] for i in group],
-                        [results[i] for i in group], config,
+        held, prompts_ids = [results[i] for i in group], [encoded[i // config.n] for i in group]
+        decoding = _decoding(engine, tokenizer, prompts_ids, held, config, draft, speculate)
+        _generate_group(decoding, tokenizer, prompts_ids, held, config,
                         lambda row, piece, group=group: stream and stream(group[row], piece))
     return results
 
@@ -90,17 +101,49 @@ def _encode(tokenizer: TextCodec, prompt: str) -> list[int]:
     return ids
 
 
-def _generate_group(engine: Engine, tokenizer: TextCodec, prompts: list[list[int]], results: list[Generation],
-                    config: SamplingConfig, emit: Callable[[int, str], object]) -> None:
+def _decoding(engine: Engine, tokenizer: TextCodec, prompts: list[list[int]], results: list[Generation],
+              config: SamplingConfig, draft: Engine | None, speculate: int) -> "Decoding | Speculation":
+    stop_ids = frozenset(() if tokenizer.document_id is None else (tokenizer.document_id,))
+    samples = [result.sample for result in results]
+    if not speculate:
+        return engine.start(prompts, config, stop_ids=stop_ids, vocab_size=tokenizer.vocab_size, samples=samples)
+    scheduler = Scheduler(engine, max_rows=len(prompts), vocab_size=tokenizer.vocab_size, draft=draft,
+                          cache_tokens=sum(width_for(len(ids) + config.max_tokens) for ids in prompts) + 4 * BLOCK)
+    return Speculation(scheduler, [Request(ids, config, stop_ids=stop_ids, sample=sample, speculate=speculate)
+                                   for ids, sample in zip(prompts, samples)])
+
+
+class Speculation:
+    """A batch written with guesses: what `Decoding` is without them."""
+
+    def __init__(self, scheduler: Scheduler, requests: Sequence[Request]) -> None:
+        self._scheduler = scheduler
+        self._rows = {scheduler.add(request): index for index, request in enumerate(requests)}
+
+    def __iter__(self) -> Iterator[list[Token]]:
+        while self._scheduler.running or self._scheduler.waiting:
+            step = []
+            for token in self._scheduler.step():
+                if token.finish == "error":
+                    raise CheckpointError(token.error or "")
+                step.append(replace(token, row=self._rows[token.row]))
+            yield step
+
+    def stop(self, row: int) -> None:
+        """Ends a row from outside; harmless where it has ended already."""
+        self._scheduler.cancel(next(id for id, held in self._rows.items() if held == row))
+
+
+def _generate_group(decoding: "Decoding | Speculation", tokenizer: TextCodec, prompts: list[list[int]],
+                    results: list[Generation], config: SamplingConfig, emit: Callable[[int, str], object]) -> None:
     """Decodes one batch to its end, filling `results`."""
     begin = time.perf_counter()
     writers = [_Writer(result, tokenizer, prompt, config.stop) for result, prompt in zip(results, prompts)]
-    stop_ids = () if tokenizer.document_id is None else (tokenizer.document_id,)
-    decoding = engine.start(prompts, config, stop_ids=stop_ids, vocab_size=tokenizer.vocab_size,
-                            samples=[result.sample for result in results])
     for step in decoding:
         for token in step:
             writer = writers[token.row]
+            if writer.result.finish_reason:      # a guess behind a stop string
+                continue
             if piece := writer.write(token):
                 emit(token.row, piece)
             if writer.result.finish_reason:
@@ -177,14 +220,15 @@ class StopStrings:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._held = ""
+        self.rest = ""   # what came behind the stop string that was found
 
     def push(self, text: str) -> tuple[str, str | None]:
         """Adds text; returns what is now certain, and the stop string if one is complete."""
         held = self._held + text
         found = [(at + len(stop), at, stop) for stop in self._stops if (at := held.find(stop)) >= 0]
         if found:
-            _, at, stop = min(found)
-            self._held = ""
+            end, at, stop = min(found)
+            self._held, self.rest = "", held[end:]
             return held[:at], stop
         keep = max((size for stop in self._stops for size in range(1, len(stop))
                     if held.endswith(stop[:size])), default=0)

@@ -75,14 +75,27 @@ class OpenRun:
         return str(own if own.is_dir() else self.directory.path)
 
     def generate(self, prompts: list[str], sampling: Any = None, *,
-                 stream: Callable[[int, str], None] | None = None) -> list:
-        """Continues each prompt; `sampling` is a `dougong.generate.SamplingConfig`."""
+                 stream: Callable[[int, str], None] | None = None, draft: "OpenRun | None" = None,
+                 speculate: int | None = None) -> list:
+        """Continues each prompt; `sampling` is a `dougong.generate.SamplingConfig`. `draft` guesses ahead."""
         from dougong.generate import generate
 
         if self.tokenizer is None:
             raise ConfigError(f"{self.directory.path} holds no language model (model.kind={self.recipe.model.kind}), "
                               "so it cannot write.")
-        return generate(self.model, self.tokenizer, prompts, sampling, runtime=self.runtime, stream=stream)
+        return generate(self.model, self.tokenizer, prompts, sampling, runtime=self.runtime, stream=stream,
+                        draft=None if draft is None else draft.drafting_for(self), speculate=speculate)
+
+    def drafting_for(self, other: "OpenRun") -> Any:
+        """This run as an engine that guesses for another. Raises ConfigError where their tokenizers differ."""
+        from dougong.generate import Engine
+
+        own, its = (None if run.tokenizer is None else run.tokenizer.fingerprint for run in (self, other))
+        if own is None or own != its:
+            raise ConfigError(f"{self.directory.path} cannot draft for {other.directory.path}: their tokenizers differ "
+                              f"({'none' if own is None else own[:12]}, {'none' if its is None else its[:12]}). Train "
+                              f"the draft with the other's: tokenizer=file tokenizer.path={other.tokenizer_path}")
+        return Engine(self.model, self.runtime)
 
 
 def open_run(path: Path | str, *, checkpoint: str = "best", merge: bool = True) -> OpenRun:

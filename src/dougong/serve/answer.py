@@ -8,13 +8,17 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
+from dougong.generate.grammar import Grammar
 from dougong.serve.bodies import ChatBody, CompletionBody, Writing
+from dougong.serve.calls import CallReader, SpelledOut
 from dougong.serve.errors import ApiError
 from dougong.serve.keys import Client
 from dougong.serve.metrics import Metrics
 from dougong.serve.model import ServedModel
 from dougong.serve.replies import ChatReply, Reply, TextReply
 from dougong.serve.settings import ServeConfig
+from dougong.serve.tool_bodies import NamedTool, Tool
+from dougong.serve.tools import grammar_of
 from dougong.serve.writing import Piece, Told, Writer
 
 _COMPLETION_TOKENS = 16   # OpenAI's default for completions
@@ -41,6 +45,7 @@ class Answer:
             raise ApiError(400, "stream_options has no effect without stream.", param="stream_options",
                            code="invalid_value")
         most = self._most_tokens()
+        self._tools, self._free = self._callable()
         prompts = await self._prompts()
         if len(prompts) * body.n > self.config.choices:
             raise ApiError(400, f"{len(prompts)} prompts with n={body.n} are {len(prompts) * body.n} texts; this "
@@ -52,11 +57,17 @@ class Answer:
         stop_ids = self._stop_ids()
         chat = isinstance(body, ChatBody)
         own_end = sorted(model.template.stop_ids) if chat else []
-        grammar = await model.structured.compile(body.response_format,
-                                                 own_end[0] if own_end else model.tokenizer.document_id)
-        self.constrained = grammar is not None
+        if self._tools:
+            grammar = await self._calls_grammar(own_end[0])
+        else:
+            grammar = await model.structured.compile(body.response_format,
+                                                     own_end[0] if own_end else model.tokenizer.document_id)
+        self.constrained = "" if grammar is None else "tools" if self._tools else "response_format"
         stops = [*body.stops, *(model.template.stops if chat and grammar is None else ())]
-        self.prompt_tokens, self.requests, self.writers = 0, [], []
+        codec = SpelledOut(model.tokenizer) if self._tools else model.tokenizer
+        if self._tools:
+            stops = []      # a call's reader looks for them in the text before the calls
+        self.prompt_tokens, self.requests, self.writers, self.readers = 0, [], [], []
         for ids in prompts:
             prompt, tokens = model.fit(ids, body, most)
             sampling = model.sampling(body, max_tokens=tokens, seed=self.seed, logprobs=self.logprobs)
@@ -64,8 +75,10 @@ class Answer:
             for sample in range(body.n):
                 self.requests.append(model.request(prompt, sampling, sample=sample, stop_ids=stop_ids,
                                                    grammar=grammar))
-                self.writers.append(Writer(model.tokenizer, prompt, stops, hidden=stop_ids,
+                self.writers.append(Writer(codec, prompt, stops, hidden=stop_ids,
                                            strip=chat and not model.template.own))
+                self.readers.append(CallReader(model.calls("tools"), free=self._free, stops=tuple(body.stops))
+                                    if self._tools else None)
 
     async def whole(self) -> dict[str, Any]:
         """The finished reply."""
@@ -74,8 +87,11 @@ class Answer:
             async for index, piece in pieces:
                 told[index] += piece.tokens
         self._log()
-        choices = [(writer.text, told[i], writer.finish or "time") for i, writer in enumerate(self.writers)]
-        return {**self.reply.whole(choices), **self._counts()}
+        texts = [writer.text if reader is None else reader.content
+                 for writer, reader in zip(self.writers, self.readers)]
+        choices = [(text, told[i], self.writers[i].finish or "time") for i, text in enumerate(texts)]
+        calls = [[] if reader is None else reader.calls for reader in self.readers]
+        return {**self.reply.whole(choices, calls), **self._counts()}
 
     async def begun(self) -> AsyncGenerator[tuple[int, Piece], None]:
         """The pieces, the first already waited for: what is refused is refused before a status is sent."""
@@ -95,16 +111,20 @@ class Answer:
                 for index in range(len(self.writers)):
                     yield reply.opening(index)
             if self._first is not None:
-                yield reply.chunk(*self._first)
+                yield self._chunk(*self._first)
             async for index, piece in pieces:
-                if piece.text or piece.finish or (piece.tokens and self.logprobs is not None):
-                    yield reply.chunk(index, piece)
+                if piece.text or piece.calls or piece.finish or (piece.tokens and self.logprobs is not None):
+                    yield self._chunk(index, piece)
         except ApiError as error:
             yield error.body()
             return
         self._log()
         if self.body.stream_options is not None and self.body.stream_options.include_usage:
             yield {**reply.envelope(reply.chunk_kind, []), **self._counts()}
+
+    def _chunk(self, index: int, piece: Piece) -> dict[str, Any]:
+        reader = self.readers[index]
+        return self.reply.chunk(index, piece, reader is not None and bool(reader.calls))
 
     async def _pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
         """What becomes certain, as (choice, piece). Closing it stops the engine's work on it."""
@@ -128,7 +148,7 @@ class Answer:
                             raise self._failure(token.error or "")
                         writer = self.writers[index]
                         if writer.finish is None:
-                            piece = writer.write(token)
+                            piece = self._read_calls(index, writer.write(token))
                             if piece.stop is not None:
                                 reader.stop(index)
                             yield index, piece
@@ -143,7 +163,8 @@ class Answer:
     def _failure(self, said: str) -> ApiError:
         """A constraint that breaks on the way (a pattern that explodes) is its sender's; all else is the model's."""
         if self.constrained and "structured text" in said:
-            return ApiError(400, f"response_format: {said}.", param="response_format", code="invalid_response_format")
+            return ApiError(400, f"{self.constrained}: {said}.", param=self.constrained,
+                            code=f"invalid_{self.constrained}")
         return ApiError(500, f"the model could not go on: {said}.", code="model_error")
 
     def _out_of_time(self) -> list[tuple[int, Piece]]:
@@ -151,7 +172,49 @@ class Answer:
             raise ApiError(408, f"no token could be written within {self.config.request_seconds:g} s.",
                            code="request_timeout", retry_after=self.model.runner.wait_seconds())
         self.ended_by_time = True
-        return [(i, writer.close("time")) for i, writer in enumerate(self.writers) if writer.finish is None]
+        return [(i, self._read_calls(i, writer.close("time"))) for i, writer in enumerate(self.writers)
+                if writer.finish is None]
+
+    def _read_calls(self, index: int, piece: Piece) -> Piece:
+        """The piece with its calls told apart from its text, where there may be some."""
+        if (reader := self.readers[index]) is not None:
+            reader.read(piece)
+            self.writers[index].finish = piece.finish
+        return piece
+
+    def _callable(self) -> tuple[list[Tool], bool]:
+        """The tools that the reply may call, and whether it may also be text. Raises ApiError for what does not fit."""
+        body = self.body
+        choice = getattr(body, "tool_choice", None)
+        tools: list[Tool] = getattr(body, "tools", [])
+        if not tools:
+            if choice not in (None, "none", "auto"):
+                raise ApiError(400, "tool_choice asks for a call, but there are no tools.", param="tool_choice",
+                               code="invalid_value")
+            return [], True
+        names = [tool.function.name for tool in tools]
+        if len(set(names)) < len(names):
+            raise ApiError(400, "two tools have the same name.", param="tools", code="invalid_value")
+        if choice == "none":
+            return [], True
+        self.model.calls("tools")
+        if body.response_format is not None and body.response_format.type != "text":
+            raise ApiError(400, "a reply is either held to response_format or may call tools. Leave one out, or send "
+                           "\"tool_choice\": \"none\".", param="response_format", code="invalid_value")
+        if isinstance(choice, NamedTool):
+            if choice.function.name not in names:
+                raise ApiError(400, f"tool_choice names {choice.function.name!r}; the tools are {', '.join(names)}."
+                               [:500], param="tool_choice", code="invalid_value")
+            tools = [tool for tool in tools if tool.function.name == choice.function.name]
+        return tools, choice in (None, "auto")
+
+    async def _calls_grammar(self, stop_id: int) -> Grammar:
+        assert isinstance(self.body, ChatBody)
+        functions = [tool.function.model_dump() for tool in self._tools]
+        several = self.body.parallel_tool_calls and not isinstance(self.body.tool_choice, NamedTool)
+        spelling, template = self.model.calls("tools"), self.model.template
+        return await self.model.structured.lark(
+            lambda: grammar_of(spelling, template, functions, free=self._free, several=several), stop_id, "tools")
 
     def _most_tokens(self) -> int:
         body, limit = self.body, self.config.max_tokens
@@ -171,7 +234,8 @@ class Answer:
     async def _prompts(self) -> list[list[int]]:
         body, model = self.body, self.model
         if isinstance(body, ChatBody):
-            return [await model.encode_chat([message.plain() for message in body.messages])]
+            tools = [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in self._tools]
+            return [await model.encode_chat(body.messages, tools)]
         held: list[Any] = body.prompt if isinstance(body.prompt, list) else [body.prompt]
         if isinstance(held[0], int):
             held = [held]

@@ -141,7 +141,7 @@ def _add_ids(app: FastAPI, config: ServeConfig, models: dict[str, ServedModel]) 
             raise ApiError(400, "send either input (a text) or messages (a conversation).", param="input",
                            code="invalid_value")
         if body.messages is not None:
-            ids = await model.encode_chat([message.plain() for message in body.messages])
+            ids = await model.encode_chat(body.messages)
         else:
             ids = await model.plain_ids(body.input or "")
         return {"object": "tokens", "model": model.name, "count": len(ids), "tokens": ids,

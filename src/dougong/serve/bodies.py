@@ -2,21 +2,19 @@
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
 from dougong.serve.errors import ApiError, of_validation
+from dougong.serve.tool_bodies import NamedTool, Tool, ToolCall
 
 _LARGEST = 2**63 - 1
 _TokenId = Annotated[int, Field(ge=0, le=_LARGEST)]
 _Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "tools": (([],), "this server constrains no tool calls yet"),
-    "tool_choice": (("none", "auto"), "this server constrains no tool calls yet"),
-    "functions": (([],), "this server constrains no tool calls yet"),
-    "function_call": (("none", "auto"), "this server constrains no tool calls yet"),
-    "parallel_tool_calls": ((True, False), "this server constrains no tool calls yet"),
+    "functions": (([],), "it is the older name of tools"),
+    "function_call": (("none", "auto"), "it is the older name of tool_choice"),
     "best_of": ((1,), "ask for n choices with logprobs and choose yourself"),
     "echo": ((False,), "the prompt is not repeated; POST /v1/tokenize gives its tokens"),
     "suffix": (("",), "these models write forwards only"),
@@ -112,13 +110,31 @@ class TextPart(BaseModel):
 class Message(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    """may be left out where there are tool_calls"""
+    tool_calls: list[ToolCall] | None = Field(default=None, min_length=1, max_length=128)
+    """of an assistant's turn: what it called"""
+    tool_call_id: str | None = Field(default=None, max_length=256)
+    """of a tool's turn: the call that it answers"""
 
-    def plain(self) -> dict[str, str]:
-        """As templates read it: text parts joined, `developer` by its older name."""
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+    @model_validator(mode="after")
+    def _fits_its_role(self) -> "Message":
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise ValueError("a tool's message, and no other, names a tool_call_id")
+        if self.tool_calls is not None and self.role != "assistant":
+            raise ValueError("only an assistant's message has tool_calls")
+        if self.content is None and self.tool_calls is None:
+            raise ValueError("a message needs content")
+        return self
+
+    def plain(self, *, as_text: bool = False) -> dict[str, Any]:
+        """As templates read it: text parts joined, `developer` by its older name; arguments `as_text` or objects."""
+        content = self.content or ""
+        told = {"role": "system" if self.role == "developer" else self.role,
+                "content": content if isinstance(content, str) else "".join(part.text for part in content)}
+        calls = {} if self.tool_calls is None else {"tool_calls": [call.plain(as_text) for call in self.tool_calls]}
+        return {**told, **calls, **({} if self.tool_call_id is None else {"tool_call_id": self.tool_call_id})}
 
 
 class ChatBody(Writing):
@@ -128,6 +144,11 @@ class ChatBody(Writing):
     max_completion_tokens: int | None = Field(default=None, ge=1, le=_LARGEST)
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    tools: list[Tool] = Field(default=[], max_length=128)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    """which calls a reply makes: none, those it likes (the default where there are tools), at least one, or this"""
+    parallel_tool_calls: bool = True
+    """whether a reply may make several calls"""
 
 
 class TokenizeBody(Body):

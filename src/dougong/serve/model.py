@@ -15,12 +15,14 @@ from dougong.generate import Engine, SamplingConfig
 from dougong.generate.grammar import Grammar
 from dougong.generate.request import Request
 from dougong.generate.scheduler import Scheduler
-from dougong.serve.bodies import Writing
+from dougong.generate.text import AHEAD
+from dougong.serve.bodies import Message, Writing
 from dougong.serve.errors import ApiError
 from dougong.serve.metrics import Metrics
 from dougong.serve.runner import Runner
 from dougong.serve.settings import ServeConfig
 from dougong.serve.structured import Structured
+from dougong.serve.tools import Spelling, spelling_of
 
 _LONG_TEXT = 20_000        # characters; longer ones are encoded beside the event loop
 _DEFAULT_CONTEXT = 4096    # for a model that names none
@@ -31,23 +33,30 @@ class ServedModel:
     """One model under one name. `facts` are what /v1/models adds about it."""
 
     def __init__(self, name: str, engine: Engine, tokenizer: Any, config: ServeConfig, *,
-                 facts: dict[str, Any] | None = None, fingerprint: str = "", template: str | None = None) -> None:
+                 facts: dict[str, Any] | None = None, fingerprint: str = "", template: str | None = None,
+                 draft: Engine | None = None) -> None:
         self.name, self.engine, self.tokenizer, self.config = name, engine, tokenizer, config
         self.created = int(time.time())
         self.context = engine.context or _DEFAULT_CONTEXT
         self.template = ChatTemplate(tokenizer, template)
+        self.spelling: Spelling | str = _spelling(self.template)
         self.structured = Structured(tokenizer)
         self.fingerprint = fingerprint
         self.facts = facts or {}
+        self.speculate = (0 if draft is None else AHEAD) if config.speculate is None else config.speculate
+        if draft is not None and not self.speculate:
+            raise ConfigError("--draft has no effect with --speculate 0. Leave one of them out.")
         least = -(-self.context // 64) * 64 + 128
         self._scheduler = Scheduler(engine, max_rows=config.rows, chunk=_CHUNK, vocab_size=tokenizer.vocab_size,
-                                    cache_tokens=max(config.cache_tokens or config.rows * least, 2 * least))
+                                    cache_tokens=max(config.cache_tokens or config.rows * least, 2 * least),
+                                    draft=draft)
         self._names = {id: name for name, id in tokenizer.special_tokens.items()}
 
     @classmethod
     def open(cls, path: Path, config: ServeConfig, *, checkpoint: str = "best", name: str | None = None,
-             ) -> "ServedModel":
-        """Loads a run. Raises ConfigError or CheckpointError where it holds nothing that writes."""
+             draft: Path | None = None) -> "ServedModel":
+        """Loads a run, and the smaller run `draft` that guesses for it. Raises ConfigError or CheckpointError where it
+        holds nothing that writes."""
         from dougong.recipes.open_run import open_run
 
         opened = open_run(path, checkpoint=checkpoint)
@@ -61,8 +70,9 @@ class ServedModel:
         parameters = sum(parameter.numel() for parameter in opened.model.parameters())
         facts = {"family": opened.recipe.model.kind, "parameters": parameters, "step": opened.step}
         fingerprint = f"{opened.weights}-{opened.step}-{opened.tokenizer.fingerprint[:12]}"
+        guesses = None if draft is None else open_run(draft).drafting_for(opened)
         return cls(name or opened.directory.path.resolve().name, Engine(opened.model, opened.runtime),
-                   opened.tokenizer, config, facts=facts, fingerprint=fingerprint)
+                   opened.tokenizer, config, facts=facts, fingerprint=fingerprint, draft=guesses)
 
     def start(self, metrics: Metrics) -> None:
         """Begins the model's thread, in the running event loop."""
@@ -80,7 +90,7 @@ class ServedModel:
         return {"id": self.name, "object": "model", "created": self.created, "owned_by": "dougong", "dougong": {
             "context": self.context, "vocab_size": self.tokenizer.vocab_size, **self.facts,
             "chat_template": "its own" if self.template.own else "plain (a base model: not trained on conversations)",
-            "mode": "chat" if self.template.own else "continue"}}
+            "tools": isinstance(self.spelling, Spelling), "mode": "chat" if self.template.own else "continue"}}
 
     # ---- text and ids
 
@@ -98,12 +108,32 @@ class ServedModel:
             return (await asyncio.to_thread(self.tokenizer.encode, text)).tolist()
         return self.tokenizer.encode(text).tolist()
 
-    async def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        ids = await asyncio.to_thread(self.template.encode, messages)
+    async def encode_chat(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
+        """A conversation as the model reads it. Raises ApiError for calls that the template cannot spell."""
+        called, told = {}, []
+        for message in messages:
+            if message.role == "tool" or message.tool_calls:
+                self.calls("messages")
+            for call in message.tool_calls or []:
+                called[call.id] = call.function.name
+            plain = message.plain(as_text=isinstance(self.spelling, Spelling) and self.spelling.as_text)
+            if message.role == "tool":
+                if message.tool_call_id not in called:
+                    raise ApiError(400, f"a tool answers the call {message.tool_call_id!r}, which no earlier message "
+                                   "made.", param="messages", code="invalid_value")
+                plain["name"] = called[message.tool_call_id]
+            told.append(plain)
+        ids = await asyncio.to_thread(lambda: self.template.encode(told, tools=list(tools) or None))
         if not ids:
             raise ApiError(400, "the template makes no token of this conversation.", param="messages",
                            code="empty_prompt")
         return ids
+
+    def calls(self, param: str) -> Spelling:
+        """How the template spells tool calls. Raises ApiError where it cannot, for what the request asked."""
+        if isinstance(self.spelling, Spelling):
+            return self.spelling
+        raise ApiError(400, self.spelling, param=param, code="unsupported_by_model")
 
     @property
     def begin_id(self) -> int | None:
@@ -120,7 +150,7 @@ class ServedModel:
     def request(self, prompt: Sequence[int], sampling: SamplingConfig, *, sample: int, stop_ids: frozenset[int],
                 grammar: Grammar | None = None) -> Request:
         """A request of the engine; each has a grammar of its own, which follows its text."""
-        return Request(prompt, sampling, stop_ids=stop_ids, sample=sample,
+        return Request(prompt, sampling, stop_ids=stop_ids, sample=sample, speculate=self.speculate,
                        constraint=None if grammar is None else grammar.copy())
 
     def fit(self, prompt: Sequence[int], body: Writing, most: int) -> tuple[list[int], int]:
@@ -161,3 +191,11 @@ class ServedModel:
         if not bool(hidden_D.isfinite().all()):
             raise CheckpointError("the model's hidden states are not finite. Its training probably diverged.")
         return (hidden_D / hidden_D.norm().clamp(min=1e-12)).tolist()
+
+
+def _spelling(template: ChatTemplate) -> Spelling | str:
+    """How it spells tool calls, or why it cannot."""
+    try:
+        return spelling_of(template)
+    except ConfigError as error:
+        return str(error)

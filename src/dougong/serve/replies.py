@@ -4,6 +4,7 @@ import secrets
 import time
 from typing import Any
 
+from dougong.serve.calls import Call
 from dougong.serve.model import ServedModel
 from dougong.serve.writing import Piece, Told
 
@@ -23,22 +24,24 @@ class Reply:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model.name,
                 "system_fingerprint": self.model.fingerprint, "seed": self.seed, "choices": choices}
 
-    def whole(self, choices: list[tuple[str, list[Told], str]]) -> dict[str, Any]:
-        """All choices as (text, tokens, finish)."""
+    def whole(self, choices: list[tuple[str, list[Told], str]], calls: list[list[Call]]) -> dict[str, Any]:
+        """All choices as (text, tokens, finish); `calls` are those of each choice."""
         return self.envelope(self.whole_kind, [
-            {"index": index, "finish_reason": FINISH[finish], **self.content(text), "logprobs": self.tell(tokens)}
-            for index, (text, tokens, finish) in enumerate(choices)])
+            {"index": index, "finish_reason": _finish(finish, bool(called)), **self.content(text, called),
+             "logprobs": self.tell(tokens)}
+            for index, ((text, tokens, finish), called) in enumerate(zip(choices, calls))])
 
-    def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
+    def chunk(self, index: int, piece: Piece, called: bool = False) -> dict[str, Any]:
+        """What became certain of one choice; `called`: it has made a call by now."""
         told = self.tell(piece.tokens) if piece.tokens or self.logprobs is None else None
         return self.envelope(self.chunk_kind, [{
-            "index": index, "finish_reason": FINISH[piece.finish] if piece.finish else None,
-            **self.delta(piece.text), "logprobs": told}])
+            "index": index, "finish_reason": _finish(piece.finish, called) if piece.finish else None,
+            **self.delta(piece), "logprobs": told}])
 
-    def content(self, text: str) -> dict[str, Any]:
+    def content(self, text: str, calls: list[Call]) -> dict[str, Any]:
         raise NotImplementedError
 
-    def delta(self, text: str) -> dict[str, Any]:
+    def delta(self, piece: Piece) -> dict[str, Any]:
         raise NotImplementedError
 
     def tell(self, tokens: list[Told]) -> dict[str, Any] | None:
@@ -48,11 +51,14 @@ class Reply:
 class ChatReply(Reply):
     prefix, whole_kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def content(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+    def content(self, text: str, calls: list[Call]) -> dict[str, Any]:
+        called = {"tool_calls": [call.told() for call in calls]} if calls else {}
+        return {"message": {"role": "assistant", "content": text or (None if calls else ""), "refusal": None,
+                            **called}}
 
-    def delta(self, text: str) -> dict[str, Any]:
-        return {"delta": {"content": text} if text else {}}
+    def delta(self, piece: Piece) -> dict[str, Any]:
+        return {"delta": {**({"content": piece.text} if piece.text else {}),
+                          **({"tool_calls": piece.calls} if piece.calls else {})}}
 
     def opening(self, index: int) -> dict[str, Any]:
         return self.envelope(self.chunk_kind, [{"index": index, "finish_reason": None, "logprobs": None,
@@ -73,10 +79,11 @@ class ChatReply(Reply):
 class TextReply(Reply):
     prefix, whole_kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
-    def content(self, text: str) -> dict[str, Any]:
+    def content(self, text: str, calls: list[Call]) -> dict[str, Any]:
         return {"text": text}
 
-    delta = content
+    def delta(self, piece: Piece) -> dict[str, Any]:
+        return {"text": piece.text}
 
     def tell(self, tokens: list[Told]) -> dict[str, Any] | None:
         if self.logprobs is None:
@@ -92,6 +99,10 @@ class TextReply(Reply):
         for id, logprob in told.alternatives[:self.logprobs]:
             rivals.setdefault(self.model.spell(id)[0], _number(logprob))
         return rivals
+
+
+def _finish(finish: str, called: bool) -> str:
+    return "tool_calls" if called and finish == "stop" else FINISH[finish]
 
 
 def _number(logprob: float | None) -> float:

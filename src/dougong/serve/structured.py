@@ -32,15 +32,11 @@ class Structured:
             return None
         if stop_id is None:
             raise _wrong("this model has no token that ends a text, so none can be held to a form")
-        try:
-            async with asyncio.timeout(_SECONDS):
-                return await asyncio.to_thread(self._compile, form, stop_id)
-        except TimeoutError:
-            raise _wrong(f"the constraint could not be compiled within {_SECONDS:g} s") from None
-        except MissingExtraError as error:
-            raise _wrong(str(error)) from None
-        except ConfigError as error:
-            raise _wrong(str(error)) from None
+        return await _beside(lambda: self._compile(form, stop_id), "response_format")
+
+    async def lark(self, grammar: Callable[[], str], stop_id: int, param: str) -> Grammar:
+        """A grammar that the server writes itself, for a request's `param`. Raises as `compile`."""
+        return await _beside(lambda: self._of(stop_id).lark(grammar()), param)
 
     def _compile(self, form: ResponseFormat, stop_id: int) -> Grammar:
         grammars = self._of(stop_id)
@@ -59,6 +55,17 @@ class Structured:
         return self._grammars[stop_id]
 
 
+async def _beside(compile: Callable[[], Grammar], param: str) -> Grammar:
+    """Compiled in a thread."""
+    try:
+        async with asyncio.timeout(_SECONDS):
+            return await asyncio.to_thread(compile)
+    except TimeoutError:
+        raise _wrong(f"the constraint could not be compiled within {_SECONDS:g} s", param) from None
+    except (MissingExtraError, ConfigError) as error:
+        raise _wrong(str(error), param) from None
+
+
 def _schema(wrapped: dict[str, Any]) -> dict[str, Any]:
     """The schema in `{"name": …, "schema": …, "strict": …}`. What holds here is always strict."""
     unknown = set(wrapped) - {"name", "schema", "strict", "description"}
@@ -69,4 +76,5 @@ def _schema(wrapped: dict[str, Any]) -> dict[str, Any]:
 
 
 def _wrong(message: str, param: str = "response_format") -> ApiError:
-    return ApiError(400, f"response_format: {message}"[:900] + ".", param=param, code="invalid_response_format")
+    field = param.partition(".")[0]
+    return ApiError(400, f"{field}: {message}"[:900].rstrip(".") + ".", param=param, code=f"invalid_{field}")

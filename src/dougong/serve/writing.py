@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dougong.generate.engine import Token
@@ -27,6 +27,8 @@ class Piece:
     tokens: list[Told]
     finish: str | None = None
     stop: str | None = None
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    """what it tells of tool calls (`calls.CallReader`)"""
 
 
 class Writer:

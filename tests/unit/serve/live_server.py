@@ -22,9 +22,9 @@ from dougong.serve.settings import ServeConfig
 CONTEXT = 256
 
 
-def tiny_engine(seed=1):
-    model = from_dict(FAMILIES["nano"], {"vocab_size": 257, "dim": 32, "num_layers": 2, "num_heads": 2, "ffn_dim": 64,
-                                         "context": CONTEXT}).build()
+def tiny_engine(seed=1, vocab_size=257, context=CONTEXT):
+    model = from_dict(FAMILIES["nano"], {"vocab_size": vocab_size, "context": context, "dim": 32, "num_layers": 2,
+                                         "num_heads": 2, "ffn_dim": 64}).build()
     model.initialise(seed)
     with torch.no_grad():   # an untrained model is as good as uniform; a text should depend on what it follows
         for parameter in model.parameters():

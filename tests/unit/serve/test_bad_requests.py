@@ -73,7 +73,7 @@ def test_wrong_messages(server, messages):
     refused(server.post(TALK, {**CHAT, "messages": messages}))
 
 
-@pytest.mark.parametrize("field, value", [("tools", [{}]), ("tool_choice", "required"), ("functions", [{}]),
+@pytest.mark.parametrize("field, value", [("functions", [{}]), ("function_call", {"name": "f"}),
                                           ("modalities", ["audio"]), ("store", True), ("reasoning_effort", "high")])
 def test_what_cannot_be_done_is_refused_by_name(server, field, value):
     assert repr(field) in refused(server.post(TALK, {**CHAT, field: value}), param=field, code="unsupported_field")
