@@ -49,7 +49,6 @@ def test_rows_rate_and_steps_are_derived_for_a_start(tuned):
     derived = {item["key"]: item for event in read_events(RunDirectory(tuned).events) if event["event"] == "derived"
                for item in event["values"]}
     assert derived["data.row_tokens"]["value"] == 64 and "4 passes" in derived["train.steps"]["reason"]
-    assert derived["model"]["value"] == "qwen3"
 
 
 def test_it_answers_as_a_loop_over_the_whole_text_does(tuned):
@@ -67,15 +66,15 @@ def test_it_answers_as_a_loop_over_the_whole_text_does(tuned):
             break
     said = replies(opened.model, opened.tokenizer, [[{"role": "user", "content": "a much longer one, 7 fox?"}], talk])
     assert said[1] == opened.tokenizer.decode(written)
-    assert dougong("generate", tuned, "-p", "The", "-t", "3").code == 0
+    assert dougong("generate", tuned, "The", "--tokens", "3").code == 0
 
 
 def test_scoring_again_gives_the_same_figures(tuned):
     result = next(e for e in read_events(RunDirectory(tuned).events) if e["event"] == "result")
     again = dougong("eval", tuned, "--json")
     assert again.code == 0, again.err
-    assert {key: again.json[key] for key in ("loss", "exact_match", "exact_match_by_skill")} == pytest.approx(
-        {key: result[key] for key in ("loss", "exact_match", "exact_match_by_skill")})
+    assert again.json["loss"] == pytest.approx(result["loss"], rel=1e-4)
+    assert again.json["exact_match_by_skill"] == result["exact_match_by_skill"]
 
 
 def test_it_is_exported_with_its_turns(tuned, tmp_path):
