@@ -83,6 +83,8 @@ def _write_tokenizer(directory: Path, tokenizer: Tokenizer, context: int) -> Non
     tokenizer.save(directory)
     path = directory / "tokenizer_config.json"
     settings = json.loads(path.read_bytes()) | {"model_max_length": context}
+    # else transformers 4 makes token types too, which its GPT-2 refuses to generate with
+    settings.setdefault("model_input_names", ["input_ids", "attention_mask"])
     if tokenizer.begin_id is not None:
         settings["bos_token"] = tokenizer.backend.id_to_token(tokenizer.begin_id)
     write_json(path, settings)

@@ -246,6 +246,7 @@ def test_the_snippet_of_the_card_writes_what_the_model_writes(qwen3, monkeypatch
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)      # tracing experts takes its time on a busy machine
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
 def test_every_family_is_read_alike(name, tmp_path):
     """Every arrangement of the contract: positions of all kinds, windows, experts, value embeddings, soft caps."""
