@@ -3,11 +3,15 @@
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
+from torch import Tensor
 
 from dougong.core.config import config
 from dougong.data.batch import Batch
 from dougong.objectives.cross_entropy import LossSettings, head_cross_entropy
 from dougong.objectives.losses import Losses
+
+_MOST_COUNTING = 7 / 8
+"""share of tokens above which picking them out costs more than it saves"""
 
 
 @config
@@ -46,10 +50,19 @@ class CausalLM:
 
     def losses(self, model: Any, batch: Batch) -> Losses:
         x_BTD = model.hidden(batch["tokens"], segment_BT=batch.get("segment"))
-        sums = head_cross_entropy(model.head, x_BTD.flatten(0, 1), batch["targets"].flatten(),
-                                  batch["weight"].flatten(), model.head_parameters(), model.config.vocab_size,
-                                  self.settings)
+        counting = _that_count(x_BTD.flatten(0, 1), batch["targets"].flatten(), batch["weight"].flatten())
+        sums = head_cross_entropy(model.head, *counting, model.head_parameters(), model.config.vocab_size, self.settings)
         metrics = {"loss": sums.nll, "accuracy": sums.correct}
         if self.settings.z_loss:
             metrics["z"] = sums.z
         return Losses({"model": sums.loss}, metrics)
+
+
+def _that_count(x_ND: Tensor, targets_N: Tensor, weight_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens without weight (prompts, padding) need no logits, so they are left out where they are many. On a CPU alone:
+    elsewhere the host would have to wait until it knows how many there are."""
+    if weight_N.device.type == "cpu":
+        place = weight_N.nonzero().squeeze(-1)
+        if 0 < len(place) <= _MOST_COUNTING * len(weight_N):
+            return x_ND.index_select(0, place), targets_N[place], weight_N[place]
+    return x_ND, targets_N, weight_N

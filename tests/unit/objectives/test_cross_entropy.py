@@ -110,3 +110,30 @@ def test_without_gradients_none_are_computed():
         sums = head_cross_entropy(head, x, targets, weight, head.parameters(), V, LossSettings())
     torch.testing.assert_close(sums.loss, reference(head, x, targets, weight), rtol=1e-12, atol=1e-12)
     assert not sums.loss.requires_grad
+
+
+def test_tokens_without_weight_get_no_logits_and_change_nothing():
+    from dougong.data.batch import Batch
+    from dougong.models.families.qwen3 import Qwen3Config
+    from dougong.objectives.causal_lm import CausalLMConfig
+
+    model = Qwen3Config(vocab_size=31, context=16, dim=16, num_layers=2, num_heads=2, ffn_dim=32).build().double()
+    model.initialise(0)
+    model.compute_dtype = torch.float64
+    seen = []
+    model.head.register_forward_pre_hook(lambda _head, inputs: seen.append(len(inputs[0])))
+    tokens = torch.randint(31, (3, 17))
+    found = []
+    for prompt in (0.0, 1e-300):        # the second counts for nothing, and is not 0
+        weight = torch.ones(3, 16, dtype=torch.float64)
+        weight[:, :9] = prompt
+        losses = CausalLMConfig().build().losses(model, Batch(tokens=tokens[:, :-1], targets=tokens[:, 1:], weight=weight))
+        losses.sums["model"].backward()
+        found.append((losses, {name: p.grad for name, p in model.named_parameters()}))
+        model.zero_grad(set_to_none=True)
+    (less, gradients), (all_of_them, expected) = found
+    assert seen == [3 * 7, 3 * 16]
+    for name, value in all_of_them.metrics.items():
+        torch.testing.assert_close(less.metrics[name], value)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient)
