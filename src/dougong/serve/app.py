@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from dougong import __version__
@@ -89,7 +89,8 @@ def _add_status(app: FastAPI, metrics: Metrics, models: dict[str, ServedModel]) 
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/ready", summary="The models are loaded and write; 503 while starting, draining or broken.")
+    @app.get("/ready", summary="The models are loaded and write; 503 while starting, draining or broken.",
+             responses={503: {"description": "Starting, draining or broken"}})
     async def ready() -> Response:
         unwell = [name for name, model in models.items() if app.state.ready and not model.runner.healthy]
         status = ("starting" if not app.state.ready else "draining" if app.state.draining
@@ -97,7 +98,7 @@ def _add_status(app: FastAPI, metrics: Metrics, models: dict[str, ServedModel]) 
         return JSONResponse({"status": status, "models": list(models), "unwell": unwell},
                             200 if status == "ready" else 503)
 
-    @app.get("/metrics", summary="Counters in Prometheus' words.")
+    @app.get("/metrics", summary="Counters in Prometheus' words.", response_class=PlainTextResponse)
     async def told() -> Response:
         return Response(metrics.text(), media_type=metrics.content_type)
 
@@ -105,7 +106,8 @@ def _add_status(app: FastAPI, metrics: Metrics, models: dict[str, ServedModel]) 
     async def listed() -> dict[str, Any]:
         return {"object": "list", "data": [model.describe() for model in models.values()]}
 
-    @app.get("/v1/models/{name:path}", summary="One model.")
+    @app.get("/v1/models/{name:path}", summary="One model.",
+             responses={404: {"description": "There is no such model"}})
     async def one(name: str) -> dict[str, Any]:
         return _model(models, name).describe()
 
@@ -123,11 +125,11 @@ def _add_writing(app: FastAPI, config: ServeConfig, metrics: Metrics, models: di
         pieces = await unless_left(request.receive, answer.begun())
         return EventStream(answer.events(pieces), pieces, config.send_seconds, metrics.left.inc)
 
-    @app.post("/v1/completions", summary="Continue texts.", openapi_extra=_takes(CompletionBody))
+    @app.post("/v1/completions", summary="Continue texts.", openapi_extra=_takes(CompletionBody, streams=True))
     async def completions(request: Request) -> Response:
         return await write(request, CompletionBody)
 
-    @app.post("/v1/chat/completions", summary="Answer a conversation.", openapi_extra=_takes(ChatBody))
+    @app.post("/v1/chat/completions", summary="Answer a conversation.", openapi_extra=_takes(ChatBody, streams=True))
     async def chat(request: Request) -> Response:
         return await write(request, ChatBody)
 
@@ -219,15 +221,16 @@ def _model(models: dict[str, ServedModel], name: str | None) -> ServedModel:
     return models[name]
 
 
-def _takes(kind: type[Body]) -> dict[str, Any]:
+def _takes(kind: type[Body], *, streams: bool = False) -> dict[str, Any]:
     """A route's body in the OpenAPI document, and the answers it may give."""
+    told = {"application/json": {}, **({"text/event-stream": {}} if streams else {})}
     return {"requestBody": {"required": True, "content": {"application/json": {
         "schema": _inlined(kind.model_json_schema())}}}, "responses": {
-        str(status): {"description": said} for status, said in (
+        "200": {"description": "The answer", "content": told}, **{str(status): {"description": said} for status, said in (
             (400, "The body is wrong; the message names the field"), (401, "The API key is missing or unknown"),
             (403, "Not this name or origin"), (404, "There is no such model"), (408, "Too slow"),
             (413, "The body is too large"), (415, "The body is no JSON"), (429, "Too much at once; see Retry-After"),
-            (500, "The model failed"), (503, "The server is stopping"))}}
+            (500, "The model failed"), (503, "The server is stopping"))}}}
 
 
 def _inlined(schema: dict[str, Any]) -> dict[str, Any]:

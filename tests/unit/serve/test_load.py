@@ -187,7 +187,7 @@ GARBAGE = [b"", b"{", b"[[[[", b'{"prompt": 5}', b'{"prompt": "a", "max_tokens":
 async def one_client(url, number, deadline, expected, seen):
     """Asks again and again: properly, then leaving, then rubbish; notes every status and every wrong text."""
     rng = random.Random(number)
-    async with httpx.AsyncClient(base_url=url, timeout=30) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=120) as client:   # all share one interpreter
         while time.monotonic() < deadline:
             kind = rng.random()
             seed = rng.randrange(len(expected))
