@@ -68,14 +68,14 @@ class DistilConfig:
     def __post_init__(self) -> None:
         stored = self.top_k is not None or self.align == "bytes"
         if stored and (self.match or self.match_attention):
-            raise ConfigError("objective.match and match_attention read the teacher at every step, so it cannot be kept "
-                              "on disk beside them. Leave out top_k and align=bytes, or what is matched.")
+            raise ConfigError("objective.match and match_attention read the teacher at every step, so its answers "
+                              "cannot be kept on disk. Leave out top_k and align=bytes, or what is matched.")
         if self.top_k is not None and self.align == "bytes":
             raise ConfigError("objective.top_k counts tokens of a shared vocabulary; align=bytes keeps all 257 next "
                               "bytes. Leave top_k out.")
         if self.on_policy and (stored or self.hard):
-            raise ConfigError("objective.on_policy: what the student writes is scored by the teacher as it comes and is "
-                              "no text to imitate. Set hard=0 and leave out top_k and align=bytes.")
+            raise ConfigError("objective.on_policy: what the student writes is scored by the teacher as it comes and "
+                              "is no text to imitate. Set hard=0 and leave out top_k and align=bytes.")
         if self.hard == 1 and not (self.match or self.match_attention):
             raise ConfigError("objective.hard=1 leaves nothing to the teacher. Use objective.kind=causal_lm instead.")
 

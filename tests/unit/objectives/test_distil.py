@@ -116,7 +116,7 @@ def batch(**more):
 
 
 def gradients(loss, of):
-    return torch.autograd.grad(loss, [p for p in of.parameters()])
+    return torch.autograd.grad(loss, list(of.parameters()))
 
 
 def test_the_objective_is_the_mixture_it_says_with_any_number_of_chunks():
