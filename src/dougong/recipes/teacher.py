@@ -116,8 +116,8 @@ def taught(recipe: Recipe, corpus: Any, objective: Objective, model: nn.Module,
                 with_answers(corpus, plan))
     if recipe.row_tokens > teacher.context:
         raise ConfigError(f"the student's rows have {recipe.row_tokens} tokens, and the teacher {section.teacher} "
-                          f"reads {teacher.context}.\nTry model.context={teacher.context}, or objective.top_k=64, which "
-                          "lets the teacher read windows of its own.")
+                          f"reads {teacher.context}.\nTry model.context={teacher.context}, or objective.top_k=64: the "
+                          "teacher then reads windows of its own.")
     if section.match or section.match_attention:
         if runtime.compile:
             raise ConfigError("objective.match reads parts of the model, which compiled blocks do not show. "

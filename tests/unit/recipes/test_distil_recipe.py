@@ -144,7 +144,7 @@ def test_answers_on_disk_are_what_the_teacher_says_of_each_place(root):
 
 
 def test_rows_of_every_phase_find_the_answers_of_their_own_tokens(root):
-    recipe, corpus, teacher, plan = answers(root, "objective.top_k=300")
+    _, corpus, teacher, plan = answers(root, "objective.top_k=300")
     write_answers(plan, teacher.model, Runtime())
     at_hand = by_hand(corpus, teacher, plan.context).log_softmax(-1)
     store = corpus.tokens("train")
@@ -202,7 +202,8 @@ def test_training_on_answers_of_whole_documents_is_training_with_the_teacher_at_
     for recipe in (live, kept):
         built = assemble(recipe, prepare_data(recipe))
         found = built.objective.losses(built.state.model.eval(), next(built.state.loader))
-        losses.append((found.sums["model"], torch.autograd.grad(found.sums["model"], built.state.model.stem.parameters())))
+        stem = list(built.state.model.stem.parameters())
+        losses.append((found.sums["model"], torch.autograd.grad(found.sums["model"], stem)))
     torch.testing.assert_close(losses[0][0], losses[1][0], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(losses[0][1], losses[1][1], rtol=1e-2, atol=1e-2)
 
@@ -218,8 +219,8 @@ def short_texts(root):
 
 def test_next_bytes_are_kept_where_both_tokenizers_have_a_border(root):
     """Student of words (BPE), teacher of bytes: every border of the student is one of the teacher."""
-    recipe, corpus, teacher, plan = answers(root, "objective.align=bytes", "tokenizer.kind=bpe",
-                                            "tokenizer.vocab_size=400")
+    _, corpus, teacher, plan = answers(root, "objective.align=bytes", "tokenizer.kind=bpe",
+                                       "tokenizer.vocab_size=400")
     write_answers(plan, teacher.model, Runtime())
     found = Answers(plan).fields(np.arange(plan.tokens)[None])["teacher_bytes"][0]
     assert not np.isnan(found).any()
