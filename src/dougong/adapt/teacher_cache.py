@@ -160,7 +160,8 @@ class _Reading:
 
     def _their_ids(self, number: int) -> np.ndarray:
         text = self.plan.corpus.documents(_SPLIT)[number].text
-        return np.concatenate([[self.plan.tokenizer.document_id], self.plan.tokenizer.encode(text)]).astype(np.int64)
+        first = np.array([self.plan.tokenizer.document_id], np.int64)
+        return np.concatenate([first, self.plan.tokenizer.encode(text).astype(np.int64)])
 
     def _their_lengths(self) -> np.ndarray:
         return np.array([len(self._their_ids(number)) for number in range(len(self.store))], np.int64)

@@ -16,6 +16,7 @@ from dougong.objectives.divergence import DIVERGENCES, Lesson, NextByte, Top, Wh
 from dougong.objectives.losses import Losses
 from dougong.objectives.objective import at_least_fp32
 
+_METRICS = ("loss", "accuracy", "divergence", "agreement")
 _LEAST = 1e-30      # of an attention weight, before its logarithm
 
 
@@ -111,7 +112,7 @@ class Distil:
             x_BTD = model.hidden(batch["tokens"], segment_BT=batch.get("segment"))
         lesson, theirs, their_looks = self._lesson(batch)
         loss, found = self._through_the_head(model, x_BTD.flatten(0, 1), batch, lesson)
-        metrics = dict(zip(("loss", "accuracy", "divergence", "agreement"), found[1:].unbind()))
+        metrics: dict[str, Tensor] = dict(zip(_METRICS, found[1:].unbind()))
         if section.match or section.match_attention:
             matched = _outputs_apart(model, section.match, outputs, theirs, batch["weight"]) + _looks_apart(
                 section.match_attention, looks, their_looks, batch["weight"])

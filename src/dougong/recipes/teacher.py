@@ -97,7 +97,7 @@ def _as_it_was() -> Iterator[None]:
         seeds.set_rng_state(random)
 
 
-def taught(recipe: Recipe, corpus: Any, objective: Objective, model: nn.Module,
+def taught(recipe: Recipe, corpus: Any, objective: Objective, model: Any,
            runtime: Runtime) -> tuple[Objective, Any]:
     """The objective with its teacher, or the corpus with the teacher's answers; on policy, a corpus of what the student
     writes. Raises ConfigError where teacher and student do not fit."""
@@ -122,6 +122,9 @@ def taught(recipe: Recipe, corpus: Any, objective: Objective, model: nn.Module,
         if runtime.compile:
             raise ConfigError("objective.match reads parts of the model, which compiled blocks do not show. "
                               "Set runtime.compile=false.")
+        if section.match_attention and recipe.train.gradient_checkpointing:
+            raise ConfigError("objective.match_attention keeps attention weights, which train.gradient_checkpointing "
+                              "would compute a second time without them. Leave one of the two out.")
         _attach_projections(model, teacher.model, section, seed=recipe.seed)
     if section.on_policy:
         corpus = OnPolicyCorpus(corpus, model, section.on_policy, runtime)

@@ -30,7 +30,7 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("distil")
     patch = pytest.MonkeyPatch()
     patch.setenv("DOUGONG_CACHE", str(root / "cache"))
-    texts = write_texts(root / "texts", documents=40, words=40)
+    texts = write_texts(root / "texts", documents=24, words=30)
     recipe = write_recipe(root / "teacher.yaml", texts, model={**MODELS["qwen3"], "dim": 48, "context": 64})
     assert dougong("train", recipe, "--run", root / "teacher", *QUIET, "train.steps=12").code == 0
     student = yaml.safe_load(write_recipe(root / "student.yaml", texts, model=MODELS["qwen3"]).read_text())
@@ -112,19 +112,20 @@ def answers(root, *changes):
 
 
 def by_hand(corpus, teacher, context):
-    """The teacher's log-probabilities after every token, each document read whole or in overlapping windows, one by
-    one."""
+    """The teacher's logits after every token, each document read whole or in overlapping windows, place by place."""
     store, half, rows = corpus.tokens("train"), context // 2, []
     for document in store.documents():
-        ids = torch.from_numpy(document.tokens.astype(np.int64))
+        ids, read = torch.from_numpy(document.tokens.astype(np.int64)), {}
         for place in range(len(ids)):
             if place < context:
                 end = min(len(ids), context)
             else:
                 end = min(len(ids), context + ((place - context) // half + 1) * half)
             begin = max(0, end - context)
-            with torch.no_grad():
-                rows.append(teacher.model(ids[None, begin:place + 1])[0, -1])
+            if begin not in read:
+                with torch.no_grad():
+                    read[begin] = teacher.model(ids[None, begin:end])[0]
+            rows.append(read[begin][place - begin])
     return torch.stack(rows)
 
 
