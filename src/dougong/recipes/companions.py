@@ -21,6 +21,7 @@ COMPANIONS = Table("companion", {
     "reward": "dougong.recipes.reference:check_pairs",
     "grpo": "dougong.recipes.experience:with_experience",
     "rejection": "dougong.recipes.experience:with_experience",
+    "distil": "dougong.recipes.teacher:taught",
 })
 """objective kind: function(recipe, corpus, objective, model, runtime) -> (objective, corpus)"""
 

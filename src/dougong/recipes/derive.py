@@ -85,13 +85,15 @@ def resolve(recipe: Recipe, *, elsewhere: bool = False) -> tuple[Recipe, list[De
     """Fills in what follows from the recipe, the model it begins from and the machine alone; `elsewhere`: its runtime
     is given, of a machine that is not this one."""
     from dougong.recipes.start import with_start
+    from dougong.recipes.teacher import with_teacher
 
-    recipe, derived = with_start(recipe)
+    recipe, of_start = with_start(recipe)
+    recipe, of_teacher = with_teacher(recipe)
     if recipe.adapt is not None and recipe.start is None:
-        raise ConfigError(f"adapt.kind={recipe.adapt.kind} adapts a model that exists, and this recipe begins from none. "
-                          "Name one: --model RUN, --model FOLDER, or --model hf:OWNER/NAME.")
+        raise ConfigError(f"adapt.kind={recipe.adapt.kind} adapts a model that exists, and this recipe begins from "
+                          "none. Name one: --model RUN, --model FOLDER, or --model hf:OWNER/NAME.")
     notes = _Notes(recipe)
-    notes.items += derived
+    notes.items += of_start + of_teacher
     if not elsewhere:
         _runtime(notes)
     if recipe.size == FIT:
