@@ -4,6 +4,7 @@ from dougong.core.table import Table
 
 ADAPTERS = Table("adapter", {
     "lora": "dougong.adapt.lora:LoRAConfig",
+    "qat": "dougong.adapt.qat:QATConfig",
 })
 
 __all__ = ["ADAPTERS"]

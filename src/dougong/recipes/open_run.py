@@ -101,7 +101,7 @@ def open_run(path: Path | str, *, checkpoint: str = "best") -> OpenRun:
     runtime = Runtime.start(runtime_here(recipe.runtime))
     weights = "ema" if recipe.train.ema else "raw"
     model = build_model(recipe, runtime)
-    if recipe.adapt is not None and recipe.start is not None:
+    if recipe.adapt is not None and recipe.start is not None and not getattr(recipe.adapt, "whole", False):
         start = read_weights(recipe.start)
         check_start(recorded, start, directory.path)
         begin(model, start, seed=recipe.seed)
