@@ -7,4 +7,11 @@ ADAPTERS = Table("adapter", {
     "qat": "dougong.adapt.qat:QATConfig",
 })
 
-__all__ = ["ADAPTERS"]
+METHODS = Table("compression method", {
+    "rtn": "dougong.adapt.quantize:round_to_nearest",
+    "gptq": "dougong.adapt.gptq:gptq",
+    "awq": "dougong.adapt.awq:awq",
+})
+"""how integers are found for a model's weights; a `Method` each"""
+
+__all__ = ["ADAPTERS", "METHODS"]

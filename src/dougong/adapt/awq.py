@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dougong.adapt.calibrate import Layer, Linears, Moments, head_moments, layers
 from dougong.adapt.gptq import tables
+from dougong.adapt.quantize import matrices
 from dougong.adapt.scales import best_scale
 from dougong.data.batch import Batch
 from dougong.models.heads import TiedHead
@@ -35,6 +36,7 @@ def awq(model: Any, batches: Sequence[Batch], *, bits: int, group: int | None = 
     """Integers and scales of every linear map and table by module name; the model's weights become what these stand
     for, and its norms take up what was divided. Raises DataError where there are too few tokens."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
+    wanted = matrices(model)
 
     def settle(name: str, part: Any, importance: Tensor | None) -> None:
         weight = part.weight.detach()
@@ -46,10 +48,9 @@ def awq(model: Any, batches: Sequence[Batch], *, bits: int, group: int | None = 
         read_back = name == "stem.tokens" and isinstance(model.head, TiedHead)
         settle(name, table, _of_table(head_moments(model, batches)) if read_back else None)
     for layer in layers(model, batches):
-        scaled = scale_layer(layer, bits, group)
-        for linears, importance in scaled:
-            for name, linear in linears.items():
-                settle(name, linear, importance)
+        for linears, importance in scale_layer(layer, bits, group):
+            for name in linears.keys() & wanted.keys():
+                settle(name, linears[name], importance)
     if not isinstance(model.head, TiedHead):
         settle("head", model.head, head_moments(model, batches).products.diagonal())
     return found

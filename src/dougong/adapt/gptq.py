@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dougong.adapt.calibrate import Moments, head_moments, layers
+from dougong.adapt.quantize import matrices
 from dougong.adapt.scales import best_scale
 from dougong.data.batch import Batch
 from dougong.models.heads import TiedHead
@@ -35,6 +36,7 @@ def gptq(model: Any, batches: Sequence[Batch], *, bits: int, group: int | None =
     Raises DataError where there are too few tokens.
     """
     found: dict[str, tuple[Tensor, Tensor]] = {}
+    wanted = matrices(model)
 
     def settle(name: str, part: Any, integers: Tensor, scale: Tensor) -> None:
         found[name] = integers, scale
@@ -50,6 +52,8 @@ def gptq(model: Any, batches: Sequence[Batch], *, bits: int, group: int | None =
     for layer in layers(model, batches):
         for together, moments in layer.maps():
             for name, linear in together.items():
+                if name not in wanted:
+                    continue
                 settle(name, linear, *solve(linear.weight.detach(), moments, bits, group, damping=damping,
                                             act_order=act_order))
     if not isinstance(model.head, TiedHead):

@@ -16,7 +16,7 @@ def export(
     dtype: Annotated[Literal["f32", "bf16", "f16"] | None, typer.Option(
         "--dtype", help="Type of the weights in hf; default: f32, or that of the imported model.")] = None,
     quant: Annotated[Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] | None, typer.Option(
-        "--quant", help="Type of the weights in gguf; default: f32.")] = None,
+        "--quant", help="Type of the weights in gguf; default: f32, or that of a compressed run.")] = None,
     license: Annotated[str, typer.Option("--license", help="For the model card, such as apache-2.0.")] = "unknown",
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not read back what was written.")] = False,
     checkpoint: Annotated[str, typer.Option("--checkpoint", help="best, last, or a step.")] = "best",
@@ -34,7 +34,7 @@ def export(
     tell_passed_over(opened)
     place = out or opened.directory.path.with_name(f"{opened.directory.path.resolve().name}-{quant or to}")
     exported = export_hf(opened, place, dtype=dtype, verify=not no_verify, license=license) if to == "hf" else \
-        export_gguf(opened, place, quant=quant or "f32", verify=not no_verify, license=license)
+        export_gguf(opened, place, quant=quant, verify=not no_verify, license=license)
     screen = console(as_json)
     for name, size in exported.files.items():
         screen.print(f"  {name:<36}{size:>16,} bytes", style="dim")

@@ -59,6 +59,9 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(("result", f"{result['bits_per_byte']:.4f} bits per byte on the {result['split']} split"))
     if facts.get("imported"):
         lines.append(("imported", f"from {facts['imported']['from']}, {facts['imported']['dtype']}"))
+    if facts.get("compressed"):
+        lines.append(("compressed", f"{facts['compressed']['title']}, from {facts['compressed']['run']}, step "
+                                    f"{facts['compressed']['step']:,}"))
     if "valid_checkpoints" in facts:
         lines.append(("checkpoints", f"{len(facts['checkpoints'])}, of which pass all checks: "
                                      f"{', '.join(map(str, facts['valid_checkpoints'])) or 'none'}"))

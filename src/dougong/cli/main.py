@@ -11,6 +11,7 @@ import typer
 
 from dougong.cli import (
     chat,
+    compress,
     data,
     demo,
     evaluate,
@@ -47,6 +48,7 @@ app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)
 app.command("report")(report.report)
+app.command("compress")(compress.compress)
 app.command("export")(export.export)
 app.command("import")(import_model.import_model)
 app.command("inspect")(inspect.inspect)

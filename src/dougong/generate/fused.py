@@ -13,7 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dougong.generate.lanes import Reading
-from dougong.models.heads import Head, TiedHead, soften
+from dougong.generate.packed import quantized_product
+from dougong.models.heads import Head, QuantizedHead, TiedHead, soften
 from dougong.nn.attention import Attention, Cache
 from dougong.nn.attention_kernels import choose_kernel
 from dougong.nn.feed_forward import FeedForward, SwiGLU
@@ -21,6 +22,7 @@ from dougong.nn.linear import Linear
 from dougong.nn.mask import Mask
 from dougong.nn.norm import RMSNorm
 from dougong.nn.position import Rotation, rotate
+from dougong.nn.quantized import Quantized
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -35,7 +37,7 @@ def fuse(model: nn.Module) -> nn.Module:
                 module._modules[name] = FusedFeedForward(part)
             elif type(part) is RMSNorm:
                 module._modules[name] = FusedRMSNorm(part)
-            elif isinstance(part, Head | TiedHead):
+            elif isinstance(part, Head | QuantizedHead | TiedHead):
                 module._modules[name] = FusedHead(part)
     return model
 
@@ -57,19 +59,32 @@ class Product(nn.Module):
         else:
             self.weight = nn.Parameter(weight, requires_grad=False)
 
-    @classmethod
-    def of(cls, *parts: Linear) -> "Product":
-        """One product for all parts; either all of them have a bias or none has."""
-        biases: list[Tensor] = [part.bias for part in parts if part.bias is not None]
-        weights: list[Tensor] = [part.weight for part in parts]
-        return cls(torch.cat(weights), torch.cat(biases) if biases else None)
-
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         if self.packed is None:
             assert self.weight is not None
             return F.linear(x, self.weight, self.bias)
         rows = torch.ops.mkldnn._linear_pointwise(x.flatten(0, -2), self.packed, self.bias, "none", [], "")
         return rows.unflatten(0, x.shape[:-1])
+
+
+def product_of(*parts: Linear | Quantized) -> nn.Module:
+    """One product for all parts; either all of them have a bias or none has. Parts of floats and of integers that read
+    the same input are multiplied apart."""
+    if all(isinstance(part, Quantized) for part in parts):
+        return quantized_product(*parts)  # type: ignore[arg-type]
+    if any(isinstance(part, Quantized) for part in parts):
+        return _SideBySide(*(product_of(part) for part in parts))
+    biases: list[Tensor] = [part.bias for part in parts if part.bias is not None]  # type: ignore[misc,union-attr]
+    return Product(torch.cat([part.weight for part in parts]), torch.cat(biases) if biases else None)
+
+
+class _SideBySide(nn.Module):
+    def __init__(self, *products: nn.Module) -> None:
+        super().__init__()
+        self.products = nn.ModuleList(products)
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        return torch.cat([product(x) for product in self.products], -1)
 
 
 def _can_pack() -> bool:
@@ -80,9 +95,11 @@ def _can_pack() -> bool:
 class FusedHead(nn.Module):
     """A head over a packed copy of its matrix."""
 
-    def __init__(self, part: Head | TiedHead) -> None:
+    def __init__(self, part: Head | QuantizedHead | TiedHead) -> None:
         super().__init__()
-        self.product, self.soft_cap = Product(part.weight.detach()), part.soft_cap
+        table = part.embedding if isinstance(part, TiedHead) else part
+        self.product = quantized_product(table) if isinstance(table, Quantized) else Product(table.weight.detach())
+        self.soft_cap = part.soft_cap
 
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:
         return soften(self.product(x), self.soft_cap)
@@ -93,7 +110,7 @@ class FusedFeedForward(nn.Module):
 
     def __init__(self, part: FeedForward) -> None:
         super().__init__()
-        self.up, self.activation, self.down = Product.of(part.up), part.activation, Product.of(part.down)
+        self.up, self.activation, self.down = product_of(part.up), part.activation, product_of(part.down)
 
     def forward(self, x_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         return self.down(self.activation(self.up(x_BTD)))
@@ -115,7 +132,7 @@ class FusedSwiGLU(nn.Module):
 
     def __init__(self, part: SwiGLU) -> None:
         super().__init__()
-        self.gate_up, self.down = Product.of(part.gate, part.up), Product.of(part.down)
+        self.gate_up, self.down = product_of(part.gate, part.up), product_of(part.down)
 
     def forward(self, x_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         gate_BTF, up_BTF = self.gate_up(x_BTD).chunk(2, -1)
@@ -129,8 +146,8 @@ class FusedAttention(nn.Module):
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = part.num_heads, part.num_kv_heads, part.head_dim
         self.layer, self.kernel = part.layer, part.kernel
-        self.query_key_value = Product.of(part.query, part.key, part.value)
-        self.output = Product.of(part.output)
+        self.query_key_value = product_of(part.query, part.key, part.value)
+        self.output = product_of(part.output)
         self.norm_eps = part.query_norm.eps if isinstance(part.query_norm, RMSNorm) else None
         self.norm_scale: Tensor | None = None
         if isinstance(part.query_norm, RMSNorm) and part.query_norm.weight is not None:

@@ -14,6 +14,7 @@ from dougong.core.errors import CheckpointError, ConfigError, MissingExtraError
 from dougong.core.files import write_text
 from dougong.data.tokenizer import Tokenizer
 from dougong.interop.gguf_form import GGUFForm
+from dougong.nn.quantized import Quantized
 
 QUANTS = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1")
 BLOCK = 32
@@ -61,9 +62,9 @@ def vocabulary(tokenizer: Tokenizer, rows: int) -> Vocabulary:
 
 
 def write_gguf(path: Path, form: GGUFForm, state: Mapping[str, Tensor], words: Vocabulary, *, quant: str, name: str,
-               license: str = "unknown") -> dict[str, str]:
+               license: str = "unknown", integers: Mapping[str, Quantized] | None = None) -> dict[str, str]:
     """Writes the file and syncs it; returns the type of each tensor. Rows that blocks of 32 do not divide are kept in
-    f16."""
+    f16. Weights that are `integers` already and of the form of `quant` are written as they are, not rounded again."""
     gguf = gguf_package()
     if quant not in QUANTS:
         raise ConfigError(f"quant={quant!r} is not known. Known: {', '.join(QUANTS)}.\nK-quants (q4_k_m, …) are "
@@ -80,7 +81,12 @@ def write_gguf(path: Path, form: GGUFForm, state: Mapping[str, Tensor], words: V
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_vocabulary(writer, words)
     types = {}
+    ready = _blocks(form, integers or {}, quant)
     for key, tensor in form.stored(state).items():
+        if key in ready:
+            writer.add_tensor(key, ready[key], raw_dtype=gguf.GGMLQuantizationType[quant.upper()])
+            types[key] = quant
+            continue
         values = tensor.detach().to("cpu", torch.float32).contiguous().numpy()
         kind = gguf.GGMLQuantizationType[_type_of(key, values.shape, quant).upper()]
         with np.errstate(over="ignore"):
@@ -97,6 +103,27 @@ def write_gguf(path: Path, form: GGUFForm, state: Mapping[str, Tensor], words: V
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
     return types
+
+
+def _blocks(form: GGUFForm, integers: Mapping[str, Quantized], quant: str) -> dict[str, np.ndarray]:
+    """Stored name -> blocks of q8_0 or q4_0, of tensors whose parts all hold such integers: the float16 scale, then 32
+    int8, or 16 bytes with the first 16 integers (plus 8) in the low halves and the last 16 in the high ones."""
+    bits = {"q8_0": 8, "q4_0": 4}.get(quant)
+    fit = {name for name, part in integers.items()
+           if part.bits == bits and part.group == BLOCK and part.shape[1] % BLOCK == 0}
+    whole = GGUFForm(form.architecture, form.keys,
+                     {key: ours for key, ours in form.tensors.items() if fit.issuperset(ours)}, form.permuted)
+    values = whole.stored({name: integers[name].integers.cpu() for name in fit})
+    scales = whole.stored({name: integers[name].scale.cpu() for name in fit})
+    found = {}
+    for key, tensor in values.items():
+        blocks = tensor.numpy().reshape(-1, BLOCK)
+        if bits == 4:
+            low, high = np.split((blocks + 8).astype(np.uint8), 2, axis=1)
+            blocks = low | (high << 4)
+        scale = scales[key].numpy().reshape(-1, 1).view(np.uint8)
+        found[key] = np.concatenate([scale, blocks.view(np.uint8)], axis=1).reshape(len(tensor), -1)
+    return found
 
 
 def _type_of(name: str, shape: tuple[int, ...], quant: str) -> str:

@@ -70,7 +70,9 @@ def _run(path: Path) -> dict[str, Any]:
     steps = run.checkpoint_steps()
     found = [(step, problems(run.checkpoint(step))) for step in steps]
     whole = [step for step, wrong in found if not wrong]
-    facts = {"family": family, "model": recipe["model"], "imported": (recipe.get("resolved") or {}).get("imported"),
+    resolved = recipe.get("resolved") or {}
+    facts = {"family": family, "model": recipe["model"], "imported": resolved.get("imported"),
+             "compressed": resolved.get("compressed"),
              "ended": events.get("end", {}).get("reason"), "checkpoints": steps, "valid_checkpoints": whole,
              "tokenizer": _tokenizer_facts(lambda: Tokenizer.load(run.tokenizer)) if run.tokenizer.is_dir() else None,
              "data": _data_facts(events.get("data", {}).get("facts", {})),

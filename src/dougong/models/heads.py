@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dougong.nn.embedding import Embedding
 from dougong.nn.init import Init
 from dougong.nn.linear import Linear
+from dougong.nn.quantized import QuantizedEmbedding, QuantizedLinear
 
 
 class Head(Linear):
@@ -19,6 +20,15 @@ class Head(Linear):
     def __init__(self, dim: int, vocab_size: int, *, soft_cap: float | None, init: Init) -> None:
         super().__init__(dim, vocab_size, init=init)
         self.soft_cap = soft_cap
+
+    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:
+        return soften(super().forward(x), self.soft_cap)
+
+
+class QuantizedHead(QuantizedLinear):
+    """`Head` over integers."""
+
+    soft_cap: float | None = None
 
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:
         return soften(super().forward(x), self.soft_cap)
@@ -33,15 +43,25 @@ class TiedHead(nn.Module):
 
     def __init__(self, embedding: Embedding, *, soft_cap: float | None) -> None:
         super().__init__()
-        self._embedding = (embedding,)   # a tuple, because nn.Module registers modules it is given bare
         self.soft_cap = soft_cap
+        self.tie(embedding)
+
+    def tie(self, embedding: Embedding | QuantizedEmbedding) -> None:
+        """Reads another table from now on."""
+        self._embedding = (embedding,)   # a tuple, because nn.Module registers modules it is given bare
+
+    @property
+    def embedding(self) -> Embedding | QuantizedEmbedding:
+        return self._embedding[0]
 
     @property
     def weight(self) -> Tensor:
         return self._embedding[0].weight
 
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:
-        return soften(F.linear(x, self.weight.to(x.dtype)), self.soft_cap)
+        table = self.embedding
+        logits = table.product(x) if isinstance(table, QuantizedEmbedding) else F.linear(x, self.weight.to(x.dtype))
+        return soften(logits, self.soft_cap)
 
     def extra_repr(self) -> str:
         return "the token embedding"

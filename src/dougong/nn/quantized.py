@@ -13,7 +13,7 @@ used. These are the roundings of GGUF's q8_0 and q4_0; with groups of 32 integer
 O outputs (or rows of a table), I inputs (columns), G = ceil(I / group) groups in a row; the last may be shorter.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +26,12 @@ from dougong.nn.init import ZEROS
 BITS = (4, 8)
 GROUP = 32
 """columns that share a scale, unless asked otherwise: GGUF's block"""
+Activations = Literal["float", "int8"]
 _LARGEST = {8: 127, 4: -8}
 _OFFSET = 8
 """what is added to an integer of 4 bits so that it is stored without a sign"""
+_ACTIVATION_OFFSET = 128
+_SMALLEST = 1e-30   # of a row's magnitudes: a row of zeros stays one
 
 
 def group_scale(weight_OI: Float[Tensor, "O I"], bits: int, group: int | None = GROUP) -> Float[Tensor, "O G"]:
@@ -72,7 +75,25 @@ def dequantize(integers_OI: Int8[Tensor, "O I"], scale_OG: Float[Tensor, "O G"],
                dtype: torch.dtype = torch.float32) -> Float[Tensor, "O I"]:
     """The weights that the integers stand for. In float32 they are exact: 8 bits times the 11 of a float16 fit."""
     wide = torch.promote_types(dtype, torch.float32)
-    return (integers_OI.to(wide) * spread(scale_OG.to(wide), integers_OI.shape[1], group)).to(dtype)
+    rows, columns = integers_OI.shape
+    if columns == 0 or columns % (group or columns):
+        return (integers_OI.to(wide) * spread(scale_OG.to(wide), columns, group)).to(dtype)
+    grouped_OGi = integers_OI.to(wide).view(rows, scale_OG.shape[1], group or columns)
+    return grouped_OGi.mul_(scale_OG.to(wide)[..., None]).view(rows, columns).to(dtype)
+
+
+def quantize_rows(x: Float[Tensor, "*batch I"]) -> tuple[UInt8[Tensor, "*batch I"], Float[Tensor, "*batch 1"]]:
+    """Activations as integers of 8 bits: each row's largest magnitude becomes 127 of its own scale, so what a row gives
+    does not depend on the rows beside it. Stored plus 128, as the kernels want them; the scale is in the precision of
+    `x`, at least float32."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    largest = torch.linalg.vector_norm(x, torch.inf, -1, True).clamp_(min=_SMALLEST)
+    return torch.addcmul(_half_above(x), x, 127 / largest).to(torch.uint8), largest / 127
+
+
+def _half_above(like: Tensor) -> Tensor:
+    """128.5: what makes cutting off a positive number the rounding of a signed one."""
+    return torch.full((), _ACTIVATION_OFFSET + 0.5, dtype=like.dtype, device=like.device)
 
 
 def spread(scale_OG: Tensor, columns: int, group: int | None) -> Float[Tensor, "O I"]:
@@ -101,18 +122,23 @@ def bytes_to_halves(values: UInt8[Tensor, "O bytes"], columns: int) -> Int8[Tens
 class Quantized(nn.Module):
     """A matrix of integers and scales. Both are buffers: nothing trains them.
 
-    `integers` (int8, one each) and `weight` (float32) are made anew at each call.
+    `integers` (int8, one each) and `weight` (float32) are made anew at each call. With `activations="int8"` what is
+    multiplied by the matrix is rounded to integers too, row by row; that takes 8 bits and one scale for a whole row
+    (`group` None), so that the product is one of integers.
     """
 
     values: Tensor
     scale: Tensor
 
-    def __init__(self, rows: int, columns: int, bits: int, group: int | None) -> None:
+    def __init__(self, rows: int, columns: int, bits: int, group: int | None, activations: Activations) -> None:
         super().__init__()
         if bits not in BITS or (group is not None and group < 1):
             raise ConfigError(f"bits={bits}, group={group}: weights of {' or '.join(map(str, BITS))} bits are known, "
                               "in groups of at least 1 column (null: a whole row).")
-        self.shape, self.bits, self.group = (rows, columns), bits, group
+        if activations == "int8" and (bits != 8 or group is not None):
+            raise ConfigError(f"activations=int8 with bits={bits}, group={group}: a product of integers needs weights "
+                              "of 8 bits with one scale a row. Try bits=8 group=null, or activations=float.")
+        self.shape, self.bits, self.group, self.activations = (rows, columns), bits, group, activations
         values = torch.zeros(rows, columns, dtype=torch.int8) if bits == 8 else \
             torch.full((rows, -(-columns // 2)), _OFFSET * 17, dtype=torch.uint8)
         self.register_buffer("values", values)
@@ -135,6 +161,12 @@ class Quantized(nn.Module):
     def dequantize(self, dtype: torch.dtype) -> Float[Tensor, "O I"]:
         return dequantize(self.integers, self.scale, self.group, dtype)
 
+    def product(self, x: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"]:
+        """`x Wᵀ` in the precision of `x`. The gradient reaches `x`, past the rounding of activations as if there were
+        none. For the way back the weights are computed once more instead of kept, so an adapter trained over them
+        costs no float copy of the model."""
+        return _Product.apply(x, self)  # type: ignore[return-value]
+
     @torch.no_grad()
     def set(self, integers_OI: Int8[Tensor, "O I"], scale_OG: Float[Tensor, "O G"]) -> None:
         """Takes integers (int8, one each) and their scales, however they were found."""
@@ -153,76 +185,78 @@ class Quantized(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return f"{self.shape[0]} x {self.shape[1]}, {self.bits} bits, groups of {self.group or self.shape[1]}"
+        return f"{self.shape[0]} x {self.shape[1]}, {self.bits} bits, groups of {self.group or self.shape[1]}" + (
+            ", int8 activations" if self.activations == "int8" else "")
 
 
 class QuantizedLinear(Quantized):
-    """`Linear` over integers: `y = x Wᵀ + b` in the precision of `x`, on any device.
-
-    The gradient reaches `x` and the bias. For the way back the weights are computed once more instead of kept, so an
-    adapter trained over them costs no float copy of the model.
-    """
+    """`Linear` over integers: `y = x Wᵀ + b` in the precision of `x`, on any device."""
 
     def __init__(self, in_features: int, out_features: int, *, bits: int, group: int | None = GROUP,
-                 bias: bool = False) -> None:
-        super().__init__(out_features, in_features, bits, group)
+                 activations: Activations = "float", bias: bool = False) -> None:
+        super().__init__(out_features, in_features, bits, group, activations)
         self.in_features, self.out_features = in_features, out_features
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
         self.init = {"bias": ZEROS}
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, bits: int, group: int | None = GROUP) -> "QuantizedLinear":
+    def from_linear(cls, linear: nn.Linear, bits: int, group: int | None = GROUP,
+                    activations: Activations = "float") -> "QuantizedLinear":
         """Rounds a linear map's weights to the nearest; its bias is kept as it is."""
-        return cls.from_integers(*quantize(linear.weight.detach(), bits, group), bits=bits, group=group,
+        integers_OI, scale_OG = quantize(linear.weight.detach(), bits, group)
+        return cls.from_integers(integers_OI, scale_OG, bits=bits, group=group, activations=activations,
                                  bias=linear.bias)
 
     @classmethod
     def from_integers(cls, integers_OI: Int8[Tensor, "O I"], scale_OG: Float[Tensor, "O G"], *, bits: int,
-                      group: int | None = GROUP, bias: Tensor | None = None) -> "QuantizedLinear":
+                      group: int | None = GROUP, activations: Activations = "float",
+                      bias: Tensor | None = None) -> "QuantizedLinear":
         """Of integers found by another method; int8, one each."""
         with torch.device(integers_OI.device):
-            made = cls(integers_OI.shape[1], integers_OI.shape[0], bits=bits, group=group, bias=bias is not None)
+            made = cls(integers_OI.shape[1], integers_OI.shape[0], bits=bits, group=group, activations=activations,
+                       bias=bias is not None)
         made.set(integers_OI, scale_OG)
         if bias is not None and made.bias is not None:
             made.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
         return made
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        y = _Product.apply(x, self.values, self.scale, self)
-        return y if self.bias is None else y + self.bias.to(x.dtype)  # type: ignore[operator,return-value]
+        y = self.product(x)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
 
 
 class _Product(torch.autograd.Function):
-    """`x Wᵀ`, and `g W` back. Nothing of `x` is kept either, since integers have no gradient."""
+    """`x Wᵀ`, and `g W` back. Nothing of `x` is kept, since integers have no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, values: Tensor, scale: Tensor, part: Quantized) -> Tensor:
+    def forward(ctx: Any, x: Tensor, part: Quantized) -> Tensor:
         ctx.part = part
+        if part.activations == "int8":
+            integers, scale = quantize_rows(x)
+            wide = (integers.to(scale.dtype) - _ACTIVATION_OFFSET) * scale
+            return F.linear(wide, part.dequantize(wide.dtype)).to(x.dtype)
         return F.linear(x, part.dequantize(x.dtype))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return gradient @ ctx.part.dequantize(gradient.dtype), None, None, None
+        return gradient @ ctx.part.dequantize(gradient.dtype), None
 
 
 class QuantizedEmbedding(Quantized):
-    """`Embedding` over integers: looks up a row and computes it. A head tied to it reads its `weight`."""
+    """`Embedding` over integers: looks up a row and computes it in float32. A head tied to it uses its `product`."""
 
-    def __init__(self, num_embeddings: int, embedding_dim: int, *, bits: int, group: int | None = GROUP) -> None:
-        super().__init__(num_embeddings, embedding_dim, bits, group)
+    def __init__(self, num_embeddings: int, embedding_dim: int, *, bits: int, group: int | None = GROUP,
+                 activations: Activations = "float") -> None:
+        super().__init__(num_embeddings, embedding_dim, bits, group, activations)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
 
     @classmethod
-    def from_embedding(cls, embedding: nn.Embedding, bits: int, group: int | None = GROUP) -> "QuantizedEmbedding":
+    def from_embedding(cls, embedding: nn.Embedding, bits: int, group: int | None = GROUP,
+                       activations: Activations = "float") -> "QuantizedEmbedding":
         integers_OI, scale_OG = quantize(embedding.weight.detach(), bits, group)
-        return cls.from_integers(integers_OI, scale_OG, bits=bits, group=group)
-
-    @classmethod
-    def from_integers(cls, integers_OI: Int8[Tensor, "O I"], scale_OG: Float[Tensor, "O G"], *, bits: int,
-                      group: int | None = GROUP) -> "QuantizedEmbedding":
         with torch.device(integers_OI.device):
-            made = cls(*integers_OI.shape, bits=bits, group=group)
+            made = cls(*integers_OI.shape, bits=bits, group=group, activations=activations)
         made.set(integers_OI, scale_OG)
         return made
 

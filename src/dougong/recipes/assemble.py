@@ -1,11 +1,13 @@
 """From a recipe to the things it names: corpus, model, objective, optimiser, loader, state."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from dougong.adapt.quantize import Form, make_room
 from dougong.core.config import replace
 from dougong.core.errors import ConfigError
 from dougong.models import count
@@ -80,10 +82,15 @@ def data_shapes(recipe: Recipe, corpus: Any) -> dict[str, int]:
     return {"num_classes": facts["classes"], "image_size": pixels.shape[-1]}
 
 
-def build_model(recipe: Recipe, runtime: Runtime) -> nn.Module:
-    """The model with its first weights, on the device; built on the meta device, so memory is taken once."""
+def build_model(recipe: Recipe, runtime: Runtime, *, integers: Mapping[str, Form] | None = None) -> nn.Module:
+    """The model with its first weights, on the device; built on the meta device, so memory is taken once.
+
+    `integers` names the parts that will be loaded as integers: they get no floats.
+    """
     with torch.device("meta"):
         model = recipe.model.build()
+        if integers:
+            make_room(model, integers)
     model = model.to_empty(device=runtime.device)
     model.initialise(derive(recipe.seed, "model"))
     if getattr(recipe.data, "precision", None) == "float64":

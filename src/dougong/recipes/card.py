@@ -7,7 +7,6 @@ not compare. Bits per byte are of the whole split; divergence and calibration of
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -129,15 +128,17 @@ def _first(documents: Sequence[Any], tokenizer: Any, most_tokens: int) -> list[A
 
 def _what(opened: OpenRun) -> dict[str, Any]:
     """How it was made, for the page to say in its languages."""
-    compression, smaller = getattr(opened, "compression", None), opened.recorded.get("smaller")
+    compression, smaller = opened.compression, opened.recorded.get("smaller")
+    trained_for_it = getattr(opened.recipe.adapt, "kind", None) == "qat"
     made: dict[str, Any] = {"trained_on": opened.recipe.start is not None}
     if compression is not None:
+        made["trained_on"] = trained_for_it
         most = max(compression.parts.values(), key=list(compression.parts.values()).count)
         made |= {"kind": "integers", "bits": most.bits, "group": most.group, "method": compression.method,
                  "activations": most.activations}
     elif smaller:
         made |= {"kind": smaller["how"]}
-    elif getattr(opened.recipe.adapt, "kind", None) == "qat":
+    elif trained_for_it:
         made |= {"kind": "qat", "bits": opened.recipe.adapt.bits}
     else:
         made |= {"kind": "whole"}

@@ -6,11 +6,12 @@ Written beside its place under a name with a dot, read back by another program, 
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dougong import __version__
+from dougong.adapt.quantize import Form, dequantised, integers_of
 from dougong.core.config import dump_yaml, to_dict
 from dougong.core.errors import ConfigError, DougongError
 from dougong.core.events import read_events
@@ -24,6 +25,7 @@ from dougong.interop.published import published_form
 from dougong.interop.tensor_files import SHARD_BYTES
 from dougong.interop.verify import Verified
 from dougong.models import count
+from dougong.nn.quantized import Quantized
 from dougong.recipes.open_run import OpenRun
 from dougong.train.shadow import tracked
 
@@ -57,6 +59,7 @@ def export_hf(opened: OpenRun, out: Path, *, dtype: str | None = None, verify: b
     Raises ConfigError for what the format cannot hold, Mismatch (and leaves nothing) where the reader disagrees.
     """
     family, config = published_form(refuse_without_tokens(opened).model)
+    opened, _ = in_floats(opened)
     dtype = dtype or stored_dtype(opened)
     state = tracked(opened.model)
     card = model_card(card_facts(opened, family.architecture, dtype, license))
@@ -66,17 +69,24 @@ def export_hf(opened: OpenRun, out: Path, *, dtype: str | None = None, verify: b
         return verify_hf(place, opened.model, opened.tokenizer, held_out_texts(opened), dtype=dtype) if verify else None
 
     verified = published_whole(out, write)
-    return Exported(out, "hf", dtype, sizes_of(out), verified, _notes(opened, dtype, state))
+    notes = _notes(opened, dtype, state)
+    if opened.compression:
+        notes = (f"the run's weights are {opened.compression.title()}; this directory holds the floats that they stand "
+                 "for, since transformers has no such form.", *notes)
+    return Exported(out, "hf", dtype, sizes_of(out), verified, notes)
 
 
-def export_gguf(opened: OpenRun, out: Path, *, quant: str = "f32", verify: bool = True,
+def export_gguf(opened: OpenRun, out: Path, *, quant: str | None = None, verify: bool = True,
                 license: str = "unknown") -> Exported:
-    """A directory with one GGUF file for llama.cpp and its relatives, and a `Modelfile` for Ollama.
+    """A directory with one GGUF file for llama.cpp and its relatives, and a `Modelfile` for Ollama. `quant` None: f32,
+    or the type that holds a compressed run's integers as they are.
 
     Raises ConfigError for what the format cannot hold, Mismatch (and leaves nothing) where a reader disagrees.
     """
     family, config = published_form(refuse_without_tokens(opened).model)
     form = gguf_form(family, config)
+    opened, integers = in_floats(opened)
+    quant = quant or _type_of_integers(opened) or "f32"
     words = vocabulary(opened.tokenizer, config.vocab_size)
     state = tracked(opened.model)
     name = opened.directory.path.resolve().name
@@ -84,7 +94,8 @@ def export_gguf(opened: OpenRun, out: Path, *, quant: str = "f32", verify: bool 
     notes = []
 
     def write(place: Path) -> Verified | None:
-        types = write_gguf(place / file, form, rounded(state, "f32"), words, quant=quant, name=name, license=license)
+        types = write_gguf(place / file, form, rounded(state, "f32"), words, quant=quant, name=name, license=license,
+                           integers=integers)
         write_modelfile(place / "Modelfile", file, context=config.context, words=words)
         odd = [key for key, kind in types.items() if quant.startswith("q") and kind == "f16"]
         if odd:
@@ -96,12 +107,27 @@ def export_gguf(opened: OpenRun, out: Path, *, quant: str = "f32", verify: bool 
             return None
         found, divergence = verify_gguf(place / file, form, opened.model, opened.tokenizer, held_out_texts(opened),
                                         family.config_to_hf(config))
-        if quant != "f32":
+        if opened.compression and quant == _type_of_integers(opened):
+            notes.append(f"the integers of {len(integers)} matrices are the run's own.")
+        elif quant != "f32":
             notes.append(f"rounding to {quant} costs {divergence:.2e} nats a token (mean Kullback-Leibler divergence).")
         return found
 
     verified = published_whole(out, write)
     return Exported(out, "gguf", quant, sizes_of(out), verified, tuple(notes))
+
+
+def in_floats(opened: OpenRun) -> tuple[OpenRun, dict[str, Quantized]]:
+    """The run with a model of floats, which the formats and their readers know; and the integers that it had."""
+    if opened.compression is None:
+        return opened, {}
+    return replace(opened, model=dequantised(opened.model)), integers_of(opened.model)
+
+
+def _type_of_integers(opened: OpenRun) -> str | None:
+    """q8_0 or q4_0, where one of them is how all the run's matrices are stored."""
+    forms = set(opened.compression.parts.values()) if opened.compression else set()
+    return {Form(8): "q8_0", Form(4): "q4_0"}.get(forms.pop()) if len(forms) == 1 else None
 
 
 def published_whole(out: Path, write: Callable[[Path], Any]) -> Any:

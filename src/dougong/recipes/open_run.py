@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from dougong.adapt.compression import Compression, read_compression
 from dougong.core.config import replace
 from dougong.core.errors import CheckpointError, ConfigError
 from dougong.core.run import RunDirectory
@@ -34,6 +35,8 @@ class OpenRun:
     recorded: dict[str, Any]
     passed_over: list[str]
     """what was wrong with newer or better checkpoints than the one loaded"""
+    compression: Compression | None = None
+    """how the weights were made smaller; None: they are floats"""
 
     @cached_property
     def corpus(self) -> Any:
@@ -61,7 +64,7 @@ class OpenRun:
         if "imported" in recorded:
             recorded["imported"] = {**recorded["imported"], "data": path}
         return OpenRun(self.directory, recipe, self.runtime, self.model, self.tokenizer, self.step, self.weights,
-                       recorded, self.passed_over)
+                       recorded, self.passed_over, self.compression)
 
     @property
     def tokenizer_path(self) -> str:
@@ -99,18 +102,20 @@ def open_run(path: Path | str, *, checkpoint: str = "best") -> OpenRun:
     recipe = with_own_tokenizer(recipe, recorded, directory)
     found, passed_over = _find(directory, checkpoint)
     runtime = Runtime.start(runtime_here(recipe.runtime))
-    weights = "ema" if recipe.train.ema else "raw"
-    model = build_model(recipe, runtime)
-    if recipe.adapt is not None and recipe.start is not None and not getattr(recipe.adapt, "whole", False):
+    compression = read_compression(found)     # its integers were made of one or the other, and are all there is
+    weights = compression.source["weights"] if compression else "ema" if recipe.train.ema else "raw"
+    model = build_model(recipe, runtime, integers=compression.parts if compression else None)
+    adapt = recipe.adapt if compression is None else None      # integers were made of what was merged
+    if adapt is not None and recipe.start is not None and not getattr(adapt, "whole", False):
         start = read_weights(recipe.start)
         check_start(recorded, start, directory.path)
         begin(model, start, seed=recipe.seed)
-        recipe.adapt.apply(model, seed=0)
-    load_weights(model, load_model_tensors(found, weights=weights))
-    if recipe.adapt is not None:
-        recipe.adapt.merge(model)
+        adapt.apply(model, seed=0)
+    load_weights(model, load_model_tensors(found, weights="raw" if compression else weights))
+    if adapt is not None:
+        adapt.merge(model)
     return OpenRun(directory, recipe, runtime, model.eval(), load_tokenizer(directory), int(found.name[5:]), weights,
-                   recorded, passed_over)
+                   recorded, passed_over, compression)
 
 
 def _open_hf(name: str, checkpoint: str) -> OpenRun:

@@ -64,10 +64,10 @@ _PHRASES: dict[str, tuple[str, str]] = {
                       "带宽：单条生成时每词元读取的权重量乘以速度，占本机内存复制所达 {rate} 的比例；"
                       "超过 100% 表示权重可放入处理器缓存。"),
     "machine": ("Machine: {name}, {threads} threads.", "机器：{name}，{threads} 线程。"),
-    "everyday": ("everyday use", "日常使用"),
-    "small": ("little memory", "内存紧张"),
-    "fast": ("one reader who waits", "单人等待"),
-    "many": ("many requests at once", "大量并发"),
+    "for_everyday": ("everyday use", "日常使用"),
+    "for_small": ("little memory", "内存紧张"),
+    "for_fast": ("one reader who waits", "单人等待"),
+    "for_many": ("many requests at once", "大量并发"),
     "take": ("{name} for {uses} ({facts})", "{uses}时选 {name}（{facts}）"),
     "times_smaller": ("{times} smaller", "体积缩小 {times}"),
     "cost_said": ("{cost} bits per byte", "每字节比特 {cost}"),
@@ -137,7 +137,7 @@ def _taken(row: dict[str, Any], uses: list[str], original: dict[str, Any]) -> Te
     batch = "16" if uses == ["many"] else "1"
     speed = row["tokens_per_s"][batch]["median"] / original["tokens_per_s"][batch]["median"]
     facts.append(say("times_fast", speed=times(speed)))
-    words = [say(use) for use in uses]
+    words = [say(f"for_{use}") for use in uses]
     english = words[0].en if len(words) == 1 else f"{', '.join(w.en for w in words[:-1])} and {words[-1].en}"
     return say("take", name=row["name"], uses=Text(english, "、".join(w.zh for w in words)),
                facts=Text(", ".join(f.en for f in facts), "，".join(f.zh for f in facts)))
