@@ -132,8 +132,9 @@ def check_start(recorded: Mapping[str, Any], weights: Weights, path: Path) -> No
 
 
 def with_own_tokenizer(recipe: Recipe, recorded: Mapping[str, Any], directory: RunDirectory) -> Recipe:
-    """A run that began from another, or was imported, has its tokenizer in its own directory, wherever it lies now."""
-    if "imported" not in recorded and recipe.start is None:
+    """A run that began from another, was imported or made smaller, has its tokenizer in its own directory, wherever it lies now."""
+    own = "imported" in recorded or recipe.start is not None or "smaller" in recorded and recipe.tokenizer.kind == "file"
+    if not own:
         return recipe
     values = {**to_dict(recipe.tokenizer), "kind": "file", "path": str(directory.tokenizer)}
     return replace(recipe, tokenizer=from_dict(FileConfig, {k: v for k, v in values.items()
