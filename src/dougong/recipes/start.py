@@ -133,7 +133,7 @@ def check_start(recorded: Mapping[str, Any], weights: Weights, path: Path) -> No
 
 def with_own_tokenizer(recipe: Recipe, recorded: Mapping[str, Any], directory: RunDirectory) -> Recipe:
     """A run that began from another, was imported or made smaller, has its tokenizer in its own directory, wherever it lies now."""
-    own = "imported" in recorded or recipe.start is not None or "smaller" in recorded and recipe.tokenizer.kind == "file"
+    own = "imported" in recorded or recipe.start is not None or ("smaller" in recorded and recipe.tokenizer.kind == "file")
     if not own:
         return recipe
     values = {**to_dict(recipe.tokenizer), "kind": "file", "path": str(directory.tokenizer)}

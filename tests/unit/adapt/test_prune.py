@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_decoders import batches_of, tiny
 
-from dougong.adapt.prune import Shape, cut, measure, mean_loss, prune, shapes_within, whole_shape
+from dougong.adapt.prune import Shape, cut, mean_loss, measure, prune, shapes_within, whole_shape
 from dougong.core.config import from_dict, to_dict
 from dougong.core.errors import ConfigError
 from dougong.models import FAMILIES, count
