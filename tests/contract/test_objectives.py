@@ -40,6 +40,9 @@ def case(kind):
         "causal_lm": lambda: (Token(), {"tokens": torch.randint(9, (6, 5)),
                                         "targets": torch.randint(9, (6, 5)),
                                         "weight": torch.rand(6, 5)}),
+        "distil": lambda: (Token(), {"tokens": torch.randint(9, (6, 5)), "targets": torch.randint(9, (6, 5)),
+                                     "weight": torch.rand(6, 5), "teacher_ids": torch.rand(6, 5, 9).argsort()[..., :3],
+                                     "teacher_log_p": torch.randn(6, 5, 4).log_softmax(-1)}),
         "classify": lambda: (nn.Linear(4, 3),
                              {"pixels": inputs, "labels": torch.randint(3, (6,)), "weight": weight}),
         "regression": lambda: (nn.Linear(4, 2), {"features": inputs, "targets": torch.randn(6, 2).double(),
@@ -82,13 +85,13 @@ def test_additive_objectives_add_over_rows(kind):
                                                     rel=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["causal_lm", "classify", "regression"])
+@pytest.mark.parametrize("kind", ["causal_lm", "distil", "classify", "regression"])
 def test_a_row_without_weight_changes_nothing(kind):
     model, batch = case(kind)
     weight = torch.ones_like(batch["weight"])
     weight[1] = 0
     objective = OBJECTIVES[kind]().build()
-    field = {"causal_lm": "tokens", "classify": "pixels", "regression": "features"}[kind]
+    field = {"causal_lm": "tokens", "distil": "tokens", "classify": "pixels", "regression": "features"}[kind]
     other = batch[field].clone()
     other[1] = 0
     a = objective.losses(model, Batch(**{**batch, "weight": weight}))

@@ -104,7 +104,7 @@ def foldable(block: Any, linears: Linears) -> tuple[Fold | None, Callable[[Tenso
     """How to divide what enters these maps, or None where no part before them can take it exactly; and what makes
     scales fit (channels that are copies of one share theirs)."""
     attention, feed_forward = block.attention, block.feed_forward
-    kinds = {part for part in linears.values()}
+    kinds = set(linears.values())
     if type(attention) is Attention and attention.query in kinds:
         return _into_norm(block, block.attention_norm), _as_they_are
     if type(attention) is Attention and attention.output in kinds and attention.value_gate is None:

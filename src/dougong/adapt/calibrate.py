@@ -107,9 +107,8 @@ def check_enough(model: Any, batches: Sequence[Batch]) -> None:
     widest = max(part.in_features for part in model.stack.modules() if isinstance(part, Linear))
     tokens = sum(batch["tokens"].numel() for batch in batches)
     if tokens < widest:
-        raise DataError(f"{tokens:,} tokens to calibrate on are fewer than the {widest:,} inputs of the widest matrix, so "
-                        "what they hold says nothing of most directions.\nGive more text, or use --method rtn, which "
-                        "needs none.")
+        raise DataError(f"{tokens:,} tokens to calibrate on are fewer than the {widest:,} inputs of the widest matrix: "
+                        "of most directions they say nothing.\nGive more text, or use --method rtn, which needs none.")
 
 
 class _listening:

@@ -1,9 +1,10 @@
 """GPTQ: each column is rounded in turn, and the columns that are still free make up for its error.
 
 Frantar et al. 2022, arXiv:2210.17323, algorithm 1. For a map y = W x the squared error of the outputs over calibration
-inputs is tr(E H Eᵀ) with H = Σ x xᵀ. Rounding column i of W by an error e_i is best answered by moving the columns after
-it by -e_i / U_ii · U_i,j, where U is the upper Cholesky factor of H⁻¹. Columns of large H_ii may go first (`act_order`):
-they are rounded while most others are free; scales still belong to neighbouring columns, as the stored form has it.
+inputs is tr(E H Eᵀ) with H = Σ x xᵀ. Rounding column i of W by an error e_i is best answered by moving the columns
+after it by -e_i / U_ii · U_i,j, where U is the upper Cholesky factor of H⁻¹. Columns of large H_ii may go first
+(`act_order`): they are rounded while most others are free; scales still belong to neighbouring columns, as the stored
+form has it.
 """
 
 from collections.abc import Sequence
@@ -64,7 +65,8 @@ def gptq(model: Any, batches: Sequence[Batch], *, bits: int, group: int | None =
 
 def tables(model: Any) -> dict[str, Any]:
     """The embeddings of tokens, by module name."""
-    return {"stem.tokens": model.stem.tokens, **{f"stem.values.{name}": part for name, part in model.stem.values.items()}}
+    values = {f"stem.values.{name}": part for name, part in model.stem.values.items()}
+    return {"stem.tokens": model.stem.tokens, **values}
 
 
 def solve(weight_OI: Float[Tensor, "O I"], moments: Moments, bits: int, group: int | None, *, damping: float = DAMPING,

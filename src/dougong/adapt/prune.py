@@ -2,9 +2,9 @@
 
 What goes is measured on calibration text. A channel or a group of heads counts by what the loss would change by without
 it, to first order: |Σ a · ∂loss/∂a| over a row's tokens, a being its activation (Molchanov et al. 2019,
-arXiv:1906.10771, eq. 7; used so by Minitron, arXiv:2407.14679, section 2.2). A layer counts by what the loss does change
-by when it is left out. A config asks the same widths of every layer, so every layer loses equally many, each its own
-least ones. How the cut is shared between layers, groups and channels is tried: of the shapes that fit, the one of the
+arXiv:1906.10771, eq. 7; activations and losses measured so lead Minitron too, arXiv:2407.14679, section 2.2). A layer
+counts by what the loss does change by when it is left out. A config asks the same widths of every layer, so every layer
+loses equally many, each its own least ones. How the cut is shared between layers, groups and channels is tried: of the shapes that fit, the one of the
 least loss is taken. Training on, from the larger model's answers, makes up for most of it.
 """
 
@@ -62,7 +62,8 @@ class Pruned:
     loss_before: float
 
 
-def prune(model: Any, batches: Sequence[Batch], *, ratio: float, say: Callable[[str], None] = lambda text: None) -> Pruned:
+def prune(model: Any, batches: Sequence[Batch], *, ratio: float,
+          say: Callable[[str], None] = lambda text: None) -> Pruned:
     """A model with at most `1 - ratio` of the parameters, embeddings counted. Raises ConfigError where it cannot be."""
     if not 0 < ratio < 1:
         raise ConfigError(f"a ratio of {ratio} cannot be pruned: it is the share of the parameters that goes, such as "
@@ -83,8 +84,8 @@ def whole_shape(model: Any) -> Shape:
     """That of the model as it is. Raises ConfigError for layers that are not of one kind."""
     block = next(iter(model.stack.values()))
     if not isinstance(block.feed_forward, SwiGLU | FeedForward):
-        raise ConfigError(f"model.kind={model.config.kind} has experts for feed-forwards, and only plain ones are pruned "
-                          "so far.")
+        raise ConfigError(f"model.kind={model.config.kind} has experts for feed-forwards, and only plain ones are "
+                          "pruned so far.")
     return Shape(len(model.stack), block.attention.num_kv_heads, block.feed_forward.down.in_features)
 
 
@@ -108,9 +109,9 @@ def shapes_within(model: Any, most: int) -> list[Shape]:
                 found.append(Shape(layers, groups, widest))
     if not found:
         total = count.parameters(model.config)["total"]
-        raise ConfigError(f"no shape of this model has {most:,} parameters or fewer: with a quarter of its layers, heads "
-                          f"and channels about {smallest:,} of {total:,} are left, embeddings above all.\nTry a ratio "
-                          f"below {1 - smallest / total:.2f}, or a smaller vocabulary (--trim-vocabulary).")
+        raise ConfigError(f"no shape of this model has {most:,} parameters or fewer: with a quarter of its layers, "
+                          f"heads and channels about {smallest:,} of {total:,} are left, embeddings above all.\nTry a "
+                          f"ratio below {1 - smallest / total:.2f}, or a smaller vocabulary (--trim-vocabulary).")
     # those that cut one axis further than another shape that fits bring nothing
     return [shape for shape in found if not any(_within(shape, other) for other in found if other != shape)]
 

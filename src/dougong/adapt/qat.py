@@ -60,7 +60,7 @@ class QATConfig:
 
 class FakeQuantised(torch.autograd.Function):
     """What the integers of a weight stand for. The gradient passes to every weight whose nearest integer exists: at 4
-    bits the side opposite to a group's largest weight ends at 7 steps, and what lies beyond does not change the value."""
+    bits the side opposite to a group's largest weight ends at 7 steps, and what lies beyond changes nothing."""
 
     @staticmethod
     def forward(ctx: Any, weight_OI: Tensor, bits: int, group: int | None) -> Tensor:

@@ -91,7 +91,8 @@ def _integers(opened: Any, to: str, method: str, group: int | None, activations:
     from dougong.recipes.compress import compress_run, form_for
 
     form = form_for(to, group=group, activations=activations)
-    made = compress_run(opened, out or _beside(opened, to if method == "rtn" else f"{to}-{method}"), form, method=method)
+    place = out or _beside(opened, to if method == "rtn" else f"{to}-{method}")
+    made = compress_run(opened, place, form, method=method)
     screen.print(f"{made.compression.title()}: {made.bytes_before:,} bytes of weights are {made.bytes_after:,} "
                  f"({made.bytes_before / made.bytes_after:.1f} times smaller)")
     for note in made.notes:

@@ -1,7 +1,8 @@
 """A prepared text corpus: documents, tokens and rows of every split, and the facts a report tells of them."""
 
+import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from dougong.data.batch import Batch
 from dougong.data.documents import DocumentStore, DocumentView
 from dougong.data.loader import Loader, batches_in_order
 from dougong.data.mix import Mixture
-from dougong.data.pack import BestFit, Stream, Windows, choose_method, index_name
+from dougong.data.pack import BestFit, Stream, Windows, WithFields, choose_method, index_name
 from dougong.data.shards import TokenStore
 from dougong.data.split import SPLITS
 from dougong.data.tokenizer import Tokenizer
@@ -45,7 +46,7 @@ class Corpus:
         self.method, self.reason = chosen, reason
         if packing != "auto":
             self.method, self.reason = packing, "asked for by data.pack"
-        self._packs = {split: self._pack(split) for split in SPLITS}
+        self._packs: dict[str, dict[str, Any]] = {split: self._pack(split) for split in SPLITS}
         self.facts = self._gather_facts()
 
     @property
@@ -71,7 +72,15 @@ class Corpus:
         """Every row of the split once, in order: for a loss over the whole of it."""
         return batches_in_order(list(self._rows_of(split).values()), rows)
 
-    def _rows_of(self, split: str) -> dict[str, Windows | BestFit]:
+    def with_fields(self, split: str, more: Callable[[np.ndarray], dict[str, np.ndarray]]) -> "Corpus":
+        """The same corpus, the rows of one split with more fields: `more(places)` gives them for the places of tokens
+        in the split, (rows, context)."""
+        changed = copy.copy(self)
+        changed._packs = {**self._packs, split: {name: WithFields(pack, more)
+                                                 for name, pack in self._packs[split].items()}}
+        return changed
+
+    def _rows_of(self, split: str) -> dict[str, Any]:
         if not self._packs.get(split):
             raise DataError(
                 f"the split {split!r} has no documents. "

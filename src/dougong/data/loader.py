@@ -151,5 +151,5 @@ def _together(parts: list[tuple[np.ndarray, dict[str, np.ndarray]]], rows: int) 
     fields: dict[str, np.ndarray] = {}
     for slots, values in parts:
         for name, value in values.items():
-            fields.setdefault(name, np.zeros((rows, value.shape[1]), value.dtype))[slots] = value
+            fields.setdefault(name, np.zeros((rows, *value.shape[1:]), value.dtype))[slots] = value
     return {name: torch.from_numpy(value) for name, value in fields.items()}

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -91,6 +92,11 @@ class Windows:
             weight &= (place + phase) % total != total - 1
         return {"tokens": block[:, :-1], "targets": block[:, 1:], "weight": weight.astype(np.float32)}
 
+    def places(self, rows: np.ndarray, phase: int) -> np.ndarray:
+        """Where each token of these rows stands in its split, (len(rows), context)."""
+        place = rows[:, None].astype(np.int64) * self.context + np.arange(self.context)
+        return self.stream.start + (phase + place) % self.stream.tokens
+
     def documents(self, row: int, phase: int) -> list[int]:
         """Numbers of the documents in a row."""
         return self.stream.documents(phase + row * self.context, self.context)
@@ -150,6 +156,17 @@ class BestFit:
         fields = {"tokens": tokens, "targets": targets, "weight": weight}
         return {**fields, "segment": segment} if several else fields
 
+    def places(self, rows: np.ndarray, phase: int = 0) -> np.ndarray:
+        """As of `Windows`; 0 where a row has no token."""
+        places = np.zeros((len(rows), self.context), np.int64)
+        for at, row in enumerate(rows):
+            pieces = slice(int(self._borders[row]), int(self._borders[row + 1]))
+            found = [self.stream.start + start + np.arange(length)
+                     for start, length in zip(self._starts[pieces], self._lengths[pieces])]
+            held = np.concatenate(found)
+            places[at, :len(held)] = held
+        return places
+
     def documents(self, row: int, phase: int = 0) -> list[int]:
         """Numbers of the documents in a row."""
         pieces = range(int(self._borders[row]), int(self._borders[row + 1]))
@@ -158,6 +175,23 @@ class BestFit:
 
     def facts(self) -> dict[str, Any]:
         return dict(self._facts)
+
+
+class WithFields:
+    """Rows of another pack with more fields, which `more` looks up by the places of their tokens in the split."""
+
+    def __init__(self, pack: Windows | BestFit, more: Callable[[np.ndarray], Fields]) -> None:
+        self._pack, self._more = pack, more
+        self.method, self.context, self.rows = pack.method, pack.context, pack.rows
+
+    def fields(self, rows: np.ndarray, phase: int) -> Fields:
+        return {**self._pack.fields(rows, phase), **self._more(self._pack.places(rows, phase))}
+
+    def documents(self, row: int, phase: int) -> list[int]:
+        return self._pack.documents(row, phase)
+
+    def facts(self) -> dict[str, Any]:
+        return self._pack.facts()
 
 
 def best_fit(lengths: np.ndarray, context: int) -> np.ndarray:

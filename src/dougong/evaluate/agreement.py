@@ -6,7 +6,7 @@ models can be compared so only where they know the same tokens.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,6 @@ from dougong.evaluate.bits_per_byte import _Reader, evaluating
 from dougong.runtime.device import Runtime
 
 _LOGITS_AT_ONCE = 1 << 22
-_BINS = 15
 
 
 @dataclass(frozen=True)
@@ -60,47 +59,3 @@ class _Beside(_Reader):
             found.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0))
             self.same.append((log_p.argmax(-1) == log_q.argmax(-1)).cpu().numpy())
         return torch.cat(found).double().cpu().numpy()
-
-
-@dataclass
-class Calibration:
-    """Sums over tokens, by how likely the model took its most likely token to be."""
-
-    count: np.ndarray = field(default_factory=lambda: np.zeros(_BINS))
-    confidence: np.ndarray = field(default_factory=lambda: np.zeros(_BINS))
-    right: np.ndarray = field(default_factory=lambda: np.zeros(_BINS))
-
-    @property
-    def error(self) -> float:
-        """Expected calibration error (Naeini et al. 2015; Guo et al. 2017, arXiv:1706.04599, eq. 3): the mean distance
-        of confidence from how often it was right, 15 equal bins weighted by their tokens."""
-        return float(np.abs(self.confidence - self.right).sum() / max(self.count.sum(), 1))
-
-
-def calibration(model: nn.Module, tokenizer: Any, documents: Iterable[Any], *, context: int,
-                runtime: Runtime | None = None, batch_tokens: int = 8192) -> Calibration:
-    """How well the model knows how often its first guess is right."""
-    begin = [] if tokenizer.document_id is None else [tokenizer.document_id]
-    texts = [np.concatenate([begin, tokenizer.encode(document.text)]).astype(np.int64) for document in documents]
-    reader = _Confidence(model, runtime or Runtime(), context, context, batch_tokens)
-    with evaluating(model):
-        reader.token_nats(texts)
-    return reader.sums
-
-
-class _Confidence(_Reader):
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.sums = Calibration()
-
-    @torch.no_grad()
-    def _forward(self, tokens_BT: Tensor, targets_BT: Tensor, scored_BT: Tensor) -> np.ndarray:
-        hidden, targets = self.model.hidden(tokens_BT)[scored_BT], targets_BT[scored_BT]
-        rows = max(1, _LOGITS_AT_ONCE // self.model.head(hidden[:1]).shape[-1])
-        for x, target in zip(hidden.split(rows), targets.split(rows)):
-            confidence, guess = self.model.head(x).float().softmax(-1).max(-1)
-            at = (confidence * _BINS).long().clamp(max=_BINS - 1).cpu().numpy()
-            for sums, values in ((self.sums.count, np.ones(len(at))), (self.sums.confidence, confidence.cpu().numpy()),
-                                 (self.sums.right, (guess == target).cpu().numpy())):
-                np.add.at(sums, at, values)
-        return np.zeros(len(targets))

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dougong.core.errors import ConfigError, DataError
+from dougong.evaluate.calibration import Calibration
 from dougong.evaluate.scores import DocumentScores
 from dougong.evaluate.statistics import Interval, bits_per_byte_interval
 from dougong.runtime.device import Runtime
@@ -53,11 +54,12 @@ class BitsPerByte(DocumentScores):
 
 def bits_per_byte(model: nn.Module, tokenizer, documents: Iterable, *, context: int,
                   stride: int | None = None, runtime: Runtime | None = None, batch_tokens: int = 8192,
-                  name: str = "model", poll: Callable[[], None] | None = None) -> BitsPerByte:
+                  name: str = "model", poll: Callable[[], None] | None = None,
+                  calibration: Calibration | None = None) -> BitsPerByte:
     """Scores every document (`id`, `source`, `text`) and returns the columns.
 
     `stride` defaults to `context`. `batch_tokens` (tokens of one forward) changes speed and memory only. `poll` is
-    called before each forward, and may raise to end the work.
+    called before each forward, and may raise to end the work. `calibration` counts the same tokens, where given.
     Raises ConfigError for a context or stride that cannot be, DataError where there is no text.
     """
     stride = context if stride is None else stride
@@ -69,7 +71,7 @@ def bits_per_byte(model: nn.Module, tokenizer, documents: Iterable, *, context: 
                           "leave tokens unscored.")
     begin = time.perf_counter()
     columns = _Columns([], [], [], [], [])
-    reader = _Reader(model, runtime or Runtime(), context, stride, batch_tokens, poll)
+    reader = _Reader(model, runtime or Runtime(), context, stride, batch_tokens, poll, calibration)
     with evaluating(model):
         if tokenizer.document_id is None:
             _score_stream(reader, tokenizer, documents, columns)
@@ -84,6 +86,14 @@ def bits_per_byte(model: nn.Module, tokenizer, documents: Iterable, *, context: 
     return BitsPerByte(name=name, ids=columns.ids, sources=columns.sources, nats=nats,
                        bytes=np.array(columns.bytes), tokens=np.array(columns.tokens), context=context,
                        stride=stride, lossy=columns.lossy, seconds=time.perf_counter() - begin)
+
+
+def calibration(model: nn.Module, tokenizer, documents: Iterable, *, context: int, stride: int | None = None,
+                runtime: Runtime | None = None) -> Calibration:
+    """Only how well calibrated the model is, over the tokens that `bits_per_byte` scores."""
+    found = Calibration()
+    bits_per_byte(model, tokenizer, documents, context=context, stride=stride, runtime=runtime, calibration=found)
+    return found
 
 
 @dataclass
@@ -151,8 +161,10 @@ class _Reader:
     """Scores windows of many sequences in batches of similar length."""
 
     def __init__(self, model: Any, runtime: Runtime, context: int, stride: int,
-                 batch_tokens: int, poll: Callable[[], None] | None = None) -> None:
+                 batch_tokens: int, poll: Callable[[], None] | None = None,
+                 calibration: Calibration | None = None) -> None:
         self.model, self.runtime, self.poll = model, runtime, poll or (lambda: None)
+        self.calibration = calibration
         self.context, self.stride, self.batch_tokens = context, stride, batch_tokens
 
     def token_nats(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -205,8 +217,12 @@ class _Reader:
         targets_N = targets_BT[scored_BT]
         first = self.model.head(hidden_ND[:1])
         part = max(_LOGITS_AT_ONCE // first.shape[-1], 1)
-        spent = [F.cross_entropy(self.model.head(h).float(), t, reduction="none")
-                 for h, t in zip(hidden_ND.split(part), targets_N.split(part))]
+        spent = []
+        for h_ND, t_N in zip(hidden_ND.split(part), targets_N.split(part)):
+            logits_NV = self.model.head(h_ND).float()
+            spent.append(F.cross_entropy(logits_NV, t_N, reduction="none"))
+            if self.calibration is not None:
+                self.calibration.add(logits_NV, t_N)
         return torch.cat(spent).double().cpu().numpy()
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from dougong.evaluate.bits_per_byte import BitsPerByte, bits_per_byte
+from dougong.evaluate.calibration import Calibration
 from dougong.evaluate.compressors import xz_concatenated, xz_per_document
 from dougong.evaluate.kneser_ney import KneserNey
 from dougong.evaluate.scores import DocumentScores
@@ -28,6 +29,7 @@ class Comparison:
     notes: list[dict[str, Any]] = field(default_factory=list)
     weights: str = "raw"
     seed: int = 0
+    calibration: Calibration | None = None
 
     def payload(self) -> dict[str, Any]:
         """The fields of a `result` event, as JSON values.
@@ -42,7 +44,8 @@ class Comparison:
                 "stride": self.scores.stride, "weights": self.weights, "loss": self.scores.nats_per_token,
                 "documents": len(self.scores.ids), "tokens": int(self.scores.tokens.sum()),
                 "bytes": int(self.scores.bytes.sum()),
-                "lossy": self.scores.lossy, "seconds": self.scores.seconds}
+                "lossy": self.scores.lossy, "seconds": self.scores.seconds,
+                **({"calibration": self.calibration.payload()} if self.calibration else {})}
 
     def _against(self, baseline: DocumentScores) -> dict[str, Any]:
         difference, interval = paired_difference(self.scores, baseline, seed=self.seed)
@@ -63,8 +66,9 @@ def evaluate_split(model: nn.Module, tokenizer, documents: Sequence, *, context:
     """
     say = progress or (lambda message: None)
     say(f"bits per byte of {len(documents)} documents")
+    sureness = Calibration()
     scores = bits_per_byte(model, tokenizer, documents, context=context, stride=stride, runtime=runtime,
-                           batch_tokens=batch_tokens)
+                           batch_tokens=batch_tokens, calibration=sureness)
     others: list[DocumentScores] = []
     notes: list[dict[str, Any]] = []
     if "5-gram" in baselines and training_documents is not None:
@@ -76,7 +80,7 @@ def evaluate_split(model: nn.Module, tokenizer, documents: Sequence, *, context:
         others.append(xz_per_document(documents))
         notes.append({"name": "xz -9 of all documents concatenated",
                       "bits_per_byte": xz_concatenated(documents)})
-    return Comparison(split, scores, others, notes, weights, seed)
+    return Comparison(split, scores, others, notes, weights, seed, sureness)
 
 
 def _list(interval: tuple[float, float] | None) -> list[float] | None:

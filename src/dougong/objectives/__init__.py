@@ -6,6 +6,7 @@ from dougong.objectives.objective import Objective
 
 OBJECTIVES = Table("objective", {
     "causal_lm": "dougong.objectives.causal_lm:CausalLMConfig",
+    "distil": "dougong.objectives.distil:DistilConfig",
     "classify": "dougong.objectives.classify:ClassifyConfig",
     "regression": "dougong.objectives.regression:RegressionConfig",
     "gan": "dougong.objectives.gan:GANObjectiveConfig",

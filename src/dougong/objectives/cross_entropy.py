@@ -7,7 +7,7 @@ it, because a summed loss only ever receives a scalar factor. With one chunk thi
 cross-entropy.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,37 +51,53 @@ def head_cross_entropy(head: nn.Module, x_ND: Float[Tensor, "N D"], targets_N: I
     s(l - mean logit) + z l²` (label smoothing s; z-loss z: Chowdhery et al. 2022, arXiv:2204.02311, section
     5). No gradients of gradients.
     """
-    rows = max(_LEAST_ROWS, settings.chunk_logits // vocab_size)
+    losses = getattr(head, "token_losses", token_losses)    # a head in parts along the vocabulary has its own
+
+    def of_chunk(logits_NV: Tensor, chunk: slice, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+        return losses(logits_NV, targets_N[chunk], weight_N[chunk], settings, with_gradient=with_gradient)
+
+    loss, (_, nll, correct, z) = through_the_head(head, x_ND, parameters, of_chunk, sums=4,
+                                                  rows=settings.chunk_logits // vocab_size)
+    return TokenSums(loss, nll, correct, z)
+
+
+ChunkLosses = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor | None]]
+"""(logits of a chunk of tokens, which tokens, whether a gradient is wanted) -> (sums over those tokens, of which the
+first is the loss; the gradient of the loss to the logits)"""
+
+
+def through_the_head(head: nn.Module, x_ND: Float[Tensor, "N D"], parameters: Iterable[Tensor], losses: ChunkLosses, *,
+                     sums: int, rows: int) -> tuple[Tensor, Tensor]:
+    """The loss, differentiable to `x` and the head's parameters, and all the sums, which are not. About `rows` tokens
+    have logits at a time."""
     wanted = [p for p in parameters if p.requires_grad] if torch.is_grad_enabled() else []
     with_gradient = bool(wanted) or (x_ND.requires_grad and torch.is_grad_enabled())
-    totals, gradients = _through_the_head(head, x_ND, targets_N, weight_N, rows, settings,
-                                          [x_ND, *wanted] if with_gradient else [])
-    loss, nll, correct, z = totals.unbind()
+    totals, gradients = _in_chunks(head, x_ND, losses, sums, max(_LEAST_ROWS, rows),
+                                   [x_ND, *wanted] if with_gradient else [])
+    loss = totals[0]
     if with_gradient:   # apart, so that a pipeline can ask for the gradient of x first and that of the weights later
         loss = _Known.apply(loss, gradients[:1], x_ND) + _Known.apply(torch.zeros_like(loss), gradients[1:], *wanted)
-    return TokenSums(loss.clone(), nll, correct, z)
+    return loss.clone(), totals  # type: ignore[union-attr]
 
 
 @torch.no_grad()
-def _through_the_head(head: nn.Module, x_ND: Tensor, targets_N: Tensor, weight_N: Tensor, rows: int,
-                      settings: LossSettings, wants: list[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
-    """The four sums, and the loss's gradients to `wants` (x and parameters, or nothing)."""
-    part = getattr(head, "part", head)                              # a head in parts along the vocabulary has its own
-    losses = getattr(head, "token_losses", token_losses)            # logits and losses (`parallel.vocabulary`)
+def _in_chunks(head: nn.Module, x_ND: Tensor, losses: ChunkLosses, sums: int, rows: int,
+               wants: list[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+    """The sums, and the loss's gradients to `wants` (x and parameters, or nothing)."""
+    part = getattr(head, "part", head)
     grad_x = torch.empty_like(x_ND) if wants else None
     grads: list[Tensor | None] = []
-    totals = torch.zeros(4, dtype=_accumulator(x_ND.dtype), device=x_ND.device)
+    totals = torch.zeros(sums, dtype=_accumulator(x_ND.dtype), device=x_ND.device)
     for chunk in _chunks(len(x_ND), rows):
         with torch.set_grad_enabled(bool(wants)):
             x = x_ND[chunk].detach().requires_grad_(bool(wants))
             logits = part(x)
-        sums, grad_logits = losses(logits.detach(), targets_N[chunk], weight_N[chunk], settings,
-                                         with_gradient=bool(wants))
-        totals += sums
+        found, grad_logits = losses(logits.detach(), chunk, bool(wants))
+        totals += found
         if grad_x is not None:
-            first, *found = torch.autograd.grad(logits, [x, *wants[1:]], grad_logits, allow_unused=True)
+            first, *others = torch.autograd.grad(logits, [x, *wants[1:]], grad_logits, allow_unused=True)
             grad_x[chunk] = first
-            grads = [_add(total, new) for total, new in zip(grads, found)] if grads else list(found)
+            grads = [_add(total, new) for total, new in zip(grads, others)] if grads else list(others)
     return totals, [grad_x, *grads]
 
 

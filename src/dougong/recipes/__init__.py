@@ -6,6 +6,7 @@ RECIPES = Table("recipe", {
     "first": "dougong.recipes.shipped.first:first",
     "shakespeare_char": "dougong.recipes.shipped.shakespeare:shakespeare_char",
     "shakespeare_char_cpu": "dougong.recipes.shipped.shakespeare:shakespeare_char_cpu",
+    "distil": "dougong.recipes.shipped.distil:distil",
     "gpt2_124m": "dougong.recipes.shipped.large:gpt2_124m",
     "qwen3_1b": "dougong.recipes.shipped.large:qwen3_1b",
     "linear_regression": "dougong.recipes.shipped.small:linear_regression",

@@ -44,6 +44,12 @@ class Assembly:
     """fingerprint of the weights that it began from"""
 
     @property
+    def fingerprints(self) -> dict[str, str]:
+        """Of the weights of other models that this run stands on, as its recipe records them."""
+        found = {"start_fingerprint": self.start, "teacher_fingerprint": getattr(self.objective, "fingerprint", None)}
+        return {name: value for name, value in found.items() if value}
+
+    @property
     def is_whole(self) -> bool:
         """Whether this process can run the whole model by itself."""
         return self.runtime.mesh.size("pipeline", "shard", "expert", "context", "tensor") == 1

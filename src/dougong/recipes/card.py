@@ -1,7 +1,7 @@
 """The compression card: a model and what was made smaller of it, side by side in size, quality and speed.
 
 Everything is measured here and now, on the same documents and in turns, since figures of other days and machines do
-not compare. Bits per byte are of the whole split; divergence and calibration of its first documents.
+not compare. Bits per byte and calibration are of the whole split; the divergence is of its first documents.
 """
 
 import statistics
@@ -16,8 +16,9 @@ import torch
 from dougong.core.errors import CheckpointError, ConfigError, DougongError
 from dougong.core.run import RunDirectory
 from dougong.evaluate import bits_per_byte
-from dougong.evaluate.agreement import agreement, calibration
+from dougong.evaluate.agreement import agreement
 from dougong.evaluate.bits_per_byte import BitsPerByte
+from dougong.evaluate.calibration import Calibration
 from dougong.evaluate.scores import NATS_PER_BIT
 from dougong.evaluate.statistics import paired_difference
 from dougong.generate.engine import Engine
@@ -32,7 +33,7 @@ from dougong.train.shadow import tracked
 Say = Callable[[str], None]
 BATCHES = (1, 16)
 _CLOSE_TOKENS = 1 << 15
-"""tokens on which divergence and calibration are measured"""
+"""tokens on which the divergence is measured"""
 _WORST, _LEAST_BYTES = 3, 256
 """documents named, and how long one must be for its bits per byte to say anything"""
 _PROMPT, _WRITTEN, _ROUNDS = 16, 48, 5
@@ -78,8 +79,8 @@ def card(original: OpenRun, others: Sequence[Path], *, split: str | None = None,
     if original.tokenizer is None:
         raise ConfigError(f"{original.directory.path} holds no language model, and the card compares such only.")
     if not others:
-        raise ConfigError(f"nothing beside {original.directory.path} was made from it. Make something smaller first, such "
-                          f"as `dougong compress {original.directory.path} --to int4`, or name runs with --with.")
+        raise ConfigError(f"nothing beside {original.directory.path} was made from it. Make something smaller first, as "
+                          f"in `dougong compress {original.directory.path} --to int4`, or name runs with --with.")
     split = split or (original.recipe.evaluate.split if original.recipe.evaluate.split in
                       held_out_splits(original.corpus) else "validation")
     documents = list(original.corpus.documents(split))
@@ -90,10 +91,11 @@ def card(original: OpenRun, others: Sequence[Path], *, split: str | None = None,
     for opened in models:
         name = opened.directory.path.resolve().name
         say(f"scoring {name}")
+        sure = Calibration()
         scores.append(bits_per_byte(opened.model, opened.tokenizer, documents, context=opened.recipe.model.context,
-                                    runtime=opened.runtime, name=name))
-        rows.append({"name": name, "what": _what(opened), **_sizes(opened), **_quality(scores[0], scores[-1])})
-        rows[-1] |= _closeness(original, opened, close)
+                                    runtime=opened.runtime, name=name, calibration=sure))
+        rows.append({"name": name, "what": _what(opened), **_sizes(opened), **_quality(scores[0], scores[-1]),
+                     **_closeness(original, opened, close), "calibration_error": sure.error, "brier": sure.brier})
     say("measuring how fast each writes")
     for row, speeds in zip(rows, _speeds(models, documents, rounds)):
         row["tokens_per_s"] = {str(batch): values for batch, values in speeds.items()}
@@ -176,14 +178,11 @@ def _quality(original: BitsPerByte, variant: BitsPerByte) -> dict[str, Any]:
 
 
 def _closeness(original: OpenRun, variant: OpenRun, documents: Sequence[Any]) -> dict[str, Any]:
-    """Divergence from the original, None where the tokens are others; and calibration."""
-    context, runtime = original.recipe.model.context, original.runtime
-    error = calibration(variant.model, variant.tokenizer, documents, context=variant.recipe.model.context,
-                        runtime=runtime).error
+    """Divergence from the original; None where the tokens are others."""
     if variant.tokenizer.fingerprint != original.tokenizer.fingerprint:
-        return {"kl_mean": None, "kl_p99": None, "top1_agreement": None, "calibration_error": error}
-    found = agreement(original.model, variant.model, original.tokenizer, documents, context=context, runtime=runtime)
-    return {**found.payload(), "calibration_error": error}
+        return {"kl_mean": None, "kl_p99": None, "top1_agreement": None}
+    return agreement(original.model, variant.model, original.tokenizer, documents,
+                     context=original.recipe.model.context, runtime=original.runtime).payload()
 
 
 def _read_bytes(opened: OpenRun) -> int:

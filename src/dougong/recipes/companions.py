@@ -13,7 +13,9 @@ from dougong.objectives.objective import Objective
 from dougong.recipes.recipe import Recipe
 from dougong.runtime.device import Runtime
 
-COMPANIONS = Table("companion", {})
+COMPANIONS = Table("companion", {
+    "distil": "dougong.recipes.teacher:taught",
+})
 """objective kind: function(recipe, corpus, objective, model, runtime) -> (objective, corpus)"""
 
 

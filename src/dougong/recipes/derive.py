@@ -71,10 +71,12 @@ def resolve(recipe: Recipe, *, elsewhere: bool = False) -> tuple[Recipe, list[De
     """Fills in what follows from the recipe, the model it begins from and the machine alone; `elsewhere`: its runtime
     is given, of a machine that is not this one."""
     from dougong.recipes.start import with_start
+    from dougong.recipes.teacher import with_teacher
 
-    recipe, derived = with_start(recipe)
+    recipe, of_start = with_start(recipe)
+    recipe, of_teacher = with_teacher(recipe)
     notes = _Notes(recipe)
-    notes.items += derived
+    notes.items += of_start + of_teacher
     if not elsewhere:
         _runtime(notes)
     size = parse_size(recipe.size) if recipe.size else None

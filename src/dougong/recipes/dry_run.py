@@ -12,6 +12,7 @@ from dougong.plan.work import CHECKPOINTING
 from dougong.recipes.assemble import assemble
 from dougong.recipes.probe import measure_step
 from dougong.recipes.recipe import Recipe
+from dougong.recipes.teacher import student_alone
 from dougong.recipes.train import given, settle
 from dougong.runtime.device import Runtime
 
@@ -44,7 +45,7 @@ def dry_run(asked: Recipe, *, out: Any, progress: Any = None) -> dict[str, Any]:
 def _language_model(recipe: Recipe, total: int, runtime: Runtime) -> dict[str, Any]:
     """Bytes and operations; memory is one whole step of this process, counted on the meta device."""
     context, rows, micro_rows = recipe.row_tokens, given(recipe.train.rows), given(recipe.train.micro_rows)
-    step = Step(recipe.model, recipe.objective, recipe.optim, micro_rows=micro_rows,
+    step = Step(recipe.model, student_alone(recipe), recipe.optim, micro_rows=micro_rows,
                 micro_batches=min(2, -(-rows // micro_rows)), context=context,
                 precision="bf16" if runtime.dtype == torch.bfloat16 else "fp32", device=runtime.device.type,
                 checkpoint=CHECKPOINTING[recipe.train.gradient_checkpointing], ema=recipe.train.ema is not None)

@@ -14,6 +14,7 @@ from dougong.core.errors import CheckpointError, ConfigError
 from dougong.core.run import RunDirectory
 from dougong.interop.hub import is_hub_name, local_directory
 from dougong.interop.import_hf import is_hf_directory, read_hf
+from dougong.objectives.distil import COMPANION
 from dougong.recipes.assemble import build_model, prepare_data
 from dougong.recipes.recipe import Recipe, recipe_from_run
 from dougong.recipes.start import begin, check_start, read_weights, with_own_tokenizer
@@ -111,7 +112,9 @@ def open_run(path: Path | str, *, checkpoint: str = "best") -> OpenRun:
         check_start(recorded, start, directory.path)
         begin(model, start, seed=recipe.seed)
         adapt.apply(model, seed=0)
-    load_weights(model, load_model_tensors(found, weights="raw" if compression else weights))
+    load_weights(model, {name: tensor for name, tensor in
+                         load_model_tensors(found, weights="raw" if compression else weights).items()
+                         if not name.startswith(f"{COMPANION}.")})
     if adapt is not None:
         adapt.merge(model)
     return OpenRun(directory, recipe, runtime, model.eval(), load_tokenizer(directory), int(found.name[5:]), weights,

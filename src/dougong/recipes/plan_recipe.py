@@ -16,6 +16,7 @@ from dougong.plan.step import step_memory
 from dougong.plan.work import CHECKPOINTING, Work
 from dougong.recipes.derive import Derived, resolve
 from dougong.recipes.recipe import Recipe
+from dougong.recipes.teacher import student_alone
 from dougong.runtime.device import RuntimeConfig
 from dougong.runtime.layout import LayoutConfig
 
@@ -115,7 +116,7 @@ def work_of(recipe: Recipe, machine: Machine) -> Work:
         size = getattr(recipe.tokenizer, "vocab_size", None) or _UNKNOWN_VOCABULARY
         model = replace(model, vocab_size=size)
     assert recipe.train.rows and model.context, "`resolve` derives them"
-    return Work(model=model, objective=recipe.objective, optim=recipe.optim, rows=recipe.train.rows,
+    return Work(model=model, objective=student_alone(recipe), optim=recipe.optim, rows=recipe.train.rows,
                 context=model.context, steps=recipe.train.steps or 0, precision=recipe.runtime.precision or "fp32",
                 device=machine.device, checkpoint=CHECKPOINTING[recipe.train.gradient_checkpointing],
                 micro_rows=recipe.train.micro_rows, ema=recipe.train.ema is not None,

@@ -86,7 +86,7 @@ class Recipe:
 
     @property
     def is_language_model(self) -> bool:
-        return self.tokenizer is not None or self.start is not None
+        return self.tokenizer is not None or self.start is not None or self.objective.kind == "distil"
 
     @property
     def row_tokens(self) -> int:

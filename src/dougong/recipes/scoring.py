@@ -81,6 +81,10 @@ def print_result(result: dict[str, Any], out: Any) -> None:
     out.print(grid)
     for note in result.get("notes", []):
         out.print(f"note: {note['name']}: {note['bits_per_byte']:.4f}", style="dim")
+    if "calibration" in result:
+        sure = result["calibration"]
+        out.print(f"calibration: error {sure['error']:.4f}, Brier score {sure['brier']:.4f}; the likeliest token has "
+                  f"{sure['confidence']:.1%} on average and is right {sure['accuracy']:.1%} of the time.")
     out.print(f"{result['documents']:,} documents, {result['bytes']:,} bytes, {result['tokens']:,} tokens; every token "
               f"scored once, context {result['context']}, stride {result['stride']}.", style="dim")
 

@@ -6,6 +6,7 @@ Every process of a run goes through the same story. What is measured or drawn fr
 
 import contextlib
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from dougong.recipes.probe import measure_step
 from dougong.recipes.recipe import Recipe, recipe_from_run
 from dougong.recipes.scoring import final_score, held_out_splits, quick_score
 from dougong.recipes.start import with_own_tokenizer
+from dougong.recipes.teacher import infer_once
 from dougong.runtime.device import Runtime, best_device, machine_facts, matmul_flops_per_s, peak_memory_bytes
 from dougong.runtime.layout import AutoLayoutConfig, LayoutConfig
 from dougong.runtime.processes import expect_steps, from_first, join, launched, process_rank, wait_for_all
@@ -70,21 +72,21 @@ def train_run(asked: Recipe, base: Recipe, *, path: Path | None = None, progress
     path = path or Path("runs") / asked.name
     if (begun := from_first(run_of_this_launch(path.parent))) is not None:
         return resume_run(Path(begun), layout=nearest(asked.layout, launched()), progress=progress)
-    recipe, derived, corpus, runtime, start = settle(asked, progress=progress)
+    recipe, derived, corpus, runtime, stands_on = settle(asked, progress=progress)
     with explained_disk_errors(f"the run {path}"), contextlib.ExitStack() as held:
-        made = _create(path, recipe, corpus, base, start, held) if process_rank() == 0 else None
+        made = _create(path, recipe, corpus, base, stands_on, held) if process_rank() == 0 else None
         directory = RunDirectory(from_first(made))
         return _train(directory, recipe, corpus, derived, runtime, resumed=None)
 
 
-def _create(path: Path, recipe: Recipe, corpus: Any, base: Recipe, start: str | None,
+def _create(path: Path, recipe: Recipe, corpus: Any, base: Recipe, stands_on: dict[str, str],
             held: contextlib.ExitStack) -> Path:
     directory = RunDirectory.create(path.parent, path.name)
     held.enter_context(lock(directory.lock, owner="dougong train"))
     if recipe.is_language_model:
         corpus.tokenizer.save(directory.tokenizer)
     # what makes it a run, so everything that one needs is there
-    write_recipe(directory, recipe, corpus, base=base, start=start)
+    write_recipe(directory, recipe, corpus, base=base, stands_on=stands_on)
     remember_launch(directory)
     return directory.path
 
@@ -128,9 +130,9 @@ def _already_done(directory: RunDirectory) -> Finished | None:
                     was_done=True)
 
 
-def settle(asked: Recipe, *, progress: Any = None) -> tuple[Recipe, list[Derived], Any, Runtime, str | None]:
+def settle(asked: Recipe, *, progress: Any = None) -> tuple[Recipe, list[Derived], Any, Runtime, dict[str, str]]:
     """Everything that is decided before the first step: derived values, data, measured speed, steps, intervals; and the
-    fingerprint of the weights to begin from."""
+    fingerprints of the models that the run stands on."""
     recipe, derived = from_first(resolve(asked) if process_rank() == 0 else None)
     check_trackers(recipe.train.trackers)
     layout, laid_out = lay_out(recipe)
@@ -138,22 +140,23 @@ def settle(asked: Recipe, *, progress: Any = None) -> tuple[Recipe, list[Derived
     if progress:
         progress(0, None, "measuring a few steps")
     runtime = Runtime.start(recipe.runtime, layout)
+    infer_once(recipe, corpus, runtime, progress=progress)
     built = assemble(recipe, corpus, runtime=runtime)
     recipe, derived = built.recipe, derived + laid_out + built.derived
-    per_epoch, start = built.state.loader.batches_per_epoch, built.start
+    per_epoch, stands_on = built.state.loader.batches_per_epoch, built.fingerprints
     seconds = from_first(measure_step(built))
     recipe, from_epochs = fit_to_epochs(recipe, per_epoch)
     recipe, from_time = fit_to_time(recipe, seconds)
     recipe, intervals = settle_intervals(recipe, seconds)
-    return recipe, derived + from_epochs + from_time + intervals, corpus, runtime, start
+    return recipe, derived + from_epochs + from_time + intervals, corpus, runtime, stands_on
 
 
 def write_recipe(directory: RunDirectory, recipe: Recipe, corpus: Any, *, base: Recipe,
-                 start: str | None = None) -> None:
+                 stands_on: Mapping[str, str] | None = None) -> None:
     """recipe.yaml: the resolved recipe, and beside it what it was resolved with."""
     resolved = {"base": base.name, "dougong": __version__, "torch": torch.__version__,
                 "data_fingerprint": corpus.fingerprint,
-                **({"start_fingerprint": start} if start else {}),
+                **(stands_on or {}),
                 "tokenizer_fingerprint": corpus.tokenizer.fingerprint if recipe.is_language_model else None}
     write_text(directory.recipe, dump_yaml(recipe) + dump_yaml({"resolved": resolved}))
 
@@ -162,6 +165,7 @@ def _train(directory: RunDirectory, recipe: Recipe, corpus: Any, derived: list[D
            resumed: Any) -> Finished:
     built = assemble(recipe, corpus, runtime=runtime)
     state = built.state
+    _check_same_models(recipe_from_run(directory.recipe)[1], built)
     recipe_hash = sha256(directory.recipe)
     reporter = Reporter(EventLog(directory.events_of(process_rank())))
     problems = resumed.problems if resumed else []
@@ -188,6 +192,15 @@ def _train(directory: RunDirectory, recipe: Recipe, corpus: Any, derived: list[D
         raise
     reporter.close()
     return Finished(directory, state.step, reason, recipe.is_language_model, final)
+
+
+def _check_same_models(recorded: Mapping[str, Any], built: Assembly) -> None:
+    """Raises CheckpointError where a model that the run stands on is no longer the one it recorded."""
+    for name, found in built.fingerprints.items():
+        if recorded.get(name, found) != found:
+            raise CheckpointError(f"the {name.removesuffix('_fingerprint')} of this run has changed since it began "
+                                  f"(fingerprint {recorded[name][:12]}, now {found[:12]}).\nPut that model back as it "
+                                  "was, or start a new run.")
 
 
 def _fit(reporter: Reporter, built: Assembly, directory: RunDirectory, recipe_hash: str, peak: float) -> None:

@@ -86,7 +86,7 @@ def quality_bar(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> QualityB
 
     zero, value, (begin, end) = at(0.0), at(row["relative"]), _interval(row)
     known = row["difference_interval"] is not None
-    return QualityBar(zero, min(zero, value), abs(value - zero), at(begin) if known else None, at(end) if known else None)
+    return QualityBar(zero, min(zero, value), abs(value - zero), *((at(begin), at(end)) if known else (None, None)))
 
 
 def _interval(row: dict[str, Any]) -> tuple[float, float]:

@@ -23,8 +23,8 @@ _PHRASES: dict[str, tuple[str, str]] = {
     "of_name": ("{name}", "{name}"),
     "plot_title": ("Size, quality, speed", "体积、质量与速度"),
     "plot_lead": ("Down and left is better. The larger the dot, the faster it writes; the line joins what no other "
-                  "variant beats in size and quality, and a ring marks what none beats in all three. Whiskers are paired "
-                  "95 % intervals.",
+                  "variant beats in size and quality, and a ring marks what none beats in all three. Whiskers are "
+                  "paired 95 % intervals.",
                   "越靠左下越好。圆点越大，生成越快；连线上的版本在体积与质量上没有别的能同时胜过；"
                   "带环者在三方面都不被胜过。竖线为配对的 95% 区间。"),
     "axis_size": ("weights in memory", "权重占用内存"),
@@ -36,9 +36,9 @@ _PHRASES: dict[str, tuple[str, str]] = {
     "close_title": ("How close it stays", "与原模型的接近程度"),
     "close_lead": ("Every token of {documents} documents, read by both. Divergence is what a code made for the variant "
                    "would waste on the original's text; the 99th percentile shows the tokens that suffer most. "
-                   "Calibration is how far confidence lies from being right.",
+                   "Calibration, over the whole split, is how far confidence lies from being right.",
                    "在 {documents} 篇文档的每个词元上同时读取两个模型。散度为按该版本编码原模型文本所浪费的量；"
-                   "第 99 百分位反映受影响最大的词元。校准误差为置信度与正确率之差。"),
+                   "第 99 百分位反映受影响最大的词元。校准误差（全部文档）为置信度与正确率之差。"),
     "variant": ("variant", "版本"), "made": ("made by", "方法"),
     "parameters": ("parameters", "参数"), "bits_per_weight": ("bits a weight", "每权重比特"),
     "disk": ("on disk", "磁盘"), "memory": ("in memory", "内存"),

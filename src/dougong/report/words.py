@@ -136,6 +136,15 @@ PHRASES: dict[str, tuple[str, str]] = {
         "Measured with context {context} and stride {stride}, {weights} weights.",
         "测量时上下文 {context}，步幅 {stride}，{weights}权重。",
     ),
+    "calibration_title": ("Does it know what it does not know?", "它知道自己不知道什么吗？"),
+    "calibration_note": (
+        "The likeliest token of every place, sorted by how sure the model was of it: sure of {confidence} on average, "
+        "right {accuracy} of the time. Calibration error {error} (0 is best), Brier score {brier} (0 to 2, 0 is best).",
+        "把每个位置上最可能的词元按模型的把握分组：平均把握 {confidence}，实际正确率 {accuracy}。"
+        "校准误差 {error}（0 最好），Brier 分数 {brier}（0 到 2，0 最好）。",
+    ),
+    "confidence": ("sure of", "把握"),
+    "was_right": ("was right", "正确率"),
     "raw": ("raw", "原始"),
     "ema": ("averaged", "滑动平均"),
     # curves
