@@ -1,11 +1,11 @@
 """Structured pruning: whole feed-forward channels, key/value groups and layers go, and an ordinary smaller model stays.
 
-What goes is measured on calibration text. A channel or a group of heads counts by what the loss would change by without
-it, to first order: |Σ a · ∂loss/∂a| over a row's tokens, a being its activation (Molchanov et al. 2019,
-arXiv:1906.10771, eq. 7; activations and losses measured so lead Minitron too, arXiv:2407.14679, section 2.2). A layer
-counts by what the loss does change by when it is left out. A config asks the same widths of every layer, so every layer
-loses equally many, each its own least ones. How the cut is shared between layers, groups and channels is tried: of the shapes that fit, the one of the
-least loss is taken. Training on, from the larger model's answers, makes up for most of it.
+What goes is measured on calibration text. A channel or a group of heads counts by what the loss would change by
+without it, to first order: |Σ a · ∂loss/∂a| over a row's tokens, a being its activation (Molchanov et al. 2019,
+arXiv:1906.10771, eq. 7). A layer counts by what the loss does change by when it is left out, as in Minitron
+(arXiv:2407.14679, section 2.2). A config asks the same widths of every layer, so every layer loses equally many, each
+its own least ones. How the cut is shared between layers, groups and channels is tried: of the shapes that fit, the one
+of the least loss is taken. Training on, from the larger model's answers, makes up for most of it.
 """
 
 from collections.abc import Callable, Sequence

@@ -98,7 +98,7 @@ def _integers(opened: Any, to: str, method: str, group: int | None, activations:
     for note in made.notes:
         screen.print(note)
     screen.print(f"written: {made.directory.path}", style="bold")
-    screen.print(f"what it costs: dougong eval {made.directory.path}, or compare all: dougong compress "
+    screen.print(f"what it costs: dougong eval {made.directory.path}, or beside others: dougong compress "
                  f"{opened.directory.path} --card", style="dim")
     return made.to_dict()
 

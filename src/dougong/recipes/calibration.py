@@ -11,7 +11,8 @@ from dougong.recipes.open_run import OpenRun
 from dougong.runtime.seeds import derive
 
 TOKENS = 1 << 15
-_ROWS = 8
+_AT_ONCE = 4096
+"""tokens of a batch"""
 
 
 def calibration(opened: OpenRun, *, tokens: int = TOKENS) -> tuple[list[Batch], tuple[str, ...]]:
@@ -24,7 +25,7 @@ def calibration(opened: OpenRun, *, tokens: int = TOKENS) -> tuple[list[Batch], 
                         "text are needed to calibrate on. Name some: --data FOLDER.")
     wanted = -(-tokens // opened.recipe.model.context)
     rows = min(wanted, packing["rows"])
-    each = min(_ROWS, rows)
+    each = min(rows, max(1, _AT_ONCE // opened.recipe.model.context))
     loader = corpus.loader("train", rows=each, seed=derive(opened.recipe.seed, "calibration"))
     batches = [batch.to(opened.runtime.device) for batch in islice(loader, rows // each)]
     held = sum(batch["tokens"].numel() for batch in batches)

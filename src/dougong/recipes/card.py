@@ -79,8 +79,8 @@ def card(original: OpenRun, others: Sequence[Path], *, split: str | None = None,
     if original.tokenizer is None:
         raise ConfigError(f"{original.directory.path} holds no language model, and the card compares such only.")
     if not others:
-        raise ConfigError(f"nothing beside {original.directory.path} was made from it. Make something smaller first, as "
-                          f"in `dougong compress {original.directory.path} --to int4`, or name runs with --with.")
+        raise ConfigError(f"nothing beside {original.directory.path} was made from it. Make something smaller first:\n"
+                          f"  dougong compress {original.directory.path} --to int4\nor name runs with --with.")
     split = split or (original.recipe.evaluate.split if original.recipe.evaluate.split in
                       held_out_splits(original.corpus) else "validation")
     documents = list(original.corpus.documents(split))

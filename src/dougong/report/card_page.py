@@ -86,7 +86,8 @@ def quality_bar(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> QualityB
 
     zero, value, (begin, end) = at(0.0), at(row["relative"]), _interval(row)
     known = row["difference_interval"] is not None
-    return QualityBar(zero, min(zero, value), abs(value - zero), *((at(begin), at(end)) if known else (None, None)))
+    low_end, high_end = (at(begin), at(end)) if known else (None, None)
+    return QualityBar(zero, min(zero, value), abs(value - zero), low_end, high_end)
 
 
 def _interval(row: dict[str, Any]) -> tuple[float, float]:

@@ -3,13 +3,15 @@
 
 def fake_row(name, kind, disk, bits_per_weight, relative, speed, **what):
     base = 1.9
-    return {"name": name, "what": {"kind": kind, "trained_on": False, **what}, "parameters": 2_163_840, "disk_bytes": disk,
-            "memory_bytes": disk - 4_000, "bits_per_weight": bits_per_weight, "bits_per_byte": base * (1 + relative),
+    return {"name": name, "what": {"kind": kind, "trained_on": False, **what}, "parameters": 2_163_840,
+            "disk_bytes": disk, "memory_bytes": disk - 4_000, "bits_per_weight": bits_per_weight, "bits_per_byte": base * (1 + relative),
             "interval": [base * (1 + relative) - 0.03, base * (1 + relative) + 0.03], "difference": base * relative,
             "difference_interval": [base * relative * 0.8 - 1e-4, base * relative * 1.2 + 1e-4], "relative": relative,
-            "lossy": 0, "kl_mean": abs(relative) / 2, "kl_p99": abs(relative) * 6, "top1_agreement": 1 - abs(relative) * 3,
+            "lossy": 0, "kl_mean": abs(relative) / 2, "kl_p99": abs(relative) * 6,
+            "top1_agreement": 1 - abs(relative), "brier": 0.6,
             "calibration_error": 0.012 + abs(relative) / 4, "front": True, "bandwidth_share": 0.31,
-            "worst": [{"id": "lib/python3.11/<script>.py", "bytes": 1200, "before": 1.7, "after": 1.7 * (1 + 4 * relative)}],
+            "worst": [{"id": "lib/python3.11/<script>.py", "bytes": 1200, "before": 1.7,
+                       "after": 1.7 * (1 + 4 * relative)}],
             "tokens_per_s": {"1": {"median": speed, "min": speed * 0.9, "max": speed * 1.1},
                              "16": {"median": speed * 4, "min": speed * 3, "max": speed * 5}}}
 
@@ -31,7 +33,7 @@ def fake_card():
 
     for row, best in zip(rows, pareto(rows)):
         row["front"] = best
-    return {"run": "first", "split": "test", "documents": 312, "tokens": 214_000, "bytes": 640_000, "close_documents": 40,
-            "machine": {"processor": "Intel(R) Xeon(R) Processor @ 2.60GHz", "cores": 2, "memory_bytes": 25e9,
+    return {"run": "first", "split": "test", "documents": 312, "tokens": 214_000, "bytes": 640_000,
+            "close_documents": 40, "machine": {"processor": "Intel(R) Xeon(R) Processor @ 2.60GHz", "cores": 2, "memory_bytes": 25e9,
                         "system": "Linux x86_64", "device": "cpu"}, "threads": 2, "bandwidth_bytes_per_s": 1.9e10,
             "written_tokens": 48, "variants": rows}
