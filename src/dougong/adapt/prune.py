@@ -156,10 +156,8 @@ def measure(model: Any, batches: Sequence[Batch]) -> Importance:
             with torch.enable_grad():
                 sum(objective.losses(model, batch).sums.values()).backward()  # type: ignore[union-attr]
             for place, name in enumerate(names):
-                by_row = {what: (kept[name, what].detach() * kept[name, what].grad).float().sum(1)
-                          for what in ("channels", "groups")}
-                channels[place] += by_row["channels"].abs().sum(0)
-                groups[place] += by_row["groups"].unflatten(1, (whole.groups, -1)).sum(2).abs().sum(0)
+                channels[place] += _worth(kept[name, "channels"]).abs().sum(0)
+                groups[place] += _worth(kept[name, "groups"]).unflatten(1, (whole.groups, -1)).sum(2).abs().sum(0)
             rows += batch.rows
             kept.clear()
     finally:
@@ -171,6 +169,12 @@ def measure(model: Any, batches: Sequence[Batch]) -> Importance:
     tokens = sum(float(batch["weight"].sum()) for batch in batches) / max(1, rows)
     return Importance(channels / max(1, rows), groups / max(1, rows),
                       (torch.tensor(without) - before) * tokens)
+
+
+def _worth(x_BTI: Tensor) -> Float[Tensor, "B I"]:
+    """Σ x · ∂loss/∂x over a row's tokens."""
+    assert x_BTI.grad is not None, "the batch went back through the model"
+    return (x_BTI.detach() * x_BTI.grad).float().sum(1)
 
 
 @torch.no_grad()

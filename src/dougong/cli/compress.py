@@ -46,20 +46,21 @@ def compress(
     _belongs("--with", bool(others), "--card", kind)
     opened = open_run(run, checkpoint=checkpoint)
     tell_passed_over(opened)
-    opened = opened if data is None else opened.on_data(data)
+    text = None if data is None else opened.on_data(data)
     screen = console(as_json)
     if kind == "--card":
-        emit(_card(opened, others, out, screen), as_json)
+        emit(_card(text or opened, others, out, screen), as_json)
     elif kind:
         from dougong.recipes.smaller import prune_run, trim_run
 
         place = out or _beside(opened, "pruned" if prune is not None else "trimmed")
-        made = prune_run(opened, place, ratio=prune, say=lambda text: screen.print(text, style="dim")) \
-            if prune is not None else trim_run(opened, place, least=least or 1)
+        made = prune_run(opened, place, ratio=prune, text=text, say=lambda said: screen.print(said, style="dim")) \
+            if prune is not None else trim_run(opened, place, least=least or 1, text=text)
         _tell_smaller(made, screen)
         emit(made.to_dict(), as_json)
     else:
-        emit(_integers(opened, to or "int8", method or "rtn", group, activations or "float", out, screen), as_json)
+        made = _integers(opened, text, to or "int8", method or "rtn", group, activations or "float", out, screen)
+        emit(made, as_json)
 
 
 def _only(*kinds: str, **rounding: Any) -> str:
@@ -86,13 +87,13 @@ def _beside(opened: Any, what: str) -> Path:
     return path.with_name(f"{path.resolve().name}-{what}")
 
 
-def _integers(opened: Any, to: str, method: str, group: int | None, activations: Any, out: Path | None,
+def _integers(opened: Any, text: Any, to: str, method: str, group: int | None, activations: Any, out: Path | None,
               screen: Any) -> dict[str, Any]:
     from dougong.recipes.compress import compress_run, form_for
 
     form = form_for(to, group=group, activations=activations)
     place = out or _beside(opened, to if method == "rtn" else f"{to}-{method}")
-    made = compress_run(opened, place, form, method=method)
+    made = compress_run(opened, place, form, method=method, text=text)
     screen.print(f"{made.compression.title()}: {made.bytes_before:,} bytes of weights are {made.bytes_after:,} "
                  f"({made.bytes_before / made.bytes_after:.1f} times smaller)")
     for note in made.notes:
@@ -110,8 +111,8 @@ def _tell_smaller(made: Any, screen: Any) -> None:
     if made.how == "pruned":
         screen.print(f"layers {', '.join(map(str, facts['layers']))}; {facts['groups']} key/value heads, "
                      f"{facts['channels']} feed-forward channels in each")
-        screen.print(f"loss on calibration text: {facts['loss_before']:.3f} before, {facts['loss']:.3f} now, before any "
-                     "training")
+        screen.print(f"loss on calibration text: {facts['loss_before']:.3f} before, {facts['loss']:.3f} now, without "
+                     "any training")
     else:
         screen.print(f"{facts['vocabulary_before']:,} tokens are {facts['vocabulary']:,}")
     for note in made.notes:

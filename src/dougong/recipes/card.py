@@ -65,11 +65,11 @@ def _ancestors(path: Path) -> Iterator[tuple[Path, bool]]:
             path = Path(recipe.start.path)
         else:
             return
-        path = path.parent.parent if path.parent.name == "checkpoints" else path
-        if path.resolve() in seen or not RunDirectory(path).recipe.is_file():
+        path = (path.parent.parent if path.parent.name == "checkpoints" else path).resolve()
+        if path in seen:
             return
-        seen.add(path.resolve())
-        yield path.resolve(), bool(made) or getattr(recipe.adapt, "kind", None) == "qat"
+        seen.add(path)
+        yield path, bool(made) or getattr(recipe.adapt, "kind", None) == "qat"
 
 
 def card(original: OpenRun, others: Sequence[Path], *, split: str | None = None, most_tokens: int = _CLOSE_TOKENS,
@@ -151,13 +151,12 @@ def _sizes(opened: OpenRun) -> dict[str, Any]:
     """Bytes of the file that holds the weights, and of the weights in memory; parameters as of the config."""
     from dougong.models import count
 
-    checkpoint = opened.directory.checkpoint(opened.step)
-    files = [path for path in checkpoint.glob("*.safetensors") if path.stem in ("model", "shadow")]
-    wanted = "shadow" if opened.weights == "ema" and len(files) > 1 else "model"
-    disk = next((path.stat().st_size for path in files if path.stem == wanted), None)
+    name = "shadow" if opened.weights == "ema" and opened.compression is None else "model"
+    file = opened.directory.checkpoint(opened.step) / f"{name}.safetensors"
     memory = sum(tensor.numel() * tensor.element_size() for tensor in tracked(opened.model).values())
+    disk = file.stat().st_size if file.is_file() else memory
     parameters = count.parameters(opened.recipe.model)["total"]
-    return {"parameters": parameters, "disk_bytes": memory if disk is None else disk, "memory_bytes": memory,
+    return {"parameters": parameters, "disk_bytes": disk, "memory_bytes": memory,
             "bits_per_weight": 8 * memory / parameters}
 
 

@@ -67,8 +67,10 @@ def form_for(to: str, *, group: int | None, activations: Activations) -> Form:
     return Form(BITS[to], group or None, activations)
 
 
-def compress_run(opened: OpenRun, path: Path, form: Form, *, method: str = "rtn") -> Compressed:
-    """Writes the run, whole or not at all. The opened model is changed: its floats become integers.
+def compress_run(opened: OpenRun, path: Path, form: Form, *, method: str = "rtn",
+                 text: OpenRun | None = None) -> Compressed:
+    """Writes the run, whole or not at all. The opened model is changed: its floats become integers. `text` is the run
+    on other data (`on_data`), for methods that look at some.
 
     Raises ConfigError where something is at `path` already or nothing can be rounded.
     """
@@ -80,7 +82,7 @@ def compress_run(opened: OpenRun, path: Path, form: Form, *, method: str = "rtn"
     before = sum(tensor.numel() * tensor.element_size() for tensor in tracked(model).values())
     refuse_integers(model)
     find = METHODS[method]
-    batches, counted = ((), ()) if find is round_to_nearest else calibration(opened)
+    batches, counted = ((), ()) if find is round_to_nearest else calibration(text or opened)
     found = find(model, batches, bits=form.bits, group=form.group)
     take(model, found, form)
     notes, tensors = [*counted, *remaining(model)], tracked(model)

@@ -54,25 +54,26 @@ class Smaller:
                 "parameters_before": self.parameters_before, **self.facts, "notes": list(self.notes)}
 
 
-def prune_run(opened: OpenRun, path: Path, *, ratio: float, say: Say = lambda text: None) -> Smaller:
-    """Writes a run with at most `1 - ratio` of the parameters. Raises ConfigError where that cannot be."""
+def prune_run(opened: OpenRun, path: Path, *, ratio: float, text: OpenRun | None = None,
+              say: Say = lambda text: None) -> Smaller:
+    """Writes a run with at most `1 - ratio` of the parameters; `text` is the run on other data to look at. Raises
+    ConfigError where that cannot be."""
     _check(opened, path)
-    batches, notes = calibration(opened)
+    batches, notes = calibration(text or opened)
     found = prune(opened.model, batches, ratio=ratio, say=say)
     facts = {"ratio": ratio, "layers": list(found.layers), "groups": found.shape.groups,
              "channels": found.shape.channels, "loss": found.loss, "loss_before": found.loss_before}
     own = isinstance(opened.recipe.tokenizer, FileConfig)
     recipe = replace(_ordinary(opened.recipe), model=found.model.config,
                      tokenizer=_of(path) if own else opened.recipe.tokenizer)
-    return _write(path, opened, recipe, found.model, opened.tokenizer, "pruned", facts, notes,
-                  opened.recorded.get("data_fingerprint"))
+    return _write(path, opened, recipe, found.model, opened.tokenizer, "pruned", facts, notes)
 
 
-def trim_run(opened: OpenRun, path: Path, *, least: int = 1) -> Smaller:
-    """Writes a run without the tokens that its training data use fewer than `least` times. Raises ConfigError for
-    tokenizers of which that cannot be told, or where no token would go."""
+def trim_run(opened: OpenRun, path: Path, *, least: int = 1, text: OpenRun | None = None) -> Smaller:
+    """Writes a run without the tokens that its training data (or those of `text`) use fewer than `least` times. Raises
+    ConfigError for tokenizers of which that cannot be told, or where no token would go."""
     _check(opened, path)
-    split = opened.corpus.tokens("train")
+    split = (text or opened).corpus.tokens("train")
     parts = (split.read(at, min(at + _READ_AT_ONCE, split.tokens)) for at in range(0, split.tokens, _READ_AT_ONCE))
     found = trim(opened.tokenizer, token_counts(opened.tokenizer, parts), least=least)
     before = opened.recipe.model.vocab_size
@@ -82,7 +83,7 @@ def trim_run(opened: OpenRun, path: Path, *, least: int = 1) -> Smaller:
     model = with_vocabulary(opened.model, found.kept.tolist())
     facts = {"least": least, "vocabulary": len(found.kept), "vocabulary_before": before, "used": found.used}
     recipe = replace(_ordinary(opened.recipe), model=model.config, tokenizer=_of(path))
-    return _write(path, opened, recipe, model, found.tokenizer, "trimmed", facts, (), None)
+    return _write(path, opened, recipe, model, found.tokenizer, "trimmed", facts, ())
 
 
 def _check(opened: OpenRun, path: Path) -> None:
@@ -104,8 +105,8 @@ def _of(path: Path) -> FileConfig:
 
 
 def _write(path: Path, opened: OpenRun, recipe: Recipe, model: Any, tokenizer: Tokenizer, how: str,
-           facts: dict[str, Any], notes: Sequence[str], data_fingerprint: str | None) -> Smaller:
-    """The run, whole or not at all. `data_fingerprint` None: that of the data under the new tokenizer."""
+           facts: dict[str, Any], notes: Sequence[str]) -> Smaller:
+    """The run, whole or not at all."""
     source = opened.directory.path.resolve().name
     place = path.with_name(f".{path.name}-writing")
     with explained_disk_errors(f"the run {path}"):
@@ -114,10 +115,11 @@ def _write(path: Path, opened: OpenRun, recipe: Recipe, model: Any, tokenizer: T
         try:
             run = RunDirectory(place)
             tokenizer.save(run.tokenizer)
-            if data_fingerprint is None:
-                data_fingerprint = prepare_data(replace(recipe, tokenizer=_of(place))).fingerprint
+            data = opened.recorded.get("data_fingerprint")
+            if data and tokenizer.fingerprint != opened.tokenizer.fingerprint:
+                data = prepare_data(replace(recipe, tokenizer=_of(place))).fingerprint
             recorded = {**opened.recorded, "dougong": __version__, "torch": torch.__version__,
-                        "tokenizer_fingerprint": tokenizer.fingerprint, "data_fingerprint": data_fingerprint,
+                        "tokenizer_fingerprint": tokenizer.fingerprint, "data_fingerprint": data,
                         "smaller": {"how": how, "run": source, "step": opened.step,
                                     "fingerprint": fingerprint(tracked(opened.model)), **facts}}
             recorded.pop("start_fingerprint", None)

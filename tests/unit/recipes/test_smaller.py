@@ -26,7 +26,7 @@ def base(tmp_path_factory):
 def variants(base):
     """One of each kind."""
     asked = {"int4-gptq": ("--to", "int4", "--method", "gptq"), "int4-awq": ("--to", "int4", "--method", "awq"),
-             "pruned": ("--prune", "0.3"), "trimmed": ("--trim-vocabulary", "--least", "30")}
+             "pruned": ("--prune", "0.3"), "trimmed": ("--trim-vocabulary", "--least", "400")}
     made = {}
     for name, arguments in asked.items():
         done = dougong("compress", base, *arguments, "--json")

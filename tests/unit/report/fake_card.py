@@ -4,7 +4,8 @@
 def fake_row(name, kind, disk, bits_per_weight, relative, speed, **what):
     base = 1.9
     return {"name": name, "what": {"kind": kind, "trained_on": False, **what}, "parameters": 2_163_840,
-            "disk_bytes": disk, "memory_bytes": disk - 4_000, "bits_per_weight": bits_per_weight, "bits_per_byte": base * (1 + relative),
+            "disk_bytes": disk, "memory_bytes": disk - 4_000, "bits_per_weight": bits_per_weight,
+            "bits_per_byte": base * (1 + relative),
             "interval": [base * (1 + relative) - 0.03, base * (1 + relative) + 0.03], "difference": base * relative,
             "difference_interval": [base * relative * 0.8 - 1e-4, base * relative * 1.2 + 1e-4], "relative": relative,
             "lossy": 0, "kl_mean": abs(relative) / 2, "kl_p99": abs(relative) * 6,
@@ -34,6 +35,7 @@ def fake_card():
     for row, best in zip(rows, pareto(rows)):
         row["front"] = best
     return {"run": "first", "split": "test", "documents": 312, "tokens": 214_000, "bytes": 640_000,
-            "close_documents": 40, "machine": {"processor": "Intel(R) Xeon(R) Processor @ 2.60GHz", "cores": 2, "memory_bytes": 25e9,
+            "close_documents": 40,
+            "machine": {"processor": "Intel(R) Xeon(R) Processor @ 2.60GHz", "cores": 2, "memory_bytes": 25e9,
                         "system": "Linux x86_64", "device": "cpu"}, "threads": 2, "bandwidth_bytes_per_s": 1.9e10,
             "written_tokens": 48, "variants": rows}
