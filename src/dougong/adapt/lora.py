@@ -61,6 +61,11 @@ class LoRAConfig:
     base: Literal["float", "int8", "int4"] = "float"
     """how the frozen matrices are held: as they compute, or as integers (QLoRA, arXiv:2305.14314)"""
 
+    @property
+    def whole(self) -> bool:
+        """A checkpoint holds the adapter alone: to open a run, its start is needed."""
+        return False
+
     def apply(self, model: nn.Module, *, seed: int) -> nn.Module:
         """Adapters in place, filled (unless on the meta device); everything else is frozen.
 

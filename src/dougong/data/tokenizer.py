@@ -65,6 +65,11 @@ class Tokenizer:
         self._settings = dict(settings or {})
         self._encoder = choose_encoder(backend, proof, fast=self._settings.get(_ENCODER) != "tokenizers")
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What tokenizer_config.json says besides the tokens."""
+        return dict(self._settings)
+
     @cached_property
     def _spec(self) -> dict[str, Any]:
         return json.loads(self.backend.to_str())

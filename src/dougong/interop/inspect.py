@@ -90,7 +90,7 @@ def _run(path: Path) -> dict[str, Any]:
 def _adapter(recipe: Mapping[str, Any]) -> dict[str, Any] | None:
     """What the run's checkpoints hold in place of a model, and the model that it belongs to."""
     adapt, start = recipe.get("adapt"), recipe.get("start")
-    if not adapt or not start:
+    if not adapt or not start or "rank" not in adapt:
         return None
     return {key: adapt.get(key) for key in ("kind", "rank", "alpha", "base")} | {"of": start["path"]}
 

@@ -170,7 +170,7 @@ class Decoder(Initialised):
 
     def head_parameters(self) -> list[Tensor]:
         """What the head computes with: its own parameters, or the embedding that it is tied to."""
-        return list(self.head.parameters()) or [self.stem.tokens.weight]
+        return list(self.head.parameters()) or list(self.stem.tokens.parameters())
 
     def forward(self, tokens_BT: Int[Tensor, "B T"], *, segment_BT: Int[Tensor, "B row"] | None = None,
                 cache: Cache | None = None) -> Float[Tensor, "B T V"]:

@@ -67,7 +67,7 @@ class Assembly:
     def flops_per_token(self) -> float | None:
         if not self.recipe.is_language_model:
             return None
-        adapter = trained(self.state.model) if self.recipe.adapt is not None else None
+        adapter = trained(self.state.model) if self.recipe.adapter is not None else None
         return count.flops_per_token(self.recipe.model, self.recipe.row_tokens, adapter=adapter)
 
 
@@ -192,17 +192,20 @@ def _divided_model(recipe: Recipe, objective: Objective, runtime: Runtime,
     model.initialise(derive(recipe.seed, "model"))
     if start is not None:
         begin(model, start, seed=recipe.seed)
-    if recipe.adapt is not None:
-        recipe.adapt.fill(model, seed=derive(recipe.seed, "adapter"))
+    if recipe.adapter is not None:
+        recipe.adapter.fill(model, seed=derive(recipe.seed, "adapter"))
     return model, parallel
 
 
 def _check_adapter_divisible(recipe: Recipe, mesh: Mesh) -> None:
     """Adapters know copies and shards of rows of data; what cuts matrices or layers apart would cut them too."""
-    if mesh.size("tensor", "pipeline", "context", "expert") > 1 or recipe.adapt.base != "float":
-        raise ConfigError(f"adapt.kind={recipe.adapt.kind} adapt.base={recipe.adapt.base} with the layout {mesh.layout}: "
-                          "in several processes adapters train over floating-point matrices, along replicate and shard "
-                          "alone. Try layout.replicate or layout.shard, and adapt.base=float.")
+    if recipe.adapter is None:
+        raise ConfigError(f"adapt.kind={recipe.adapt.kind} trains in one process so far, and the layout asks for "
+                          f"{mesh.layout}. Start it without torchrun.")
+    if mesh.size("tensor", "pipeline", "context", "expert") > 1 or recipe.adapter.base != "float":
+        raise ConfigError(f"adapt.kind={recipe.adapt.kind} adapt.base={recipe.adapt.base} with the layout "
+                          f"{mesh.layout}: in several processes adapters train over floating-point matrices, along "
+                          "replicate and shard alone. Try layout.replicate or layout.shard, and adapt.base=float.")
 
 
 def _checkpoint_activations(model: nn.Module, recipe: Recipe) -> None:

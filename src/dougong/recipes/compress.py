@@ -3,7 +3,6 @@
 import shutil
 import sys
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +27,16 @@ from dougong.core.errors import ConfigError
 from dougong.core.events import EventLog
 from dougong.core.files import explained_disk_errors, sha256, write_text
 from dougong.core.run import RunDirectory
-from dougong.data.batch import Batch
 from dougong.models import count
 from dougong.nn.quantized import GROUP, Activations
+from dougong.recipes.calibration import calibration
 from dougong.recipes.open_run import OpenRun
 from dougong.runtime.device import machine_facts
-from dougong.runtime.seeds import derive
 from dougong.train.manifest import publish, temporary
 from dougong.train.safetensors_file import write_tensors
 from dougong.train.shadow import tracked
 
 BITS = {"int8": 8, "int4": 4}
-_CALIBRATION_ROWS, _CALIBRATION_BATCHES = 8, 16
 
 
 @dataclass(frozen=True)
@@ -70,8 +67,10 @@ def form_for(to: str, *, group: int | None, activations: Activations) -> Form:
     return Form(BITS[to], group or None, activations)
 
 
-def compress_run(opened: OpenRun, path: Path, form: Form, *, method: str = "rtn") -> Compressed:
-    """Writes the run, whole or not at all. The opened model is changed: its floats become integers.
+def compress_run(opened: OpenRun, path: Path, form: Form, *, method: str = "rtn",
+                 text: OpenRun | None = None) -> Compressed:
+    """Writes the run, whole or not at all. The opened model is changed: its floats become integers. `text` is the run
+    on other data (`on_data`), for methods that look at some.
 
     Raises ConfigError where something is at `path` already or nothing can be rounded.
     """
@@ -83,9 +82,10 @@ def compress_run(opened: OpenRun, path: Path, form: Form, *, method: str = "rtn"
     before = sum(tensor.numel() * tensor.element_size() for tensor in tracked(model).values())
     refuse_integers(model)
     find = METHODS[method]
-    found = find(model, () if find is round_to_nearest else calibration(opened), bits=form.bits, group=form.group)
+    batches, counted = ((), ()) if find is round_to_nearest else calibration(text or opened)
+    found = find(model, batches, bits=form.bits, group=form.group)
     take(model, found, form)
-    notes, tensors = remaining(model), tracked(model)
+    notes, tensors = [*counted, *remaining(model)], tracked(model)
     integers = {name.removesuffix(".weight") for name in integers_of(model)}
     kept = tuple(name for name in tensors if name.rpartition(".")[0] not in integers)
     compression = Compression(method=method, parts=dict.fromkeys(found, form), source=source, kept=kept,
@@ -125,9 +125,3 @@ def _write(run: RunDirectory, opened: OpenRun, compression: Compression, tensors
     log.write("end", step=opened.step, reason="done", elapsed_s=0.0)
     log.close()
     return written["model.safetensors"]["bytes"]
-
-
-def calibration(opened: OpenRun) -> list[Batch]:
-    """Rows of the training split in a seeded order, for methods that look at data."""
-    loader = opened.corpus.loader("train", rows=_CALIBRATION_ROWS, seed=derive(opened.recipe.seed, "calibration"))
-    return list(islice(loader, _CALIBRATION_BATCHES))

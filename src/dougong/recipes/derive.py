@@ -89,8 +89,8 @@ def resolve(recipe: Recipe, *, elsewhere: bool = False) -> tuple[Recipe, list[De
 
     recipe, of_start = with_start(recipe)
     recipe, of_teacher = with_teacher(recipe)
-    if recipe.adapt is not None and recipe.start is None:
-        raise ConfigError(f"adapt.kind={recipe.adapt.kind} adapts a model that exists, and this recipe begins from "
+    if recipe.adapter is not None and recipe.start is None:
+        raise ConfigError(f"adapt.kind={recipe.adapter.kind} adapts a model that exists, and this recipe begins from "
                           "none. Name one: --model RUN, --model FOLDER, or --model hf:OWNER/NAME.")
     notes = _Notes(recipe)
     notes.items += of_start + of_teacher
@@ -159,9 +159,9 @@ def fit_to_rows(recipe: Recipe, rows: int | None) -> tuple[Recipe, list[Derived]
         Derived("train.rows", fewer, f"the data fill {rows:,} rows: about {_ROWS_PER_EPOCH} steps an epoch")]
 def _with_tables(recipe: Recipe, items: list[Derived], added: str) -> tuple[Recipe, list[Derived]]:
     """Beside an adapter, the tables that new tokens have rows in are trained whole: their rows begin as noise."""
-    if recipe.adapt is None:
+    if recipe.adapter is None:
         return recipe, items
-    also = [*recipe.adapt.also, *(TABLES[:1] if recipe.model.tied else TABLES)]
+    also = [*recipe.adapter.also, *(TABLES[:1] if recipe.model.tied else TABLES)]
     return with_values(recipe, {"adapt.also": also}), [*items, Derived("adapt.also", also, f"{added}: their rows begin "
                                                                        "as noise, so the table is trained")]
 
@@ -170,11 +170,11 @@ def fit_adapter(recipe: Recipe, facts: dict[str, Any]) -> tuple[Recipe, list[Der
     """Fills in the rank of an adapter: enough parameters for what there is to learn, and no more than the matrices have
     room for."""
     notes = _Notes(recipe)
-    if recipe.adapt is None or recipe.adapt.rank is not None:
+    if recipe.adapter is None or recipe.adapter.rank is not None:
         return recipe, []
     with torch.device("meta"):
         model = recipe.model.build()
-    parts = recipe.adapt.chosen(model).values()
+    parts = recipe.adapter.chosen(model).values()
     tokens = facts.get("splits", {}).get("train", {}).get("tokens") or 0
     wanted = tokens / _TOKENS_PER_ADAPTER_PARAMETER / widths(parts)
     room = max(min(part.in_features, part.out_features) for part in parts) // 4
@@ -348,11 +348,12 @@ def _adapter_rate(notes: _Notes) -> None:
 
 def _rates(notes: _Notes, size: int | None) -> None:
     optim = notes.recipe.optim
-    if notes.recipe.adapt is not None:
+    if notes.recipe.adapter is not None:
         _adapter_rate(notes)
         return
-    if notes.recipe.start is not None and notes.recipe.data.kind != "text" and optim.kind != "muon":
-        total = count.parameters(notes.recipe.model)["total"]       # more text would be more first training
+    tuned = notes.recipe.adapt is not None or notes.recipe.data.kind != "text"      # more text is more first training
+    if notes.recipe.start is not None and tuned and optim.kind != "muon":
+        total = count.parameters(notes.recipe.model)["total"]
         notes.set("optim.lr", float(f"{_TUNING * 0.00235 * (total / 108e6) ** (-1 / 3):.2g}"),
                   f"{_TUNING:g} of the rate of first training at {total:,} parameters: 2e-5 at 7B, as published")
     ladder = round(0.00235 * ((size or 1e8) / 108e6) ** (-1 / 3), 5)

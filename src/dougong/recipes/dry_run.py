@@ -44,13 +44,13 @@ def dry_run(asked: Recipe, *, out: Any, progress: Any = None) -> dict[str, Any]:
 
 def _language_model(recipe: Recipe, total: int, built: Assembly) -> dict[str, Any]:
     """Bytes and operations; memory is one whole step of this process, counted on the meta device."""
-    runtime, moved = built.runtime, trained(built.state.model) if recipe.adapt is not None else None
+    runtime, moved = built.runtime, trained(built.state.model) if recipe.adapter is not None else None
     context, rows, micro_rows = recipe.row_tokens, given(recipe.train.rows), given(recipe.train.micro_rows)
     step = Step(recipe.model, student_alone(recipe), recipe.optim, micro_rows=micro_rows,
                 micro_batches=min(2, -(-rows // micro_rows)), context=context,
                 precision="bf16" if runtime.dtype == torch.bfloat16 else "fp32", device=runtime.device.type,
                 checkpoint=CHECKPOINTING[recipe.train.gradient_checkpointing], ema=recipe.train.ema is not None,
-                adapt=recipe.adapt)
+                adapt=recipe.adapter)
     counted = step_memory(step).kinds
     planned = estimate(
         parameters=total, trained=moved, flops_per_token=built.flops_per_token or 0,

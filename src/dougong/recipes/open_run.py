@@ -124,15 +124,15 @@ def open_run(path: Path | str, *, checkpoint: str = "best", merge: bool = True) 
     compression = read_compression(found)     # its integers were made of one or the other, and are all there is
     weights = compression.source["weights"] if compression else "ema" if recipe.train.ema else "raw"
     model = build_model(recipe, runtime, integers=compression.parts if compression else None)
-    adapted = recipe.adapt is not None and compression is None      # what was compressed had been merged
-    if adapted and recipe.start is not None:
+    adapt = recipe.adapt if compression is None else None      # integers were made of what was merged
+    if adapt is not None and recipe.start is not None and not adapt.whole:
         start = read_weights(recipe.start)
         check_start(recorded, start, directory.path)
         begin(model, start, seed=recipe.seed)
-        recipe.adapt.apply(model, seed=0)
+        adapt.apply(model, seed=0)
     held = load_model_tensors(found, weights="raw" if compression else weights)
     load_weights(model, {name: tensor for name, tensor in held.items() if not name.startswith(f"{COMPANION}.")})
-    merged = recipe.adapt.merge(model) if adapted and merge else None
+    merged = adapt.merge(model) if adapt is not None and merge else None
     return OpenRun(directory, recipe, runtime, model.eval(), load_tokenizer(directory), int(found.name[5:]), weights,
                    recorded, passed_over, compression, merged)
 

@@ -91,6 +91,11 @@ class Recipe:
         return self.tokenizer is not None or self.start is not None or self.objective.kind == "distil"
 
     @property
+    def adapter(self) -> Any:
+        """What is trained in place of the weights; None where those are trained themselves, be it in another way."""
+        return None if self.adapt is None or self.adapt.whole else self.adapt
+
+    @property
     def row_tokens(self) -> int:
         """Tokens of a row: as many as the data say, else the model's context."""
         return getattr(self.data, "row_tokens", None) or self.model.context

@@ -137,10 +137,10 @@ def check_start(recorded: Mapping[str, Any], weights: Weights, path: Path) -> No
 
 
 def with_own_tokenizer(recipe: Recipe, recorded: Mapping[str, Any], directory: RunDirectory) -> Recipe:
-    """A run that began from another, was taught by one, or was imported, has its tokenizer in its own directory,
-    wherever it lies now."""
-    taught = recipe.objective.kind == "distil" and recipe.tokenizer.kind == "file"
-    if "imported" not in recorded and recipe.start is None and not taught:
+    """A run that began from another, was taught by one, was made smaller, or was imported, has its tokenizer in its own
+    directory, wherever it lies now."""
+    own_file = (recipe.objective.kind == "distil" or "smaller" in recorded) and recipe.tokenizer.kind == "file"
+    if "imported" not in recorded and recipe.start is None and not own_file:
         return recipe
     values = {**to_dict(recipe.tokenizer), "kind": "file", "path": str(directory.tokenizer)}
     return replace(recipe, tokenizer=from_dict(FileConfig, {k: v for k, v in values.items()

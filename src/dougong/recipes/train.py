@@ -308,7 +308,7 @@ def _announce(reporter: Reporter, built: Assembly, derived: list[Derived], step:
 
 def _parameters(built: Assembly) -> dict[str, Any]:
     """Counts of the model; where an adapter is trained, also how many numbers that moves."""
-    counted, adapt = count.parameters(built.recipe.model), built.recipe.adapt
+    counted, adapt = count.parameters(built.recipe.model), built.recipe.adapter
     return counted if adapt is None else {**counted, "trained": trained(built.state.model)}
 
 

@@ -1,0 +1,151 @@
+"""From a run to a smaller one of the same family: parts pruned, or tokens left out. An ordinary run, to train on, to
+round, to export.
+"""
+
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dougong import __version__
+from dougong.adapt.prune import prune
+from dougong.adapt.quantize import refuse_integers
+from dougong.adapt.vocabulary import with_vocabulary
+from dougong.core.config import dump_yaml, replace
+from dougong.core.errors import ConfigError
+from dougong.core.events import EventLog
+from dougong.core.files import explained_disk_errors, sha256, write_text
+from dougong.core.run import RunDirectory
+from dougong.data.tokenizer import FileConfig, Tokenizer
+from dougong.data.trim import token_counts, trim
+from dougong.models import count
+from dougong.recipes.assemble import prepare_data
+from dougong.recipes.calibration import calibration
+from dougong.recipes.open_run import OpenRun
+from dougong.recipes.recipe import Recipe
+from dougong.recipes.start import fingerprint
+from dougong.runtime.device import machine_facts
+from dougong.train.manifest import publish, temporary
+from dougong.train.safetensors_file import write_tensors
+from dougong.train.shadow import tracked
+
+Say = Callable[[str], None]
+_READ_AT_ONCE = 1 << 22
+
+
+@dataclass(frozen=True)
+class Smaller:
+    """The run that was made, and what is worth knowing of it."""
+
+    directory: RunDirectory
+    how: str
+    """pruned or trimmed"""
+    parameters: int
+    parameters_before: int
+    facts: dict[str, Any]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"run": str(self.directory.path), "how": self.how, "parameters": self.parameters,
+                "parameters_before": self.parameters_before, **self.facts, "notes": list(self.notes)}
+
+
+def prune_run(opened: OpenRun, path: Path, *, ratio: float, text: OpenRun | None = None,
+              say: Say = lambda text: None) -> Smaller:
+    """Writes a run with at most `1 - ratio` of the parameters; `text` is the run on other data to look at. Raises
+    ConfigError where that cannot be."""
+    _check(opened, path)
+    batches, notes = calibration(text or opened)
+    found = prune(opened.model, batches, ratio=ratio, say=say)
+    facts = {"ratio": ratio, "layers": list(found.layers), "groups": found.shape.groups,
+             "channels": found.shape.channels, "loss": found.loss, "loss_before": found.loss_before}
+    own = isinstance(opened.recipe.tokenizer, FileConfig)
+    recipe = replace(_ordinary(opened.recipe), model=found.model.config,
+                     tokenizer=_of(path) if own else opened.recipe.tokenizer)
+    return _write(path, opened, recipe, found.model, opened.tokenizer, "pruned", facts, notes)
+
+
+def trim_run(opened: OpenRun, path: Path, *, least: int = 1, text: OpenRun | None = None) -> Smaller:
+    """Writes a run without the tokens that its training data (or those of `text`) use fewer than `least` times. Raises
+    ConfigError for tokenizers of which that cannot be told, or where no token would go."""
+    _check(opened, path)
+    split = (text or opened).corpus.tokens("train")
+    parts = (split.read(at, min(at + _READ_AT_ONCE, split.tokens)) for at in range(0, split.tokens, _READ_AT_ONCE))
+    found = trim(opened.tokenizer, token_counts(opened.tokenizer, parts), least=least)
+    before = opened.recipe.model.vocab_size
+    if len(found.kept) >= before:
+        raise ConfigError(f"all {before:,} tokens are used at least {least} times or are part of others, so none goes. "
+                          f"Try --least {max(10, 10 * least)}: rarer ones are then spelled by their parts.")
+    model = with_vocabulary(opened.model, found.kept.tolist())
+    facts = {"least": least, "vocabulary": len(found.kept), "vocabulary_before": before, "used": found.used}
+    recipe = replace(_ordinary(opened.recipe), model=model.config, tokenizer=_of(path))
+    return _write(path, opened, recipe, model, found.tokenizer, "trimmed", facts, ())
+
+
+def _check(opened: OpenRun, path: Path) -> None:
+    if path.exists():
+        raise ConfigError(f"{path} exists already, and nothing is overwritten. Choose another --out.")
+    if opened.tokenizer is None or not hasattr(opened.model, "stack"):
+        raise ConfigError(f"{opened.directory.path} holds no language model of layers (model.kind="
+                          f"{opened.recipe.model.kind}), and only such are made smaller so.")
+    refuse_integers(opened.model)
+
+
+def _ordinary(recipe: Recipe) -> Recipe:
+    """The recipe of weights that are whole by themselves."""
+    return replace(recipe, size=None, start=None, adapt=None, train=replace(recipe.train, ema=None))
+
+
+def _of(path: Path) -> FileConfig:
+    return FileConfig(path=str(RunDirectory(path.absolute()).tokenizer))
+
+
+def _write(path: Path, opened: OpenRun, recipe: Recipe, model: Any, tokenizer: Tokenizer, how: str,
+           facts: dict[str, Any], notes: Sequence[str]) -> Smaller:
+    """The run, whole or not at all."""
+    source = opened.directory.path.resolve().name
+    place = path.with_name(f".{path.name}-writing")
+    with explained_disk_errors(f"the run {path}"):
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        try:
+            run = RunDirectory(place)
+            tokenizer.save(run.tokenizer)
+            data = opened.recorded.get("data_fingerprint")
+            if data and tokenizer.fingerprint != opened.tokenizer.fingerprint:
+                data = prepare_data(replace(recipe, tokenizer=_of(place))).fingerprint
+            recorded = {**opened.recorded, "dougong": __version__, "torch": torch.__version__,
+                        "tokenizer_fingerprint": tokenizer.fingerprint, "data_fingerprint": data,
+                        "smaller": {"how": how, "run": source, "step": opened.step,
+                                    "fingerprint": fingerprint(tracked(opened.model)), **facts}}
+            recorded.pop("start_fingerprint", None)
+            write_text(run.recipe, dump_yaml(recipe) + dump_yaml({"resolved": recorded}))
+            checkpoint = temporary(run, 0)
+            checkpoint.mkdir(parents=True)
+            held = {name: tensor.detach().cpu().contiguous() for name, tensor in tracked(model).items()}
+            written = {"model.safetensors": write_tensors(checkpoint / "model.safetensors", held)}
+            publish(run, {"step": 0, "best": None}, written, recipe_hash=sha256(run.recipe), reason=how)
+            _tell(run, recipe, how)
+            place.rename(path)
+        except BaseException:
+            shutil.rmtree(place, ignore_errors=True)
+            raise
+    return Smaller(RunDirectory(path), how, count.parameters(recipe.model)["total"],
+                   count.parameters(opened.recipe.model)["total"], facts, tuple(notes))
+
+
+def _tell(run: RunDirectory, recipe: Recipe, how: str) -> None:
+    """The run's story, which reports begin from."""
+    log = EventLog(run.events)
+    log.write("start", step=0, command=["dougong", *sys.argv[1:]],
+              versions={"dougong": __version__, "torch": torch.__version__}, machine=machine_facts(torch.device("cpu")),
+              precision=recipe.runtime.precision, threads=recipe.runtime.threads, compile=False, processes=1,
+              resumed_from=None)
+    log.write("model", parameters=count.parameters(recipe.model), groups=[],
+              flops_per_token=count.flops_per_token(recipe.model, recipe.model.context))
+    log.write("end", step=0, reason="done", elapsed_s=0.0)
+    log.close()
