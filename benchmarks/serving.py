@@ -1,10 +1,10 @@
 """The server under many clients: 16 against 1, the first token's time, prefix sharing, start, and what HTTP costs.
 
-    python benchmarks/serving.py [--quick] [--json PATH] [--threads N]
+    python benchmarks/serving.py [--quick] [--json PATH] [--threads N] [--dtype bf16|fp32]
 
 Asked: 16 concurrent clients get at least 5 times the tokens/s of one; with a prompt of 1,000 tokens in common the first
 token comes at least 5 times sooner; `dougong serve` answers within 3 s of its start, the weights' reading apart. The
-model is that of `generation.py`, 82M parameters with random weights in bf16; clients are real HTTP streams, in a
+model is that of `generation.py`, 82M parameters with random weights, in bf16 unless told otherwise; clients are real HTTP streams, in a
 process of their own. Rounds of 1 and of 16 clients take turns in one server; ratios are taken within a round.
 """
 
@@ -37,6 +37,7 @@ from dougong.serve.server import Server, bind
 from dougong.serve.settings import ServeConfig
 
 CONTEXT = 1536
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def build(small: bool) -> torch.nn.Module:
@@ -82,10 +83,10 @@ def _in_process(url: str, prompts: list[str], tokens: int, seed: int) -> dict:
     return asyncio.run(_crowd(url, prompts, tokens, seed))
 
 
-def serve(model: torch.nn.Module, threads: int) -> tuple[Server, str, ServedModel]:
+def serve(model: torch.nn.Module, threads: int, dtype: torch.dtype) -> tuple[Server, str, ServedModel]:
     config = ServeConfig(port=0)
     torch.set_num_threads(threads)
-    served = ServedModel("model", Engine(model, Runtime(dtype=torch.bfloat16, threads=threads)),
+    served = ServedModel("model", Engine(model, Runtime(dtype=dtype, threads=threads)),
                          BytesConfig().build(), config)
     listener = bind(config)
     server = Server(create_app([served], config), config)
@@ -187,6 +188,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a model of 1M parameters, fewer tokens and rounds")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16",
+                        help="fp32 is the faster where the processor has no bf16 instructions")
     options = parser.parse_args()
     tokens, rounds = (32, 2) if options.quick else (96, 5)
     machine = machine_facts(torch.device("cpu"))
@@ -195,7 +198,7 @@ def main() -> None:
     print(f"{machine['processor']}, {options.threads} threads; {versions}\n{command}")
     results: dict = {"start": start()}
     print(f"first answer {results['start']['first_answer_s']:.2f} s after the command")
-    server, url, served = serve(build(options.quick), options.threads)
+    server, url, served = serve(build(options.quick), options.threads, DTYPES[options.dtype])
     results["clients"] = clients(url, tokens, rounds)
     for number, speeds in results["clients"]["tokens_per_s"].items():
         first = results["clients"]["first_token_s"][number]
@@ -213,7 +216,7 @@ def main() -> None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps({
             "benchmark": "serving", "command": command, "machine": machine, "versions": versions,
-            "threads": options.threads, "results": results, "asked": {
+            "threads": options.threads, "dtype": options.dtype, "results": results, "asked": {
                 "16 clients / 1": 5.0, "prefix: cold / warm": 5.0, "first_answer_s": 3.0, "overhead": 0.1}}, indent=1))
 
 

@@ -226,7 +226,8 @@ def _takes(kind: type[Body], *, streams: bool = False) -> dict[str, Any]:
     told = {"application/json": {}, **({"text/event-stream": {}} if streams else {})}
     return {"requestBody": {"required": True, "content": {"application/json": {
         "schema": _inlined(kind.model_json_schema())}}}, "responses": {
-        "200": {"description": "The answer", "content": told}, **{str(status): {"description": said} for status, said in (
+        "200": {"description": "The answer", "content": told},
+        **{str(status): {"description": said} for status, said in (
             (400, "The body is wrong; the message names the field"), (401, "The API key is missing or unknown"),
             (403, "Not this name or origin"), (404, "There is no such model"), (408, "Too slow"),
             (413, "The body is too large"), (415, "The body is no JSON"), (429, "Too much at once; see Retry-After"),

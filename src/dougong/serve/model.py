@@ -65,8 +65,9 @@ class ServedModel:
                               f"(model.kind={opened.recipe.model.kind}), so there is nothing to talk to.")
         rows = getattr(opened.model.config, "vocab_size", None)
         if rows is not None and rows < opened.tokenizer.vocab_size:
-            raise CheckpointError(f"{opened.directory.path}: the tokenizer has {opened.tokenizer.vocab_size} entries, "
-                                  f"the embedding {rows} rows. They do not belong together.")
+            raise CheckpointError(f"{opened.directory.path}: the tokenizer ({opened.tokenizer_path}) has "
+                                  f"{opened.tokenizer.vocab_size} entries, the embedding (model.vocab_size) {rows} "
+                                  "rows. They do not belong together.")
         parameters = sum(parameter.numel() for parameter in opened.model.parameters())
         facts = {"family": opened.recipe.model.kind, "parameters": parameters, "step": opened.step}
         fingerprint = f"{opened.weights}-{opened.step}-{opened.tokenizer.fingerprint[:12]}"

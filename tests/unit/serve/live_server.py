@@ -22,7 +22,7 @@ from dougong.serve.settings import ServeConfig
 CONTEXT = 256
 
 
-def tiny_engine(seed=1, vocab_size=257, context=CONTEXT):
+def tiny_net(seed=1, vocab_size=257, context=CONTEXT):
     model = from_dict(FAMILIES["nano"], {"vocab_size": vocab_size, "context": context, "dim": 32, "num_layers": 2,
                                          "num_heads": 2, "ffn_dim": 64}).build()
     model.initialise(seed)
@@ -30,7 +30,11 @@ def tiny_engine(seed=1, vocab_size=257, context=CONTEXT):
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(seed))
-    return Engine(model.eval(), Runtime())
+    return model.eval()
+
+
+def tiny_engine(seed=1, vocab_size=257, context=CONTEXT):
+    return Engine(tiny_net(seed, vocab_size, context), Runtime())
 
 
 def tiny_model(config, name="tiny", template=None, seed=1):
