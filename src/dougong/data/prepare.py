@@ -105,7 +105,7 @@ def prepare(data: TextData, tokenizer: Any, *, context: int, cache: Path | str |
     store = _documents(data, sources, cache, _gap_bytes(tokenizer, context), seed, report)
     chosen = _tokenizer(tokenizer, store, cache, seed, report)
     directory = tokens_directory(cache, store, chosen)
-    with _turn(directory / "lock", report):
+    with turn(directory / "lock", report):
         tokens = {
             split: write_shards(
                 store.split(split), chosen, directory / split, stage=f"tokenising {split}", progress=report
@@ -120,7 +120,7 @@ def _documents(data: TextData, sources: tuple, cache: Path, gap_bytes: int, seed
                report: Progress) -> DocumentStore:
     asked = [source_fingerprint(sources), to_dict(data.dedup), to_dict(data.split), gap_bytes, seed]
     directory = cache / "documents" / _key(asked)
-    with _turn(directory.with_suffix(".lock"), report):
+    with turn(directory.with_suffix(".lock"), report):
         return materialise(
             sources,
             directory,
@@ -138,7 +138,7 @@ def _tokenizer(section: Any, store: DocumentStore, cache: Path, seed: int, repor
     if section.kind not in ("bpe", "characters"):     # nothing to learn: made anew in no time
         return section.build(documents, seed=seed)
     directory = cache / "tokenizers" / _key([store.fingerprint, to_dict(section), seed])
-    with _turn(directory.with_suffix(".lock"), report):
+    with turn(directory.with_suffix(".lock"), report):
         if not directory.is_dir():
             report(0, documents.bytes, f"training the tokenizer ({section.kind})")
             partial = directory.with_suffix(".partial")
@@ -159,8 +159,8 @@ def _key(values: list[Any]) -> str:
 
 
 @contextlib.contextmanager
-def _turn(path: Path, report: Progress) -> Iterator[None]:
-    """Holds the lock; while another process has it, waits and says so once."""
+def turn(path: Path, report: Progress) -> Iterator[None]:
+    """Holds the lock of something in the cache; while another process has it, waits and says so once."""
     said = False
     with contextlib.ExitStack() as stack:
         while True:
