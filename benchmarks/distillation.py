@@ -1,9 +1,10 @@
 """A student alone, the same student taught, and its teacher: what part of the gap does distillation recover?
 
 One teacher is trained on this Python's own library. Students of one shape are trained from scratch, seed by seed, alone
-(the text's next token) and taught (the `distil` recipe, the teacher's likeliest tokens kept on disk): the same data in
-the same order, the same number of steps, the same rate. In the first setting a student has all of the teacher's text;
-in the second only a few documents of it, as one who has little text of their own and a model of somebody who had more.
+(the text's next token) and taught (the `distil` recipe): the same data in the same order, the same number of steps, the
+same rate. In the first setting a student has all of the teacher's text, which it sees in part, and the teacher at hand;
+in the second only a few documents of it, which it sees many times, and the teacher's likeliest tokens kept on disk: as
+one who has little text of their own and a model of somebody who had more.
 Each run's best checkpoint by its own validation text is scored on the teacher's test documents, which nobody was
 trained on. Asked: at least half of the gap between the student alone and the teacher, at equal student steps.
 """
@@ -37,7 +38,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
               "rows": 16, "bytes": 60_000, "scored_bytes": 60_000},
     "quick": {"teacher": "100K", "student": "60K", "vocabulary": 512, "teacher_steps": 60, "student_steps": 30,
               "rows": 8, "bytes": 30_000, "scored_bytes": 20_000}}
-TAUGHT = ["objective.hard=0.25", "objective.temperature=1", "objective.top_k=64"]
+TAUGHT = ["objective.hard=0", "objective.temperature=1"]
+TEACHER_IS = {"all the text": "objective.top_k=null", "little text": "objective.top_k=64"}
 
 
 def library(folder: Path) -> Path:
@@ -148,7 +150,7 @@ def main() -> None:
         for name, text in texts.items():
             if options.only in (None, name):
                 report[name] = compare(folder, name.replace(" ", "-"), text, teacher, plan, documents, best,
-                                       seeds=seeds, taught=options.taught)
+                                       seeds=seeds, taught=[*options.taught, TEACHER_IS[name]])
     write(options.json, report)
 
 

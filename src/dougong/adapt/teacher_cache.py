@@ -32,7 +32,8 @@ import torch
 from torch import Tensor
 
 from dougong.core.errors import DataError
-from dougong.core.files import explained_disk_errors, lock, write_json
+from dougong.core.files import explained_disk_errors, write_json
+from dougong.data.prepare import turn
 from dougong.data.tokenizer import Tokenizer
 from dougong.objectives.divergence import byte_probabilities, top_of
 from dougong.runtime.device import Runtime
@@ -93,7 +94,7 @@ def write_answers(plan: CachePlan, model: Any, runtime: Runtime, *, progress: An
         return
     say = progress or (lambda done, total, what: None)
     plan.directory.mkdir(parents=True, exist_ok=True)
-    with lock(plan.directory / "lock", owner="dougong train"), explained_disk_errors(f"answers in {plan.directory}"):
+    with turn(plan.directory / "lock", say), explained_disk_errors(f"answers in {plan.directory}"):
         if plan.is_written:
             return
         what = f"asking the teacher once ({_size(plan.bytes)} on disk)"

@@ -160,7 +160,7 @@ def key_of(values: list[Any]) -> str:
 
 @contextlib.contextmanager
 def turn(path: Path, report: Progress) -> Iterator[None]:
-    """Holds the lock; while another process has it, waits and says so once."""
+    """Holds the lock of something in the cache; while another process has it, waits and says so once."""
     said = False
     with contextlib.ExitStack() as stack:
         while True:
