@@ -11,7 +11,7 @@ from dougong.cli.output import Json, console, emit, tell_passed_over
 def export(
     run: Annotated[Path, typer.Argument(help="A run, one of its checkpoints, or a Hugging Face directory.")],
     to: Annotated[Literal["hf", "gguf", "peft"], typer.Option(
-        "--to", help="hf: a directory for transformers; gguf: a file for llama.cpp and Ollama; peft: the adapter alone.",
+        "--to", help="hf: a directory for transformers; gguf: a file for llama.cpp and Ollama; peft: an adapter alone.",
     )] = "hf",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Where; default: RUN-hf beside the run.")] = None,
     dtype: Annotated[Literal["f32", "bf16", "f16"] | None, typer.Option(

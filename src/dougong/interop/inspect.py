@@ -71,7 +71,8 @@ def _run(path: Path) -> dict[str, Any]:
     found = [(step, problems(run.checkpoint(step))) for step in steps]
     whole = [step for step, wrong in found if not wrong]
     facts = {"family": family, "model": recipe["model"], "imported": (recipe.get("resolved") or {}).get("imported"),
-             "adapter": _adapter(recipe), "ended": events.get("end", {}).get("reason"), "checkpoints": steps, "valid_checkpoints": whole,
+             "adapter": _adapter(recipe), "ended": events.get("end", {}).get("reason"),
+             "checkpoints": steps, "valid_checkpoints": whole,
              "tokenizer": _tokenizer_facts(lambda: Tokenizer.load(run.tokenizer)) if run.tokenizer.is_dir() else None,
              "data": _data_facts(events.get("data", {}).get("facts", {})),
              "result": {key: result[key] for key in ("split", "bits_per_byte", "interval", "accuracy", "loss", "step")

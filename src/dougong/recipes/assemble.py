@@ -178,9 +178,9 @@ def _divided_model(recipe: Recipe, objective: Objective, runtime: Runtime,
 def _check_adapter_divisible(recipe: Recipe, mesh: Mesh) -> None:
     """Adapters know copies and shards of rows of data; what cuts matrices or layers apart would cut them too."""
     if mesh.size("tensor", "pipeline", "context", "expert") > 1 or recipe.adapt.base != "float":
-        raise ConfigError(f"adapt.kind={recipe.adapt.kind} adapt.base={recipe.adapt.base} with the layout {mesh.layout}: "
-                          "in several processes adapters train over floating-point matrices, along replicate and shard "
-                          "alone. Try layout.replicate or layout.shard, and adapt.base=float.")
+        raise ConfigError(f"adapt.kind={recipe.adapt.kind} adapt.base={recipe.adapt.base} with the layout "
+                          f"{mesh.layout}: in several processes adapters train over floating-point matrices, along "
+                          "replicate and shard alone. Try layout.replicate or layout.shard, and adapt.base=float.")
 
 
 def _checkpoint_activations(model: nn.Module, recipe: Recipe) -> None:

@@ -79,8 +79,8 @@ def resolve(recipe: Recipe, *, elsewhere: bool = False) -> tuple[Recipe, list[De
 
     recipe, derived = with_start(recipe)
     if recipe.adapt is not None and recipe.start is None:
-        raise ConfigError(f"adapt.kind={recipe.adapt.kind} adapts a model that exists, and this recipe begins from none. "
-                          "Name one: --model RUN, --model FOLDER, or --model hf:OWNER/NAME.")
+        raise ConfigError(f"adapt.kind={recipe.adapt.kind} adapts a model that exists, and this recipe begins from "
+                          "none. Name one: --model RUN, --model FOLDER, or --model hf:OWNER/NAME.")
     notes = _Notes(recipe)
     notes.items += derived
     if not elsewhere:
