@@ -1,4 +1,4 @@
-"""An adapter trained by several processes: copies of the model (DDP), or one in parts (FSDP2), is the one of a single."""
+"""An adapter trained by several processes, with copies of the model (DDP) or one in parts (FSDP2), is that of one."""
 
 from dataclasses import replace
 
@@ -47,8 +47,8 @@ def _case(kind):
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-@pytest.mark.parametrize("layout", [LayoutConfig(replicate=2), LayoutConfig(shard=2), LayoutConfig(replicate=2, shard=2)],
-                         ids=str)
+@pytest.mark.parametrize("layout", [
+    LayoutConfig(replicate=2), LayoutConfig(shard=2), LayoutConfig(replicate=2, shard=2)], ids=str)
 def test_adapters_over_rows_divided(kind, layout):
     check(reference(_case(kind)), run_processes(layout.processes, divided, _case(kind), layout))
 

@@ -1,7 +1,7 @@
 """Adapters of a model that exists: LoRA, DoRA, and both over integers (QLoRA). What they compute is in `nn/lora.py`.
 
     config.apply(model, seed=0)     adapters in place, everything else frozen
-    …                               training as ever: what is frozen has no gradient, no moments, no place in a checkpoint
+    …                               training as ever; what is frozen has no gradient, no moments, no place on disk
     config.merge(model)             plain matrices again, that compute the same
 """
 
@@ -75,8 +75,8 @@ class LoRAConfig:
             raise ConfigError("adapt.rank is not given: a recipe derives it. Outside one, give it, such as rank=16.")
         parts, also = self.chosen(model), self._also(model)
         if clash := [name for name in also if name.removesuffix(".weight") in parts]:
-            raise ConfigError(f"adapt.also trains {clash[0]} whole, and adapt.targets adapts it: one of them is enough. "
-                              "Take it out of one.")
+            raise ConfigError(f"adapt.also trains {clash[0]} whole, and adapt.targets adapts it: one of them is "
+                              "enough. Take it out of one.")
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         bits = _BITS[self.base]
@@ -163,9 +163,9 @@ def check_merge(model: nn.Module) -> Merged:
         difference, rounding = (float((y - exact).abs().max() / scale) for y in (merged, apart))
         allowed = max(_SLACK * rounding, _FLOOR)
         if not difference <= allowed:       # also where it is NaN
-            raise CheckpointError(f"{name} merged computes something else than with its adapter beside it: outputs differ "
-                                  f"by {difference:.1e} of the largest, {allowed:.1e} allowed. Its numbers may be damaged, "
-                                  "or its training may have diverged.")
+            raise CheckpointError(f"{name} merged computes something else than with its adapter beside it: outputs "
+                                  f"differ by {difference:.1e} of the largest, {allowed:.1e} allowed. Its numbers may "
+                                  "be damaged, or its training may have diverged.")
         worst = max(worst, (difference, allowed, rounding))
     return Merged(len(adapters(model)), *worst)
 

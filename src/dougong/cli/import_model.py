@@ -47,8 +47,8 @@ def _import_adapter(directory: Path, base: str | None, run: Path | None, data: s
     from dougong.recipes.adapters import import_adapter
 
     if base is None:
-        raise ConfigError(f"{directory} holds an adapter. Name the model that it belongs to: --model RUN, --model FOLDER, "
-                          "or --model hf:OWNER/NAME.")
+        raise ConfigError(f"{directory} holds an adapter. Name the model that it belongs to: --model RUN, --model "
+                          "FOLDER, or --model hf:OWNER/NAME.")
     if data is not None:
         raise ConfigError("--data has no effect at the import of an adapter. Score it later: dougong eval RUN --data "
                           f"{data}")

@@ -62,8 +62,8 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(("result", f"{result['bits_per_byte']:.4f} bits per byte on the {result['split']} split"))
     if adapter := facts.get("adapter"):
         held = "" if adapter["base"] == "float" else f" over {adapter['base']}"
-        lines.append(("adapter", f"{adapter['kind']}, rank {adapter['rank']}, alpha {adapter['alpha']:g}{held}; the model "
-                                 f"it belongs to: {adapter['of']}"))
+        lines.append(("adapter", f"{adapter['kind']}, rank {adapter['rank']}, alpha {adapter['alpha']:g}{held}; the "
+                                 f"model it belongs to: {adapter['of']}"))
     if facts.get("imported"):
         lines.append(("imported", f"from {facts['imported']['from']}, {facts['imported']['dtype']}"))
     if facts.get("compressed"):

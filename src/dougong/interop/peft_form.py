@@ -1,7 +1,7 @@
 """An adapter as PEFT keeps it: adapter_config.json and adapter_model.safetensors, to be laid over a Hugging Face model.
 
-Where a stored matrix holds several of ours (GPT-2's queries, keys and values), their adapters become one of their ranks'
-sum, and apart again on the way back:
+Where a stored matrix holds several of ours (GPT-2's queries, keys and values), their adapters become one of their
+ranks' sum, and apart again on the way back:
 
     [Bq      ] [Aq]
     [   Bk   ] [Ak]
@@ -80,11 +80,11 @@ def to_peft(model: nn.Module, family: FamilyMap, config: Any, adapt: LoRAConfig,
             "lora_alpha": _plain(adapt.alpha), "lora_dropout": adapt.dropout, "use_dora": adapt.kind == "dora",
             "use_rslora": False, "bias": "none", "fan_in_fan_out": transposed, "inference_mode": True,
             "init_lora_weights": True, "modules_to_save": None,
-            "target_modules": sorted(_by_end(ranks, {name: 0 for name in everything} | ranks)),
+            "target_modules": sorted(_by_end(ranks, dict.fromkeys(everything, 0) | ranks)),
             "rank_pattern": odd, "alpha_pattern": {key: _plain(factor * rank) for key, rank in odd.items()}}, tensors
 
 
-def _joined(parts: list[nn.Module]) -> dict[str, Tensor]:
+def _joined(parts: list[Any]) -> dict[str, Tensor]:
     """The adapter of a stored matrix that holds these parts one after another; parts without one add zeros."""
     adapted = [part for part in parts if isinstance(part, LowRank)]
     rows, rank = [], 0
@@ -123,15 +123,16 @@ def read_peft(directory: Path, family: FamilyMap, config: Any) -> PeftAdapter:
     given = _settings(directory)
     for key, fits in _PLAIN.items():
         if given.get(key, fits[0]) not in fits:
-            raise ConfigError(f"{directory / CONFIG} has {key}={given[key]!r}; known here is {fits[0]!r}: plain LoRA and "
-                              "DoRA. Merge it with PEFT (merge_and_unload) and import the whole model.")
+            raise ConfigError(f"{directory / CONFIG} has {key}={given[key]!r}; known here is {fits[0]!r}: plain LoRA "
+                              "and DoRA. Merge it with PEFT (merge_and_unload) and import the whole model.")
     with torch.device("meta"):
         model = config.build()
     tensors: dict[str, Tensor] = {}
     factors: dict[str, float] = {}
     for module, (stored, parts) in _modules(directory, family, config).items():
         if (rank := len(parts.get("lora_A", ()))) == 0 or "lora_B" not in parts:
-            raise CheckpointError(f"{directory / WEIGHTS}: {module} has {', '.join(parts)} and needs lora_A and lora_B.")
+            raise CheckpointError(f"{directory / WEIGHTS}: {module} has {', '.join(parts)}; lora_A and lora_B are "
+                                  "needed.")
         factor = _of(given, "alpha_pattern", module, given.get("lora_alpha", 8)) / (
             rank ** 0.5 if given.get("use_rslora") else rank)
         for name, found in zip(stored.ours, _apart(parts, len(stored.ours))):
@@ -158,8 +159,8 @@ def _modules(directory: Path, family: FamilyMap, config: Any) -> dict[str, tuple
 
     path = directory / WEIGHTS
     if not path.is_file():
-        raise CheckpointError(f"{directory} holds no {WEIGHTS}. Pickled adapters (.bin) are refused: save it again with "
-                              "PEFT of today.")
+        raise CheckpointError(f"{directory} holds no {WEIGHTS}. Pickled adapters (.bin) are refused: save it again "
+                              "with PEFT of today.")
     read_header(path)
     known = family.names(config)
     found: dict[str, tuple[Stored, dict[str, Tensor]]] = {}
@@ -191,12 +192,13 @@ def _of(given: Mapping[str, Any], pattern: str, module: str, otherwise: float) -
 
 
 def _apart(parts: Mapping[str, Tensor], number: int) -> list[dict[str, Tensor]]:
-    """The adapters of the matrices that a stored one holds: each its own ranks, where B is made so; else all share A."""
+    """The adapters of the matrices that a stored one holds: each its own ranks, where B is so; else all share A."""
     a, b = parts["lora_A"], parts["lora_B"].chunk(number)
     magnitude = parts["lora_magnitude_vector"].chunk(number) if "lora_magnitude_vector" in parts else None
     own = len(a) // number
-    diagonal = number > 1 and len(a) % number == 0 and bool(parts["lora_B"].any()) and all(
-        i * own <= column < (i + 1) * own for i, rows in enumerate(b) for column in rows.any(0).nonzero().flatten().tolist())
+    used = [rows.any(0).nonzero().flatten().tolist() for rows in b]     # columns of B
+    diagonal = number > 1 and len(a) % number == 0 and any(used) and all(
+        i * own <= column < (i + 1) * own for i, columns in enumerate(used) for column in columns)
     found = []
     for i, rows in enumerate(b):
         mine = slice(i * own, (i + 1) * own) if diagonal else slice(None)
@@ -207,11 +209,12 @@ def _apart(parts: Mapping[str, Tensor], number: int) -> list[dict[str, Tensor]]:
 
 def _check_shapes(directory: Path, module: str, found: Mapping[str, Tensor], part: Any) -> None:
     rank = len(found["lora_a"])
-    wanted = {"lora_a": (rank, part.in_features), "lora_b": (part.out_features, rank), "magnitude": (part.out_features,)}
+    wanted = {"lora_a": (rank, part.in_features), "lora_b": (part.out_features, rank),
+              "magnitude": (part.out_features,)}
     for leaf, tensor in found.items():
         if tensor.shape != wanted[leaf]:
-            raise CheckpointError(f"{directory / WEIGHTS}: {module} has {leaf} of shape {tuple(tensor.shape)}, and this "
-                                  f"model's matrix asks for {wanted[leaf]}: the adapter belongs to another model.")
+            raise CheckpointError(f"{directory / WEIGHTS}: {module} has {leaf} of shape {tuple(tensor.shape)}, and "
+                                  f"this model's matrix asks for {wanted[leaf]}: the adapter belongs to another model.")
 
 
 def _alike(given: Mapping[str, Any], tensors: dict[str, Tensor], factors: Mapping[str, float],

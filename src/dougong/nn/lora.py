@@ -159,7 +159,7 @@ class QuantizedLoRALinear(LowRank, QuantizedLinear):
 
     @classmethod
     def over(cls, part: Linear, rank: int, *, factor: float, dropout: float, bits: int) -> "QuantizedLoRALinear":
-        made = _empty(cls, part.in_features, part.out_features, bits=bits, bias=part.bias is not None) \
+        made: Any = _empty(cls, part.in_features, part.out_features, bits=bits, bias=part.bias is not None) \
             if part.weight.is_meta else cls.from_linear(part, bits)
         made.bias, made.init = part.bias, {"bias": ZEROS}
         for name in ("values", "scale"):    # the start's weights, rounded: a checkpoint of the adapter leaves them out

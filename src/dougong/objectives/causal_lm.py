@@ -51,7 +51,8 @@ class CausalLM:
     def losses(self, model: Any, batch: Batch) -> Losses:
         x_BTD = model.hidden(batch["tokens"], segment_BT=batch.get("segment"))
         counting = _that_count(x_BTD.flatten(0, 1), batch["targets"].flatten(), batch["weight"].flatten())
-        sums = head_cross_entropy(model.head, *counting, model.head_parameters(), model.config.vocab_size, self.settings)
+        sums = head_cross_entropy(model.head, *counting, model.head_parameters(), model.config.vocab_size,
+                                  self.settings)
         metrics = {"loss": sums.nll, "accuracy": sums.correct}
         if self.settings.z_loss:
             metrics["z"] = sums.z
@@ -59,8 +60,8 @@ class CausalLM:
 
 
 def _that_count(x_ND: Tensor, targets_N: Tensor, weight_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens without weight (prompts, padding) need no logits, so they are left out where they are many. On a CPU alone:
-    elsewhere the host would have to wait until it knows how many there are."""
+    """Tokens without weight (prompts, padding) need no logits, so they are left out where they are many. On a CPU
+    alone: elsewhere the host would have to wait until it knows how many there are."""
     if weight_N.device.type == "cpu":
         place = weight_N.nonzero().squeeze(-1)
         if 0 < len(place) <= _MOST_COUNTING * len(weight_N):

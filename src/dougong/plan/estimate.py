@@ -33,8 +33,8 @@ class Estimate:
         return {**asdict(self), "memory_bytes": self.memory_bytes}
 
 
-def estimate(*, parameters: int, trained: int | None = None, flops_per_token: float, tokens_per_step: int, steps: int, optimizer: str,
-             ema: bool, counted: Mapping[str, float], checkpoints_kept: int) -> Estimate:
+def estimate(*, parameters: int, flops_per_token: float, tokens_per_step: int, steps: int, optimizer: str,
+             ema: bool, counted: Mapping[str, float], checkpoints_kept: int, trained: int | None = None) -> Estimate:
     """Adds the parts up. `counted` is a step's memory by kind at its peak (`step.step_memory`).
 
     A checkpoint holds the fp32 weights, the optimiser's state and the moving average if there is one: of all

@@ -46,8 +46,9 @@ def export_peft(opened: OpenRun, out: Path, *, verify: bool = True) -> Exported:
     with it than we do.
     """
     recipe = refuse_without_tokens(opened)
-    if recipe.adapt is None:
-        raise ConfigError(f"{opened.directory.path} trained all weights, so it holds no adapter. Export the model: --to hf.")
+    if recipe.adapt is None or recipe.start is None:
+        raise ConfigError(f"{opened.directory.path} trained all weights, so it holds no adapter. Export the model: "
+                          "--to hf.")
     family, config = published_form(recipe.model)
     settings, tensors = to_peft(opened.model, family, config, recipe.adapt, _name_of_base(recipe.start.path))
 
@@ -66,16 +67,16 @@ def _name_of_base(path: str) -> str:
 
 
 def _notes(opened: OpenRun) -> list[str]:
+    assert opened.recipe.start is not None
     start, base = opened.recipe.start.path, opened.recipe.adapt.base
     notes = []
     if not is_hub_name(start):
         of_run = not is_hf_directory(Path(start))
-        notes.append("it belongs to " + (f"the model of {start}, which transformers reads after `dougong export {start} --to "
-                                         "hf`" if of_run else start)
-                     + f"; put where that lies as base_model_name_or_path into {CONFIG}.")
+        where = f"the model of {start}, to be exported too (--to hf)" if of_run else start
+        notes.append(f"it belongs to {where}; put where that lies as base_model_name_or_path into {CONFIG}.")
     if base != "float":
-        notes.append(f"it was trained over {base}: over the weights before rounding PEFT computes a little apart from this "
-                     "run. Verified was over the rounded ones.")
+        notes.append(f"it was trained over {base} and verified over it: over the weights before rounding PEFT computes a "
+                     "little apart from this run.")
     return notes
 
 
@@ -153,8 +154,8 @@ def open_with_adapter(base: str, path: Path, *, checkpoint: str = "best") -> Ope
         raise CheckpointError(f"{path} holds no adapter: neither PEFT's {CONFIG} nor a run's recipe.yaml.")
     mine = read_weights(StartConfig(path=base, checkpoint=checkpoint)).fingerprint if recorded else ""
     if recorded.get("start_fingerprint", mine) != mine:
-        raise CheckpointError(f"the adapter in {path} belongs to another model than {opened.directory.path} (fingerprint "
-                              f"{recorded['start_fingerprint'][:12]}, here {mine[:12]}).")
+        raise CheckpointError(f"the adapter in {path} belongs to another model than {opened.directory.path} "
+                              f"(fingerprint {recorded['start_fingerprint'][:12]}, here {mine[:12]}).")
     adapt.apply(opened.model, seed=0)
     load_weights(opened.model, tensors)
     opened.merged = adapt.merge(opened.model)
@@ -203,12 +204,13 @@ def _write(run: RunDirectory, under: OpenRun, adapt: Any, begins: str, base: str
     checkpoint = temporary(run, 0)
     checkpoint.mkdir(parents=True)
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in moving(under.model).items()}
-    publish(run, {"step": 0, "best": None}, {"model.safetensors": write_tensors(checkpoint / "model.safetensors", tensors)},
-            recipe_hash=sha256(run.recipe), reason="import")
+    written = {"model.safetensors": write_tensors(checkpoint / "model.safetensors", tensors)}
+    publish(run, {"step": 0, "best": None}, written, recipe_hash=sha256(run.recipe), reason="import")
     log = EventLog(run.events)
-    log.write("start", step=0, command=["dougong", "import"], versions={"dougong": __version__, "torch": torch.__version__},
-              machine=machine_facts(torch.device("cpu")), precision="fp32", threads=recipe.runtime.threads, compile=False,
-              processes=1, resumed_from=None)
+    log.write("start", step=0, command=["dougong", "import"],
+              versions={"dougong": __version__, "torch": torch.__version__},
+              machine=machine_facts(torch.device("cpu")), precision="fp32", threads=recipe.runtime.threads,
+              compile=False, processes=1, resumed_from=None)
     trained = sum(tensor.numel() for tensor in tensors.values())
     log.write("model", parameters={**count.parameters(recipe.model), "trained": trained}, groups=[],
               flops_per_token=count.flops_per_token(recipe.model, recipe.model.context, adapter=trained))

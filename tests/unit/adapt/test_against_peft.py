@@ -79,7 +79,7 @@ def test_a_file_written_here_is_read_by_peft_as_the_same_model(family, kind, tmp
     adapt.apply(ours, seed=1)
     draw = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        for name, p in ours.named_parameters():
+        for p in ours.parameters():
             if p.requires_grad:
                 p.add_(torch.randn(p.shape, generator=draw, dtype=p.dtype) * 0.1)
     settings, tensors = to_peft(ours, MAPS[family], config, adapt, None)

@@ -127,7 +127,8 @@ def test_tokens_without_weight_get_no_logits_and_change_nothing():
     for prompt in (0.0, 1e-300):        # the second counts for nothing, and is not 0
         weight = torch.ones(3, 16, dtype=torch.float64)
         weight[:, :9] = prompt
-        losses = CausalLMConfig().build().losses(model, Batch(tokens=tokens[:, :-1], targets=tokens[:, 1:], weight=weight))
+        batch = Batch(tokens=tokens[:, :-1], targets=tokens[:, 1:], weight=weight)
+        losses = CausalLMConfig().build().losses(model, batch)
         losses.sums["model"].backward()
         found.append((losses, {name: p.grad for name, p in model.named_parameters()}))
         model.zero_grad(set_to_none=True)
