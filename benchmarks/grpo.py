@@ -30,8 +30,9 @@ from dougong.recipes.train import train_run
 from dougong.train import fit
 from dougong.train.hooks import aside
 
-RUNTIME = "runtime={device: cpu, precision: fp32}"
-MODEL = ("{kind: qwen3, dim: 64, num_layers: 2, num_heads: 2, num_kv_heads: 2, head_dim: 32, ffn_dim: 192, context: 64}")
+RUNTIME = "runtime={device: cpu, precision: fp32, threads: 1}"     # models this small do not fill a second one
+MODEL = ("{kind: qwen3, dim: 64, num_layers: 2, num_heads: 2, num_kv_heads: 2, head_dim: 32, ffn_dim: 192, "
+         "context: 64}")
 RATES = {"grpo": 2e-4, "rejection": 2e-4}
 MARKS = 10      # places of the curve
 
@@ -60,8 +61,10 @@ def base(folder: Path, demonstrations: Path, steps: int) -> Path:
     """The run that copies the demonstrations."""
     recipe, first = load_recipe("first", [
         "size=null", f"data={{kind: chats, path: {demonstrations}, row_tokens: 64}}", "sample.prompts=[]",
-        "tokenizer={kind: bpe, vocab_size: 272}", f"model={MODEL}", "optim={kind: adamw, lr: 3e-3}", "schedule=cosine",
-        f"train={{steps: {steps}, rows: 32, trackers: [], checkpoint_every: {steps}, evaluate_every: {steps}}}", RUNTIME])
+        "tokenizer={kind: bpe, vocab_size: 272}", f"model={MODEL}", "optim={kind: adamw, lr: 3e-3}",
+        "schedule=cosine",
+        f"train={{steps: {steps}, rows: 32, trackers: [], checkpoint_every: {steps}, evaluate_every: {steps}}}",
+        RUNTIME])
     return train_run(recipe, first, path=folder / "base").directory.path
 
 
@@ -129,5 +132,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    torch.set_num_threads(1)
     main()

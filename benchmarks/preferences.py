@@ -32,8 +32,9 @@ from dougong.recipes.recipe import load_recipe
 from dougong.recipes.train import train_run
 from dougong.train import fit
 
-RUNTIME = "runtime={device: cpu, precision: fp32}"
-MODEL = ("{kind: qwen3, dim: 96, num_layers: 3, num_heads: 3, num_kv_heads: 3, head_dim: 32, ffn_dim: 256, context: 128}")
+RUNTIME = "runtime={device: cpu, precision: fp32, threads: 1}"     # models this small do not fill a second one
+MODEL = ("{kind: qwen3, dim: 96, num_layers: 3, num_heads: 3, num_kv_heads: 3, head_dim: 32, ffn_dim: 256, "
+         "context: 128}")
 OBJECTIVES = {"dpo": "{kind: dpo, beta: 0.1}", "ipo": "{kind: ipo, beta: 0.1, per_token: true}",
               "orpo": "{kind: orpo, beta: 1.0}"}
 RATE = 3e-4
@@ -43,9 +44,11 @@ DOCUMENTS = 40      # of the validation split, on which bits per byte are measur
 def base(folder: Path, text: str | None, steps: int) -> Path:
     """The run that knows the text and no preference."""
     recipe, first = load_recipe("first", [
-        "size=null", *([f"data.path={text}"] if text else []), "tokenizer={kind: bpe, vocab_size: 512}", f"model={MODEL}",
+        "size=null", *([f"data.path={text}"] if text else []), "tokenizer={kind: bpe, vocab_size: 512}",
+        f"model={MODEL}",
         "optim={kind: adamw, lr: 3e-3}", "schedule=cosine", "sample.prompts=[]", "evaluate.baselines=false",
-        f"train={{steps: {steps}, rows: 16, trackers: [], checkpoint_every: {steps}, evaluate_every: {steps}}}", RUNTIME])
+        f"train={{steps: {steps}, rows: 16, trackers: [], checkpoint_every: {steps}, evaluate_every: {steps}}}",
+        RUNTIME])
     return train_run(recipe, first, path=folder / "base").directory.path
 
 
@@ -135,8 +138,9 @@ def main() -> None:
             for kind in OBJECTIVES:
                 runs.append(learn(start, kind, files, opened, seed, options.steps))
                 run = runs[-1]
-                print(f"seed {seed} {kind:<5} accuracy {run['before']['accuracy']:.1%} → {run['after']['accuracy']:.1%}, "
-                      f"bits per byte {run['before']['bits_per_byte']:.4f} → {run['after']['bits_per_byte']:.4f} "
+                print(f"seed {seed} {kind:<5} accuracy {run['before']['accuracy']:.1%} → "
+                      f"{run['after']['accuracy']:.1%}, bits per byte {run['before']['bits_per_byte']:.4f} → "
+                      f"{run['after']['bits_per_byte']:.4f} "
                       f"({run['text_worse']:+.2%}), {run['cpu_seconds']:.0f} s of processor", flush=True)
     report["runs"] = runs
     for kind in OBJECTIVES:
@@ -149,5 +153,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    torch.set_num_threads(1)
     main()

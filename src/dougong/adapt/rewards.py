@@ -72,8 +72,8 @@ class Rewards:
             return float(value)
         if self.on_error == "error":
             asked = reply.task.prompt[-1]["content"] if reply.task.prompt else ""
-            raise DataError(f"the reward {self.spec} {problem}, for the reply {reply.text[:120]!r} to {asked[:120]!r}.\n"
-                            "Mend it, or let such replies count 0: objective.on_error=zero.")
+            raise DataError(f"the reward {self.spec} {problem}, for the reply {reply.text[:120]!r} to {asked[:120]!r}."
+                            "\nMend it, or let such replies count 0: objective.on_error=zero.")
         self.failed += 1
         return 0.0
 

@@ -120,8 +120,8 @@ class Rollouts(Iterator[Batch]):
         places = []
         for index in number * self._prompts + self._mine:
             epoch, place = divmod(int(index), len(self._tasks))
-            order = np.random.Generator(np.random.PCG64(derive(self._seed, "tasks", epoch))).permutation(len(self._tasks))
-            places.append(int(order[place]))
+            draw = np.random.Generator(np.random.PCG64(derive(self._seed, "tasks", epoch)))
+            places.append(int(draw.permutation(len(self._tasks))[place]))
         return places
 
     def documents(self, number: int) -> list[list[str]]:
@@ -136,12 +136,12 @@ class Rollouts(Iterator[Batch]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes to where `state` was taken. Raises CheckpointError where the tasks or their order are others."""
         if state["data"] != self._fingerprint:
-            raise CheckpointError("the checkpoint was made with other tasks than these.\nPut the data back as they were, "
-                                  "or start a new run from the checkpoint's weights.")
+            raise CheckpointError("the checkpoint was made with other tasks than these.\nPut the data back as they "
+                                  "were, or start a new run from the checkpoint's weights.")
         for name, value in self._order().items():
             if state[name] != value:
-                raise CheckpointError(f"the checkpoint's samples were drawn with {name}={state[name]}, now it is {value}."
-                                      f"\nSet {name} back, or start a new run from the checkpoint's weights.")
+                raise CheckpointError(f"the checkpoint's samples were drawn with {name}={state[name]}, now it is "
+                                      f"{value}.\nSet {name} back, or start a new run from the checkpoint's weights.")
         self.seek(int(state["position"]))
 
 

@@ -6,7 +6,8 @@ Python in isolated mode without site packages. On Linux where user namespaces ar
 that cannot outlive it or see others. New processes are refused to users other than root.
 
 What it does not hold: the code may read whatever this user may read, and write where this user may write (files of at
-most 1 MB). It may also look for a way to pass without solving the task. For code of an adversary take a virtual machine.
+most 1 MB). It may also look for a way to pass without solving the task. For code of an adversary take a virtual
+machine.
 """
 
 import json
@@ -61,8 +62,9 @@ def run_tests(code: str, tests: str, *, seconds: float = 5.0, memory_bytes: int 
         with tempfile.TemporaryDirectory(prefix="dougong-sandbox-", ignore_cleanup_errors=True) as directory:
             child = subprocess.Popen(
                 [*isolation(), sys.executable, "-I", "-S", "-c", _CHILD, str(writer)], cwd=directory,
-                env={"PATH": os.defpath, "HOME": directory, "TMPDIR": directory, "LC_ALL": "C.UTF-8"}, pass_fds=[writer],
-                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+                env={"PATH": os.defpath, "HOME": directory, "TMPDIR": directory, "LC_ALL": "C.UTF-8"},
+                pass_fds=[writer], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                start_new_session=True)
             try:
                 with suppress(BrokenPipeError):
                     child.communicate(payload, timeout=seconds)
@@ -101,7 +103,7 @@ def isolation() -> tuple[str, ...]:
 
 def code_of(reply: str) -> str:
     """The code of a reply: what stands between the first pair of fences, or all of it."""
-    before, fence, rest = reply.partition("```")
+    _, fence, rest = reply.partition("```")
     if not fence:
         return reply
     _, _, body = rest.partition("\n")

@@ -7,6 +7,7 @@ DATA = Table("data", {
     "text": "dougong.data.prepare:TextData",
     "chats": "dougong.data.chats:ChatData",
     "preferences": "dougong.data.preferences:PreferenceData",
+    "labelled": "dougong.data.labelled:LabelledData",
     "digits": "dougong.data.arrays:DigitsData",
     "regression": "dougong.data.arrays:RegressionData",
 })

@@ -34,7 +34,8 @@ class PreferenceCorpus:
         self.tokenizer, self.context = tokenizer, context
         self._directory = directory
         self._known = json.loads((directory / "facts.json").read_text("utf-8"))
-        self._tokens, self._weights = (np.load(directory / f"{name}.npy", mmap_mode="r") for name in ("tokens", "weights"))
+        self._tokens, self._weights = (
+            np.load(directory / f"{name}.npy", mmap_mode="r") for name in ("tokens", "weights"))
         self._starts, self._split, self.labels, self._bytes = (
             np.load(directory / f"{name}.npy") for name in ("starts", "split", "labels", "bytes"))
         self.reference: np.ndarray | None = None
@@ -100,7 +101,8 @@ class PreferenceCorpus:
                                        "bytes": int(self._bytes[mine].sum()), "tokens": int(lengths[mine].sum())})
         totals = {name: sum(split[name] for split in splits.values()) for name in ("documents", "bytes", "tokens")}
         return {"kind": "preferences", **self._known, "context": self.context, **_per_token(totals), "splits": splits,
-                "packing": {"method": "one in a row", "reason": "two replies to a prompt go through the model together"},
+                "packing": {"method": "one in a row",
+                            "reason": "two replies to a prompt go through the model together"},
                 "longest": int(lengths.max()), "tokenizer": self.tokenizer.facts()}
 
 

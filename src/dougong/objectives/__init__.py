@@ -15,6 +15,7 @@ OBJECTIVES = Table("objective", {
     "orpo": "dougong.objectives.preference:ORPOConfig",
     "kto": "dougong.objectives.kto:KTOConfig",
     "reward": "dougong.objectives.reward:RewardConfig",
+    "classify_text": "dougong.objectives.classify_text:ClassifyTextConfig",
     "grpo": "dougong.objectives.policy:GRPOConfig",
     "rejection": "dougong.objectives.policy:RejectionConfig",
 })

@@ -33,12 +33,13 @@ class KTOConfig:
 
 
 class KTO:
-    """Batches carry `tokens`, `targets`, `weight` (B 2 T), `reference` (B 2) and `label` (B: 1 good, 0 bad). First along
-    the second axis stands the judged reply, second the reply of another record to the same prompt: from those the
+    """Batches carry `tokens`, `targets`, `weight` (B 2 T), `reference` (B 2) and `label` (B: 1 good, 0 bad). First
+    along the second axis stands the judged reply, second the reply of another record to the same prompt: from those the
     reference point z is estimated, the mean log-ratio over the batch, at least 0, through which no gradient runs.
 
-    Loss λ_D (1 - σ(β (r - z))) of good replies, λ_U (1 - σ(β (z - r))) of bad ones, r = log(p / p_start). Metrics, means
-    over replies: `loss`; `accuracy`, the share on the right side of z; `margin`, β (r - z) signed by the label; `kl`, z.
+    Loss λ_D (1 - σ(β (r - z))) of good replies, λ_U (1 - σ(β (z - r))) of bad ones, r = log(p / p_start). Metrics,
+    means over replies: `loss`; `accuracy`, the share on the right side of z; `margin`, β (r - z) signed by the label;
+    `kl`, z.
     """
 
     not_additive: str | None = ("KTO judges replies against a mean over the whole batch, so micro-batches would be "

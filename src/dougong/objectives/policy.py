@@ -31,7 +31,7 @@ class RolloutConfig:
     reward: str = "exact"
     """exact, contains, numeric, regex:PATTERN, length:TOKENS, tests, model:RUN, or FILE.py:FUNCTION"""
     on_error: Literal["error", "zero"] = "error"
-    """a reward that raises, is no number or never returns: stop with an error, or count 0 and say how many there were"""
+    """a reward that raises, is no number or never returns: stop with an error, or count 0 and say how many did"""
     reward_seconds: Annotated[float, Field(gt=0)] = 5.0
     """longest that a reward may take for one sample"""
     chunk_logits: Count = CHUNK_LOGITS
@@ -99,5 +99,5 @@ class Policy:
 
 
 FIGURES = ("reward", "passed", "length", "idle_groups", "failed_rewards")
-"""of a rollout: mean reward, share of samples with a reward of at least 1, mean tokens of a sample, share of groups from
-which nothing was learned, share of samples whose reward failed"""
+"""of a rollout: mean reward, share of samples with a reward of at least 1, mean tokens of a sample, share of groups
+from which nothing was learned, share of samples whose reward failed"""

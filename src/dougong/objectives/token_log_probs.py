@@ -1,8 +1,8 @@
 """Log-probabilities of given tokens, each with its gradient, without ever holding the logits of all tokens.
 
-A summed cross-entropy knows its gradient at once (`cross_entropy`). Here the loss is a function of the log-probabilities
-that is not known yet, such as a sigmoid of the difference of two sums. So each chunk's logits are computed again on the
-way back: one more product with the head, and never more than one chunk of logits alive.
+A summed cross-entropy knows its gradient at once (`cross_entropy`). Here the loss is a function of the
+log-probabilities that is not known yet, such as a sigmoid of the difference of two sums. So each chunk's logits are
+computed again on the way back: one more product with the head, and never more than one chunk of logits alive.
 """
 
 from typing import Any

@@ -84,7 +84,8 @@ def prepare_data(recipe: Recipe, *, progress: Any = None) -> Any:
 def data_shapes(recipe: Recipe, corpus: Any) -> dict[str, int]:
     """What the data decide about the model's ends."""
     if recipe.is_language_model:
-        return {"vocab_size": corpus.tokenizer.vocab_size}
+        labels = corpus.facts.get("labels")
+        return {"vocab_size": corpus.tokenizer.vocab_size, **({"classes": len(labels)} if labels else {})}
     facts = corpus.facts
     if facts.get("kind") == "regression":
         return {"in_features": facts["features"]}
@@ -109,7 +110,7 @@ def build_model(recipe: Recipe, runtime: Runtime, *, integers: Mapping[str, Form
     return model
 
 
-def _with_its_heads(recipe: Recipe) -> nn.Module:
+def _with_its_heads(recipe: Recipe) -> Any:
     """The model, with a head for values where its objective judges texts."""
     model = recipe.model.build()
     if outputs := getattr(recipe.objective, "value_outputs", None):

@@ -18,6 +18,7 @@ COMPANIONS = Table("companion", {
     "ipo": "dougong.recipes.reference:with_reference",
     "kto": "dougong.recipes.reference:with_reference",
     "orpo": "dougong.recipes.reference:check_pairs",
+    "classify_text": "dougong.recipes.reference:check_labels",
     "reward": "dougong.recipes.reference:check_pairs",
     "grpo": "dougong.recipes.experience:with_experience",
     "rejection": "dougong.recipes.experience:with_experience",

@@ -139,6 +139,8 @@ def fit_to_data(recipe: Recipe, shapes: dict[str, int]) -> tuple[Recipe, list[De
     notes = _Notes(recipe)
     for name, value in shapes.items():
         notes.set(f"model.{name}", value, "from the data")
+    if "classes" in shapes:
+        notes.set("objective.classes", shapes["classes"], "the labels of the data")
     given, needed = notes.value("model.vocab_size"), shapes.get("vocab_size")
     if recipe.start is not None and needed and given and given < needed:
         added = f"{needed - given:,} tokens were added"

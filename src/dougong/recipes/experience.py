@@ -30,8 +30,8 @@ def with_experience(recipe: Recipe, corpus: Any, objective: Objective, model: nn
         raise ConfigError(f"objective.kind={kind} lets every process write with the whole model, and {mesh.layout} "
                           "divides it. Try layout.replicate alone.")
     if recipe.objective.max_tokens >= recipe.model.context:
-        raise ConfigError(f"objective.max_tokens={recipe.objective.max_tokens} leaves no place for a prompt in a context "
-                          f"of {recipe.model.context}. Try objective.max_tokens={recipe.model.context // 2}.")
+        raise ConfigError(f"objective.max_tokens={recipe.objective.max_tokens} leaves no place for a prompt in a "
+                          f"context of {recipe.model.context}. Try objective.max_tokens={recipe.model.context // 2}.")
     return objective, Experience(recipe, corpus, model, runtime)
 
 
@@ -56,9 +56,9 @@ class Experience:
         return self._corpus.batches(split, rows=rows)
 
     def loader(self, split: str, *, rows: int, seed: int, rank: int = 0, world_size: int = 1) -> Rollouts:
-        return Rollouts(self._tasks(split), self._model, self._spelling, self._rewards, self._recipe.objective, rows=rows,
-                        seed=seed, runtime=self._runtime, fingerprint=f"{self.fingerprint}-{split}", rank=rank,
-                        world_size=world_size)
+        return Rollouts(self._tasks(split), self._model, self._spelling, self._rewards, self._recipe.objective,
+                        rows=rows, seed=seed, runtime=self._runtime, fingerprint=f"{self.fingerprint}-{split}",
+                        rank=rank, world_size=world_size)
 
     def score(self, model: nn.Module, runtime: Runtime, split: str, *, most_tokens: int | None = None,
               poll: Callable[[], None] = lambda: None) -> dict[str, Any]:
@@ -73,8 +73,8 @@ class Experience:
         fitting = [task for task in found if self._spelling.fits(task)]
         if not fitting:
             raise DataError(f"none of the {len(found):,} prompts of {split} leaves room for "
-                            f"{self._recipe.objective.max_tokens} tokens in a context of {self._recipe.model.context}.\n"
-                            "Try a smaller objective.max_tokens.")
+                            f"{self._recipe.objective.max_tokens} tokens in a context of {self._recipe.model.context}."
+                            "\nTry a smaller objective.max_tokens.")
         return fitting
 
 

@@ -31,8 +31,8 @@ def check_pairs(recipe: Recipe, corpus: Any, objective: Objective, model: nn.Mod
     """Refuses data and layouts that an objective over judged replies cannot read; it needs nothing else."""
     kind, mesh = recipe.objective.kind, runtime.mesh
     if recipe.data.kind != "preferences":
-        raise ConfigError(f"objective.kind={kind} learns from judged replies, and data.kind={recipe.data.kind} has none."
-                          "\nTry data.kind=preferences data.path=pairs.jsonl.")
+        raise ConfigError(f"objective.kind={kind} learns from judged replies, and data.kind={recipe.data.kind} has "
+                          "none.\nTry data.kind=preferences data.path=pairs.jsonl.")
     if corpus.shape != _SHAPES[kind]:
         advice = ("Try data.unpair=true, which takes each pair as a good reply and a bad one." if kind == "kto" else
                   "Try objective.kind=kto.")
@@ -41,6 +41,19 @@ def check_pairs(recipe: Recipe, corpus: Any, objective: Objective, model: nn.Mod
     if mesh.size("pipeline", "context", "tensor", "expert") > 1:
         raise ConfigError(f"objective.kind={kind} shares rows between processes (layout.replicate, layout.shard), not "
                           f"the layers, matrices or tokens of one, as {mesh.layout} would.")
+    return objective, corpus
+
+
+def check_labels(recipe: Recipe, corpus: Any, objective: Objective, model: nn.Module,
+                 runtime: Runtime) -> tuple[Objective, Any]:
+    """Refuses data without labels, or with others than the model was made for."""
+    labels = corpus.facts.get("labels")
+    if not labels:
+        raise ConfigError(f"objective.kind=classify_text tells labelled texts apart, and data.kind={recipe.data.kind} "
+                          "has no labels.\nTry data.kind=labelled data.path=texts.jsonl.")
+    if recipe.objective.classes != len(labels):
+        raise ConfigError(f"objective.classes={recipe.objective.classes}, and the data have {len(labels)} labels.\n"
+                          "Leave it out: it is derived.")
     return objective, corpus
 
 

@@ -110,6 +110,23 @@ def test_a_reward_model_rewards_rollouts(root):
     assert refused.code == 2 and "objective.kind=reward" in refused.err
 
 
+def test_a_model_learns_to_tell_texts_apart_and_is_scored(root):
+    import json
+
+    draw = np.random.default_rng(0)
+    texts = ["".join(draw.choice(list("abcdefghij"), 8)) for _ in range(200)]
+    path = root / "labelled.jsonl"
+    lines = [{"text": text + "?!"[i % 2], "label": ["asked", "said"][i % 2]} for i, text in enumerate(texts)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    recipe = write_feedback_recipe(root / "apart.yaml", "dpo", {"kind": "labelled", "path": str(path)},
+                                   objective="classify_text", train={"steps": 40, "checkpoint_every": 40},
+                                   optim={"kind": "adamw", "lr": 3e-3})
+    result = trained(root, "apart", recipe)["result"]
+    assert result["accuracy"] > 0.9
+    assert open_run(root / "apart").model.value.weight.shape == (2, 32)
+    assert dougong("eval", root / "apart", "--json").json["accuracy"] == result["accuracy"]
+
+
 @pytest.mark.parametrize("changes,message", [
     (["objective=kto"], "data.unpair=true"),
     (["objective=dpo", "data.unpair=true"], "reads pairs"),
