@@ -4,14 +4,15 @@
 
 Asked: at batch 1, int8 weights 3.5 times and int4 weights 5 times as fast as transformers' bf16, aiming at llama.cpp.
 The model has 91M parameters (12 layers, width 768, 6 heads of 128, feed-forward 2048, vocabulary 8192). A decode step
-is (time of 128 tokens - time of 1) / 127 after a 64-token prompt; prefill reads 448 tokens and writes one. Contenders
-take turns, so a machine that slows down slows them alike; ratios are taken within a round, and the median is reported.
+is the median of those of 128 tokens after a 64-token prompt; prefill reads 448 tokens and writes one. Contenders take
+turns, so a machine that slows down slows them alike; ratios are taken within a round, and the median is reported.
 `--llama-python` is an interpreter that has llama_cpp (with ggml built for this CPU); the `gguf` package here writes its
 files.
 """
 
 import argparse
 import copy
+import itertools
 import json
 import statistics
 import subprocess
@@ -23,8 +24,8 @@ from pathlib import Path
 import machine
 import torch
 import transformers
+from transformers import LogitsProcessorList, Qwen3ForCausalLM
 from transformers import Qwen3Config as HuggingFaceConfig
-from transformers import Qwen3ForCausalLM
 
 from dougong.adapt.quantize import Form, round_to_nearest, take
 from dougong.generate import Engine, SamplingConfig
@@ -36,8 +37,8 @@ PROMPT, LONG_PROMPT, ROWS = 64, 448, 16
 FORMS = {"int8": Form(8), "int4": Form(4), "int8, int8 activations": Form(8, None, "int8")}
 BITS = {"fp32": 32, "bf16": 16, "int8": 8.5, "int4": 4.5, "int8, int8 activations": 8, "f32": 32, "q8_0": 8.5,
         "q4_0": 4.5}
-Call = Callable[[int, int, int], None]
-"""(rows, tokens of the prompt, tokens to write)"""
+Call = Callable[[int, int, int], list[float]]
+"""(rows, tokens of the prompt, tokens to write) -> seconds after which each token was there"""
 
 LLAMA = '''
 import json, sys, time
@@ -67,9 +68,11 @@ for line in sys.stdin:
     begin = time.perf_counter()
     for row in range(rows):
         decode([(7 + t * 13 % 8000, t, row, t == prompt - 1) for t in range(prompt)])
+    times = [time.perf_counter() - begin]
     for step in range(steps - 1):
         decode([(11 + step, prompt + step, row, True) for row in range(rows)])
-    print(time.perf_counter() - begin, flush=True)
+        times.append(time.perf_counter() - begin)
+    print(json.dumps(times), flush=True)
 '''
 
 
@@ -86,22 +89,39 @@ def build() -> tuple[Qwen3ForCausalLM, torch.nn.Module]:
     return theirs, ours.eval()
 
 
+class Clock:
+    """Seconds since it was made, at each call; transformers calls it with the logits of each token."""
+
+    def __init__(self) -> None:
+        self.begin, self.times = time.perf_counter(), []
+
+    def __call__(self, _ids: object = None, scores: object = None) -> object:
+        self.times.append(time.perf_counter() - self.begin)
+        return scores
+
+
+def prompts(rows: int, length: int) -> torch.Tensor:
+    return torch.randint(0, 8192, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
 def by_transformers(model: Qwen3ForCausalLM) -> Call:
-    def call(rows: int, prompt: int, steps: int) -> None:
-        tokens = torch.randint(0, 8192, (rows, prompt), generator=torch.Generator().manual_seed(1))
+    def call(rows: int, prompt: int, steps: int) -> list[float]:
+        tokens, clock = prompts(rows, prompt), Clock()
         with torch.inference_mode():
             model.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=steps,
-                           min_new_tokens=steps, pad_token_id=0)
+                           min_new_tokens=steps, pad_token_id=0, logits_processor=LogitsProcessorList([clock]))
+        return clock.times
     return call
 
 
 def by_engine(model: torch.nn.Module, dtype: torch.dtype) -> Call:
     engine = Engine(model, Runtime(dtype=dtype, threads=torch.get_num_threads()))
 
-    def call(rows: int, prompt: int, steps: int) -> None:
-        tokens = torch.randint(0, 8192, (rows, prompt), generator=torch.Generator().manual_seed(1))
-        for _ in engine.start(tokens.tolist(), SamplingConfig(temperature=0, max_tokens=steps)):
-            pass
+    def call(rows: int, prompt: int, steps: int) -> list[float]:
+        tokens, clock = prompts(rows, prompt).tolist(), Clock()
+        for _ in engine.start(tokens, SamplingConfig(temperature=0, max_tokens=steps)):
+            clock()
+        return clock.times
     return call
 
 
@@ -113,12 +133,11 @@ class ByLlama:
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         assert self.process.stdout is not None and self.process.stdout.readline() == "ready\n", \
             f"{python} has no llama_cpp that opens {file}"
-        self.seconds = 0.0
 
-    def __call__(self, rows: int, prompt: int, steps: int) -> None:
+    def __call__(self, rows: int, prompt: int, steps: int) -> list[float]:
         assert self.process.stdin is not None and self.process.stdout is not None
         print(json.dumps([rows, prompt, steps]), file=self.process.stdin, flush=True)
-        self.seconds = float(self.process.stdout.readline())
+        return json.loads(self.process.stdout.readline())
 
 
 def write_gguf(path: Path, model: torch.nn.Module, quant: str) -> None:
@@ -159,10 +178,9 @@ def contenders(llama_python: str | None, folder: Path, threads: int) -> dict[str
     return calls
 
 
-def seconds(call: Call, rows: int, prompt: int, steps: int) -> float:
-    begin = time.perf_counter()
-    call(rows, prompt, steps)
-    return call.seconds if isinstance(call, ByLlama) else time.perf_counter() - begin
+def step(times: list[float]) -> float:
+    """Seconds of a decode step."""
+    return statistics.median(b - a for a, b in itertools.pairwise(times))
 
 
 def read_bandwidth(mebibytes: int = 256, repeats: int = 7) -> float:
@@ -183,10 +201,9 @@ def measure(calls: dict[str, Call], steps: int, steps_many: int, rounds: int) ->
         call(1, LONG_PROMPT, 2)
     for number in range(rounds):
         for name, call in calls.items():
-            one, many = seconds(call, 1, PROMPT, 1), seconds(call, ROWS, PROMPT, 1)
-            found[name]["step"].append((seconds(call, 1, PROMPT, steps) - one) / (steps - 1))
-            found[name]["step of 16"].append((seconds(call, ROWS, PROMPT, steps_many) - many) / (steps_many - 1))
-            found[name]["prefill"].append(seconds(call, 1, LONG_PROMPT, 1))
+            found[name]["step"].append(step(call(1, PROMPT, steps)))
+            found[name]["step of 16"].append(step(call(ROWS, PROMPT, steps_many)))
+            found[name]["prefill"].append(call(1, LONG_PROMPT, 1)[0])
         print(f"round {number + 1} of {rounds}", flush=True)
     return found
 
@@ -213,16 +230,16 @@ def main() -> None:
           f"{'× bf16 of transformers':>24}{'16 rows: tokens/s':>19}{'prefill tokens/s':>18}")
     results = {}
     for name, times in found.items():
-        step = statistics.median(times["step"])
+        median = statistics.median(times["step"])
         gain = sorted(b / t for b, t in zip(base["step"], times["step"]))
-        read = parameters * BITS[name.partition(" ")[2]] / 8 / step
+        read = parameters * BITS[name.partition(" ")[2]] / 8 / median
         results[name] = {
             "ms_per_token": machine.spread([1e3 * t for t in times["step"]]),
             "batch_16_tokens_per_s": machine.spread([ROWS / t for t in times["step of 16"]]),
             "prefill_tokens_per_s": machine.spread([LONG_PROMPT / t for t in times["prefill"]]),
             "weights_read_bytes_per_s": read, "fraction_of_bandwidth": read / bandwidth,
             "times_transformers_bf16": {"median": statistics.median(gain), "low": gain[0], "high": gain[-1]}}
-        print(f"{name:32}{1e3 * step:10.2f}{read / 1e9:7.1f}{read / bandwidth:7.0%}"
+        print(f"{name:32}{1e3 * median:10.2f}{read / 1e9:7.1f}{read / bandwidth:7.0%}"
               f"{statistics.median(gain):10.2f} ({gain[0]:.2f} to {gain[-1]:.2f})"
               f"{statistics.median(ROWS / t for t in times['step of 16']):17.0f}"
               f"{statistics.median(LONG_PROMPT / t for t in times['prefill']):18.0f}")
