@@ -12,8 +12,8 @@ SKILLS = ("addition", "sorting", "brackets", "counting")
 
 
 def assistant() -> Journey:
-    """Reads the standard library but for the modules that it will be asked about, learns to answer, practises what can be
-    checked, and is made small.
+    """Reads the standard library but for the modules that it will be asked about, learns to answer, practises what can
+    be checked, and is made small.
 
     Its skills: `which` of a module's functions does what (modules that no stage has read), sums, sorting, brackets and
     counting (items that no stage has seen); it declines the rest.
