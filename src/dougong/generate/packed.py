@@ -131,7 +131,9 @@ class GroupProduct(_Joined):
             given_MI = torch.cat([given_MI, given_MI], -1)
         y_MO = torch.ops.aten._weight_int4pack_mm_for_cpu(given_MI.contiguous(), self.packed, self.group,
                                                           self.scale_and_zero_GO2)
-        return y_MO[:, :self.num_outputs].to(x_MI.dtype)
+        if y_MO.shape[1] != self.num_outputs:
+            y_MO = y_MO[:, :self.num_outputs]
+        return y_MO.to(x_MI.dtype)
 
 
 def _kernel_group(part: Quantized) -> int | None:

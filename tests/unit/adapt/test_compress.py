@@ -146,7 +146,8 @@ def test_a_batch_writes_what_its_rows_write_alone(int8):
     opened = open_run(int8)
     sampling = SamplingConfig(temperature=0, max_tokens=8)
     together = generate(opened.model, opened.tokenizer, ["ab", "cde fg"], sampling, runtime=opened.runtime)
-    alone = [generate(opened.model, opened.tokenizer, [p], sampling, runtime=opened.runtime)[0] for p in ("ab", "cde fg")]
+    alone = [generate(opened.model, opened.tokenizer, [prompt], sampling, runtime=opened.runtime)[0]
+             for prompt in ("ab", "cde fg")]
     assert [one.text for one in together] == [one.text for one in alone]
 
 
