@@ -196,10 +196,10 @@ def _grid(x_low: float, x_high: float, y_low: float, y_high: float, px: Any, py:
              for mark in marks]
     exponents = range(math.floor(x_low), math.ceil(x_high) + 1)
     sizes = [m * 10.0**e for e in exponents for m in (1, 2, 5) if x_low <= math.log10(m * 10.0**e) <= x_high]
-    upright = Markup('<path class="grid" d="M{x:.1f} {}V{}"/>'
-                     '<text class="tick" x="{x:.1f}" y="{}" text-anchor="middle">{}</text>')
-    parts += [upright.format(_TOP, _HEIGHT - _BOTTOM, _HEIGHT - _BOTTOM + 20, numbers.data_size(size).svg,
-                             x=px(math.log10(size))) for size in sizes]
+    parts += [Markup('<path class="grid" d="M{x:.1f} {}V{}"/>'
+                     '<text class="tick" x="{x:.1f}" y="{}" text-anchor="middle">{}</text>').format(
+        _TOP, _HEIGHT - _BOTTOM, _HEIGHT - _BOTTOM + 20, numbers.data_size(size).svg, x=px(math.log10(size)))
+        for size in sizes]
     parts.append(Markup('<text class="tick" x="{}" y="{}" text-anchor="end">{}</text>').format(
         _WIDTH - _RIGHT, _HEIGHT - 10, say("axis_size").svg))
     parts.append(Markup('<text class="tick" x="8" y="{}">{}</text>').format(_TOP - 14, say("axis_costs").svg))

@@ -93,7 +93,7 @@ def made_by(row: dict[str, Any]) -> Text:
     what = row["what"]
     if what["kind"] == "integers":
         group_en = f"groups of {what['group']}" if what["group"] else "one scale a row"
-        group_zh = f"每组 {what['group']} 列" if what["group"] else "每行一个尺度"
+        group_zh = f"每组 {what['group']} 列" if what["group"] else "每行一个缩放系数"
         rounded = ("", "") if what["activations"] == "float" else (", int8 activations", "，激活 int8")
         trained = (", trained for it", "，经量化感知训练") if what["trained_on"] else ("", "")
         return Text(f"int{what['bits']}, {what['method']}, {group_en}{rounded[0]}{trained[0]}",
