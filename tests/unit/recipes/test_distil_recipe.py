@@ -46,7 +46,7 @@ def recipe_of(root, *changes):
 
 
 def train(root, path, *changes):
-    return dougong("train", root / "student.yaml", "--run", path, "--json", *QUIET, "train.steps=12", *changes)
+    return dougong("train", root / "student.yaml", "--run", path, "--json", *QUIET, "train.steps=6", *changes)
 
 
 def events(path):
@@ -72,17 +72,17 @@ def test_interrupted_is_uninterrupted(root, tmp_path, changes):
     """The same weights, bit for bit, whether the run stopped in the middle or not."""
     from safetensors.torch import load_file
 
-    whole = train(root, tmp_path / "whole", "train.checkpoint_every=6", *changes)
+    whole = train(root, tmp_path / "whole", "train.checkpoint_every=3", *changes)
     assert whole.code == 0, whole.err
     again = tmp_path / "again"
     shutil.copytree(tmp_path / "whole", again)
-    shutil.rmtree(again / "checkpoints" / "step-000012")
+    shutil.rmtree(again / "checkpoints" / "step-000006")
     kept = [line for line in (again / "events.jsonl").read_text().splitlines()
             if json.loads(line)["event"] not in ("end", "result")]
     (again / "events.jsonl").write_text("\n".join(kept) + "\n")
     resumed = dougong("train", "--resume", "--run", again)
     assert resumed.code == 0, resumed.err
-    a, b = (sorted((path / "checkpoints" / "step-000012").glob("*model*.safetensors"))
+    a, b = (sorted((path / "checkpoints" / "step-000006").glob("*model*.safetensors"))
             for path in (tmp_path / "whole", again))
     assert a and len(a) == len(b)
     for one, other in zip(a, b):
@@ -94,7 +94,7 @@ def test_projections_are_trained_and_saved_but_are_no_part_of_the_opened_model(r
     assert done.code == 0, done.err
     from safetensors import safe_open
 
-    names = {name for file in (tmp_path / "run" / "checkpoints" / "step-000012").glob("*.safetensors")
+    names = {name for file in (tmp_path / "run" / "checkpoints" / "step-000006").glob("*.safetensors")
              for name in safe_open(file, "pt").keys()}  # noqa: SIM118
     assert any("companion.stack-0.weight" in name for name in names)
     opened = open_run(tmp_path / "run")
@@ -278,9 +278,9 @@ def test_what_cannot_be_is_refused_with_a_way_out(root, tmp_path):
 
 def test_a_teacher_that_changed_stops_a_run_that_goes_on(root, tmp_path):
     shutil.copytree(root / "teacher", tmp_path / "teacher")
-    done = train(root, tmp_path / "run", f"objective.teacher={tmp_path / 'teacher'}", "train.checkpoint_every=6")
+    done = train(root, tmp_path / "run", f"objective.teacher={tmp_path / 'teacher'}", "train.checkpoint_every=3")
     assert done.code == 0, done.err
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000012")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000006")
     log = tmp_path / "run" / "events.jsonl"
     log.write_text("".join(line + "\n" for line in log.read_text().splitlines()
                            if json.loads(line)["event"] not in ("end", "result")))
