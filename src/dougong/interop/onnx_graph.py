@@ -63,7 +63,7 @@ def write_onnx(directory: Path, model: nn.Module, *, dtype: torch.dtype = torch.
                            else None)
     _constants_apart(onnx_ir, graph.graph, {name for name, _ in (*traced.named_parameters(), *traced.named_buffers())})
     _strip(onnx_ir, graph, about)
-    weights = sum(value.const_value.nbytes for value in graph.graph.initializers.values())
+    weights = sum(value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value)
     apart = weights > one_file_bytes
     onnx_ir.save(graph, directory / MODEL, external_data=EXTERNAL if apart else None)
     files = [MODEL, EXTERNAL] if apart else [MODEL]
@@ -136,8 +136,8 @@ def _exchanged(model: Decoder) -> Decoder:
     for module in list(model.modules()):
         if isinstance(module, Attention):
             module.kernel = _attend
-        if isinstance(getattr(module, "feed_forward", None), MoE):
-            module.feed_forward = _ExpertByExpert(module.feed_forward)
+        if isinstance(part := getattr(module, "feed_forward", None), MoE):
+            module.feed_forward = _ExpertByExpert(part)
     return model
 
 
