@@ -2,11 +2,11 @@
 
     python benchmarks/serving.py [--quick] [--json PATH] [--threads N] [--dtype bf16|fp32]
 
-Asked: 16 concurrent clients get at least 5 times the tokens/s of one; with a prompt of 1,000 tokens in common the first
-token comes at least 5 times sooner; `dougong serve` answers within 3 s of its start, the weights' reading apart. The
-model is that of `generation.py`, 82M parameters with random weights, in bf16 unless told otherwise; clients are real
-HTTP streams, in a process of their own. Rounds of 1 and of 16 clients take turns in one server; ratios are taken within
-a round.
+Asked: 16 concurrent clients get at least 5 times the tokens/s of one; with a prompt of 1,000 tokens in common the
+first token comes at least 5 times sooner; `dougong serve` answers within 3 s of its start, the weights' reading
+apart. The model is that of `generation.py`, 82M parameters with random weights, in bf16 unless told otherwise;
+clients are real HTTP streams, in a process of their own. Rounds of 1 and of 16 clients take turns in one server;
+ratios are taken within a round.
 """
 
 import argparse

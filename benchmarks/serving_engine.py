@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--cpu-time", action="store_true", help="the process's seconds on the processor (one thread)")
-    parser.add_argument("--only", default="", help="cases whose name holds one of these words, such as client,share")
+    parser.add_argument("--only", default="", help="cases whose name holds one of these, such as 'client,|share'")
     parser.add_argument("--rounds", type=int)
     options = parser.parse_args()
     steps, rounds = (24, 3) if options.quick else (96, 5)
@@ -255,7 +255,7 @@ def main() -> None:
         "share of the step outside the model, drawn": overhead(engine, steps, **drawn),
         "repetitive text, tokens/s": guessing(engine, 0, steps),
         "repetitive text, guessing 6 ahead, tokens/s": guessing(engine, 6, steps)}
-    cases = {name: call for name, call in cases.items() if any(word in name for word in options.only.split(","))}
+    cases = {name: call for name, call in cases.items() if any(word in name for word in options.only.split("|"))}
     values = measure(cases, rounds)
     pairs = {
         "16 clients / 1 client": ("16 clients, tokens/s", "1 client, tokens/s"),
