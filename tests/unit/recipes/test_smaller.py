@@ -104,7 +104,8 @@ def test_runs_that_only_began_from_another_are_no_variants_of_it(base, variants)
 
 @pytest.mark.parametrize(("arguments", "said"), [
     (("--prune", "0.3", "--to", "int4"), "different things"), (("--card", "--trim-vocabulary"), "different things"),
-    (("--least", "3"), "no effect without"), (("--prune", "0.97", "--out", "new"), "no shape"), (("--method", "gpqt"), "gptq"),
+    (("--least", "3"), "no effect without"), (("--prune", "0.97", "--out", "new"), "no shape"),
+    (("--method", "gpqt"), "gptq"),
     (("--trim-vocabulary", "--out", "."), "exists already")])
 def test_what_does_not_go_together_is_said_in_one_screen(base, arguments, said):
     refused = dougong("compress", base, *arguments)
