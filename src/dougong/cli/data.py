@@ -4,27 +4,30 @@ from typing import Annotated
 
 import typer
 
-from dougong.cli.output import Json, Overrides, console, emit, progress_bar
+from dougong.cli.output import Json, Overrides, console, emit, progress_bar, with_model
 
 app = typer.Typer(no_args_is_help=True, help="Look at a recipe's data, or prepare it ahead of training.")
 _Recipe = Annotated[str, typer.Argument(help="A shipped recipe's name, a .yaml file, or a run.")]
+_Model = Annotated[str | None, typer.Option("--model", help="The model that the recipe begins from. Short for "
+                                                            "start.path=…")]
 
 
-def _corpus(recipe: str, overrides: list[str] | None, as_json: bool):
+def _corpus(recipe: str, overrides: list[str] | None, as_json: bool, model: str | None):
     from dougong.recipes.assemble import prepare_data
     from dougong.recipes.derive import resolve
     from dougong.recipes.recipe import load_recipe
 
-    resolved, _ = resolve(load_recipe(recipe, overrides)[0])
+    resolved, _ = resolve(load_recipe(recipe, with_model(model, overrides))[0])
     return prepare_data(resolved, progress=progress_bar(as_json))
 
 
 @app.command("prepare")
-def prepare(recipe: _Recipe = "first", overrides: Overrides = None, as_json: Json = False) -> None:
+def prepare(recipe: _Recipe = "first", overrides: Overrides = None, model: _Model = None,
+            as_json: Json = False) -> None:
     """Read, clean, split, tokenise and pack; training then starts at once."""
     from dougong.recipes.assemble import print_data_facts
 
-    corpus = _corpus(recipe, overrides, as_json)
+    corpus = _corpus(recipe, overrides, as_json, model)
     print_data_facts(corpus.facts, console(as_json))
     emit(corpus.facts, as_json)
 
@@ -35,11 +38,12 @@ def inspect(
     overrides: Overrides = None,
     documents: Annotated[int, typer.Option("--documents", "-n", min=1, help="How many documents to show.")] = 3,
     split: Annotated[str, typer.Option("--split", help="train, validation or test.")] = "train",
+    model: _Model = None,
     as_json: Json = False,
 ) -> None:
     """Show documents with their tokens in colour, what was skipped and what was removed."""
     from dougong.data.inspect import look, render
 
-    seen = look(_corpus(recipe, overrides, as_json), split=split, documents=documents)
+    seen = look(_corpus(recipe, overrides, as_json, model), split=split, documents=documents)
     render(seen, console(as_json))
     emit(seen, as_json)

@@ -12,6 +12,11 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
                                                        help="Changes, such as optim.lr=3e-4 or data.path=~/texts.")]
 
 
+def with_model(model: str | None, overrides: list[str] | None) -> list[str]:
+    """The changes to a recipe, with the model that `--model` names to begin from."""
+    return [*([f"start.path={model}"] if model else []), *(overrides or [])]
+
+
 def is_first_process() -> bool:
     """Whether this process speaks: of those that torchrun started together, the first."""
     return os.environ.get("RANK", "0") == "0"

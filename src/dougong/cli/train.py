@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dougong.cli.output import Json, Overrides, console, emit, is_first_process, progress_bar
+from dougong.cli.output import Json, Overrides, console, emit, is_first_process, progress_bar, with_model
 
 
 def train(
@@ -36,7 +36,7 @@ def train(
         raise ConfigError("name a recipe, as in `dougong train first`; `dougong recipes` lists them.")
     if dry_run and (seeds > 1 or run is not None):
         raise ConfigError("--dry-run makes no run, so --run and --seeds have no effect beside it. Leave them out.")
-    asked, base = load_recipe(recipe, [*([f"start.path={model}"] if model else []), *(overrides or [])])
+    asked, base = load_recipe(recipe, with_model(model, overrides))
     if dry_run:
         from dougong.recipes.dry_run import dry_run as predict
 

@@ -19,12 +19,14 @@ import numpy as np
 from dougong.core.errors import DataError
 from dougong.data.batch import Batch
 from dougong.data.conversations import Conversation
+from dougong.data.documents import Document
 from dougong.data.loader import Loader, batches_in_order
 from dougong.data.pack import Fields, best_fit
 from dougong.data.split import SPLITS
 from dougong.data.tokenizer import Tokenizer
 
 FORMAT = 1
+_TEXTS = 200
 
 
 class ChatCorpus:
@@ -64,6 +66,11 @@ class ChatCorpus:
         """Those of a split, each read from disk when asked for."""
         return _Conversations(self, self._pack(split).numbers)
 
+    def documents(self, split: str) -> list[Document]:
+        """The words of the first conversations of a split, as texts to try a model on; none for an empty split."""
+        chosen = self.conversations(split)[:_TEXTS] if split in self._packs else []
+        return [Document(id=one.id, source=one.source, text=one.text) for one in chosen]
+
     def loader(self, split: str, *, rows: int, seed: int, rank: int = 0, world_size: int = 1) -> Loader:
         """Endless shuffled batches of `rows` rows in all. Raises DataError for an empty split."""
         return Loader([self._pack(split)], rows=rows, seed=seed, fingerprint=f"{self.fingerprint}-{split}", rank=rank,
@@ -72,6 +79,21 @@ class ChatCorpus:
     def batches(self, split: str, *, rows: int) -> Iterator[Batch]:
         """Every row of the split once, in order."""
         return batches_in_order([self._pack(split)], rows)
+
+    def look(self, *, split: str, documents: int, tokens: int, first: int = 0) -> dict[str, Any]:
+        """What `data.inspect` shows: conversations as the template spells them, with the weight of each token."""
+        from dougong.data.inspect import pieces_of
+
+        numbers = self._packs[split].numbers[first:first + documents] if split in self._packs else []
+        shown = []
+        for number in map(int, numbers):
+            one, (ids, weight) = self.conversation(number), self.encoded(number)
+            pieces = [{**piece, "weight": float(value)}
+                      for piece, value in zip(pieces_of(self.tokenizer, ids[:tokens]), weight)]
+            size = int(self._bytes[number])
+            shown.append({"id": one.id, "source": one.source, "skill": one.skill, "bytes": size, "tokens": len(ids),
+                          "bytes_per_token": size / len(ids), "weight": float(weight.sum()), "pieces": pieces})
+        return {"split": split, "documents": shown, "rows": [], "facts": self.facts}
 
     def _pack(self, split: str) -> "ChatPack":
         if split not in self._packs:

@@ -13,7 +13,6 @@ from rich.table import Table
 from rich.text import Text
 
 from dougong.core.errors import ConfigError
-from dougong.data.corpus import Corpus
 from dougong.data.split import SPLITS
 from dougong.data.tokenizer import Tokenizer
 
@@ -22,11 +21,13 @@ _SPECIAL = "bold white on red"
 _NAMED = 5          # duplicates and skipped files named of each kind
 
 
-def look(corpus: Corpus, *, split: str = "train", documents: int = 3, rows: int = 1, tokens: int = 300,
+def look(corpus: Any, *, split: str = "train", documents: int = 3, rows: int = 1, tokens: int = 300,
          first: int = 0) -> dict[str, Any]:
     """Documents from `first` on, the first rows, both cut after `tokens` tokens, and the corpus's facts."""
     if split not in SPLITS:
         raise ConfigError(f"no split {split!r}. Known: {', '.join(SPLITS)}.")
+    if hasattr(corpus, "look"):     # data of another kind know best what there is to see
+        return corpus.look(split=split, documents=documents, tokens=tokens, first=first)
     view, store = corpus.documents(split), corpus.tokens(split)
     chosen = range(first, min(first + documents, len(view)))
     shown = []
@@ -35,7 +36,7 @@ def look(corpus: Corpus, *, split: str = "train", documents: int = 3, rows: int 
         ids = store.read(int(store.starts[index]), int(store.starts[index + 1]))
         shown.append({"id": document.id, "source": document.source, "bytes": int(store.bytes_of[index]),
                       "tokens": len(ids), "bytes_per_token": int(store.bytes_of[index]) / max(1, len(ids)),
-                      "pieces": _pieces(corpus.tokenizer, ids[:tokens])})
+                      "pieces": pieces_of(corpus.tokenizer, ids[:tokens])})
     return {
         "split": split,
         "documents": shown,
@@ -44,7 +45,7 @@ def look(corpus: Corpus, *, split: str = "train", documents: int = 3, rows: int 
     }
 
 
-def _pieces(tokenizer: Tokenizer, ids: np.ndarray) -> list[dict[str, Any]]:
+def pieces_of(tokenizer: Tokenizer, ids: np.ndarray) -> list[dict[str, Any]]:
     """Id and text of each token; bytes that are no whole character are written as \\xNN."""
     special = {index: name for name, index in tokenizer.special_tokens.items()}
     return [
@@ -58,7 +59,7 @@ def _pieces(tokenizer: Tokenizer, ids: np.ndarray) -> list[dict[str, Any]]:
     ]
 
 
-def _rows(corpus: Corpus, split: str, count: int, tokens: int) -> list[dict[str, Any]]:
+def _rows(corpus: Any, split: str, count: int, tokens: int) -> list[dict[str, Any]]:
     """The first rows in order: tokens, the loss weight of each one's target, and the document it is of."""
     found = []
     for batch in corpus.batches(split, rows=1):
@@ -66,7 +67,7 @@ def _rows(corpus: Corpus, split: str, count: int, tokens: int) -> list[dict[str,
             break
         fields = {name: tensor[0].numpy() for name, tensor in batch.items()}
         segment = fields.get("segment", np.zeros_like(fields["tokens"]))
-        pieces = _pieces(corpus.tokenizer, fields["tokens"][:tokens])
+        pieces = pieces_of(corpus.tokenizer, fields["tokens"][:tokens])
         for piece, weight, number in zip(pieces, fields["weight"], segment):
             piece |= {"weight": float(weight), "segment": int(number)}
         found.append({"documents": len(set(segment[fields["weight"] > 0].tolist())),
@@ -80,6 +81,9 @@ def render(seen: dict[str, Any], console: Console) -> None:
         console.rule(f"{escape(document['id'])} · {escape(document['source'])}", align="left")
         console.print(f"{document['bytes']:,} bytes · {document['tokens']:,} tokens · "
                       f"{document['bytes_per_token']:.2f} bytes per token", highlight=False)
+        if "weight" in document:
+            skill = f" · skill {document['skill']}" if document.get("skill") else ""
+            console.print(f"{document['weight']:g} tokens are learned (in colour){skill}", highlight=False)
         console.print(_coloured(document["pieces"], document["tokens"]))
     for number, row in enumerate(seen["rows"]):
         console.rule(f"row {number} of {seen['split']}", align="left")
@@ -97,7 +101,7 @@ def _coloured(pieces: list[dict[str, Any]], total: int) -> Text:
     for number, piece in enumerate(pieces):
         style = _SPECIAL if piece["special"] else _COLOURS[number % len(_COLOURS)]
         if piece.get("weight", 1.0) == 0:
-            style = f"dim {style}"
+            style = f"dim {style}" if "segment" in piece else "red" if piece["special"] else "dim"
         text.append(piece["text"].replace("\r", "␍").replace("\n", "⏎\n").replace("\t", "→   "), style)
     if total > len(pieces):
         text.append(f" … {total - len(pieces):,} more tokens", "dim")
@@ -106,15 +110,19 @@ def _coloured(pieces: list[dict[str, Any]], total: int) -> Text:
 
 def _render_facts(facts: dict[str, Any], console: Console) -> None:
     table = Table("split", "source", title="What there is", title_justify="left")
-    for column in ("documents", "bytes", "tokens", "bytes/token", "rows", "cut", "padding"):
+    learned = "trained_tokens" in facts
+    for column in ("documents", "bytes", "tokens", "bytes/token", *(["learned"] if learned else []), "rows", "cut",
+                   "padding"):
         table.add_column(column, justify="right")
     for split, part in facts["splits"].items():
         packing = part["packing"]
-        table.add_row(split, "all", *_counts(part), f"{packing['rows']:,}", f"{packing['documents_cut']:,}",
-                      f"{packing['padding_share']:.2%}")
+        table.add_row(split, "all", *_counts(part), *([f"{part['trained_tokens']:,}"] if learned else []),
+                      f"{packing['rows']:,}",
+                      f"{packing['documents_cut']:,}", f"{packing['padding_share']:.2%}")
         if len(part["sources"]) > 1:
             for name, source in part["sources"].items():
-                table.add_row("", escape(name), *_counts(source), "", "", "")
+                table.add_row("", escape(name), *_counts(source),
+                              *([f"{source['trained_tokens']:,}"] if learned else []), "", "", "")
     console.print(table)
     console.print(f"packing: {facts['packing']['method']}, as {facts['packing']['reason']}", highlight=False)
     console.print(f"split: {facts['split']['sentence']}", highlight=False, markup=False)
@@ -124,7 +132,10 @@ def _render_facts(facts: dict[str, Any], console: Console) -> None:
         f"cut by {tokenizer['pre_tokenizer'] or 'no rule'}, encoded by {tokenizer['encoder']}",
         highlight=False,
     )
-    for kind in ("exact", "near"):
+    for file, shapes in (facts.get("shapes") or {}).items():
+        read = ", ".join(f"{count:,} as {shape}" for shape, count in shapes.items()) or "no conversation"
+        console.print(f"{file}: {read}", highlight=False, markup=False)
+    for kind in (kind for kind in ("exact", "near") if kind in facts["duplicates"]):
         found = facts["duplicates"][kind]
         console.print(
             f"{kind} duplicates removed: {found['documents']:,} documents, {found['bytes']:,} bytes",

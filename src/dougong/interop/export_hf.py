@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dougong.core.errors import CheckpointError, ConfigError, DataError, MissingExtraError
 from dougong.core.files import write_json, write_text
+from dougong.data.chat_template import ChatTemplate
 from dougong.data.tokenizer import Tokenizer
 from dougong.interop.maps.family_map import FamilyMap
 from dougong.interop.tensor_files import SHARD_BYTES, write_shards
@@ -37,7 +38,8 @@ def write_hf(directory: Path, family: FamilyMap, config: Any, state: Mapping[str
     write_json(directory / "config.json", {
         **family.config_to_hf(config), **ids, "dtype": _LONG_NAMES[dtype],
         "torch_dtype": _LONG_NAMES[dtype], "use_cache": True})
-    write_json(directory / "generation_config.json", {**ids, "do_sample": True, "temperature": 0.8, "top_p": 0.95})
+    write_json(directory / "generation_config.json", {
+        **ids, **reply_ends(tokenizer), "do_sample": True, "temperature": 0.8, "top_p": 0.95})
     _write_tokenizer(directory, tokenizer, config)
     write_text(directory / "README.md", card)
     return names
@@ -63,6 +65,13 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
     """Which tokens begin and end a text; none where the data were one stream."""
     ids = {"bos_token_id": tokenizer.begin_id, "eos_token_id": tokenizer.document_id}
     return {name: token for name, token in ids.items() if token is not None}
+
+
+def reply_ends(tokenizer: Tokenizer) -> dict[str, list[int]]:
+    """What ends a text and a reply, for whoever writes with a model that converses; nothing for others."""
+    ends = ChatTemplate(tokenizer).stop_ids - {tokenizer.document_id} if tokenizer.chat_template else ()
+    own = [] if tokenizer.document_id is None else [tokenizer.document_id]
+    return {"eos_token_id": [*own, *sorted(ends)]} if ends else {}
 
 
 def _write_tokenizer(directory: Path, tokenizer: Tokenizer, config: Any) -> None:
@@ -127,10 +136,11 @@ def context_of(model: Any) -> int:
 
 
 def _compare_special(theirs: Any, tokenizer: Tokenizer, generation: Any) -> None:
-    for name, found in (("the tokenizer's end", theirs.eos_token_id), ("generation_config", generation.eos_token_id)):
-        if found != tokenizer.document_id:
-            raise Mismatch(f"{name} is token {found} in transformers; the run's documents end with "
-                           f"{tokenizer.document_id}.")
+    ends = reply_ends(tokenizer).get("eos_token_id", tokenizer.document_id)
+    for name, found, ours in (("the tokenizer's end", theirs.eos_token_id, tokenizer.document_id),
+                              ("generation_config", generation.eos_token_id, ends)):
+        if found != ours:
+            raise Mismatch(f"{name} is token {found} in transformers; the run's documents end with {ours}.")
 
 
 def _compare_chat(theirs: Any, tokenizer: Tokenizer) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from dougong.core.errors import CheckpointError, ConfigError, MissingExtraError
 from dougong.core.files import write_text
 from dougong.data.tokenizer import Tokenizer
+from dougong.data.turns import CHATML, TURN_TOKENS
 from dougong.interop.gguf_form import GGUFForm
 
 QUANTS = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1")
@@ -149,10 +150,21 @@ def dequantized(tensor: Any) -> Tensor:
     return torch.from_numpy(np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
 
 
+_OLLAMA_CHATML = """{{- range .Messages }}<|im_start|>{{ .Role }}
+{{ .Content }}<|im_end|>
+{{ end }}<|im_start|>assistant
+"""
+"""`data.turns.CHATML` without tools, in Go's template language as Ollama's documentation describes it"""
+
+
 def write_modelfile(path: Path, model: str, *, context: int, words: Vocabulary) -> None:
     """What `ollama create NAME -f Modelfile` reads. Ollama adds the first token by itself."""
     end = [] if words.end is None else [f'PARAMETER stop "{words.tokens[words.end]}"']
     chat = ["# Ollama finds the chat template in the GGUF file if it knows it; else write one in Go's language here."]
+    if words.chat_template and TURN_TOKENS[1] in words.chat_template:
+        end.append(f'PARAMETER stop "{TURN_TOKENS[1]}"')
+    if words.chat_template == CHATML:
+        chat = [f'TEMPLATE """{_OLLAMA_CHATML}"""']
     if not words.chat_template:
         chat = ["# The model continues text; there are no turns.", 'TEMPLATE """{{ .Prompt }}"""']
     write_text(path, "\n".join([f"FROM ./{model}", f"PARAMETER num_ctx {context}", *end, *chat]) + "\n")

@@ -275,10 +275,11 @@ def _row(notes: _Notes) -> None:
 
 def _rates(notes: _Notes, size: int | None) -> None:
     optim = notes.recipe.optim
-    if notes.recipe.start is not None and notes.recipe.adapt is None and optim.kind != "muon":
-        size = count.parameters(notes.recipe.model)["total"]
-        notes.set("optim.lr", float(f"{_TUNING * 0.00235 * (size / 108e6) ** (-1 / 3):.2g}"),
-                  f"{_TUNING:g} of the rate of first training at {size:,} parameters: 2e-5 at 7B, as published")
+    tuned = notes.recipe.start is not None and notes.recipe.data.kind != "text"     # more text is more first training
+    if tuned and notes.recipe.adapt is None and optim.kind != "muon":
+        total = count.parameters(notes.recipe.model)["total"]
+        notes.set("optim.lr", float(f"{_TUNING * 0.00235 * (total / 108e6) ** (-1 / 3):.2g}"),
+                  f"{_TUNING:g} of the rate of first training at {total:,} parameters: 2e-5 at 7B, as published")
     ladder = round(0.00235 * ((size or 1e8) / 108e6) ** (-1 / 3), 5)
     reason = "OLMo's ladder, 0.00235 × (size/108M)^(-1/3); a prior, ±2×"
     if optim.kind == "muon":

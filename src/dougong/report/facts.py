@@ -78,6 +78,7 @@ class RunFacts:
     warnings: list[dict[str, Any]] = field(default_factory=list)
     checkpoints: list[dict[str, Any]] = field(default_factory=list)
     result: dict[str, Any] = field(default_factory=dict)
+    before_after: dict[str, Any] = field(default_factory=dict)
 
     @property
     def start(self) -> dict[str, Any]:
@@ -149,6 +150,7 @@ def read_facts(run: RunDirectory, *, now: float | None = None) -> RunFacts:
         warnings=of.get("warning", []),
         checkpoints=of.get("checkpoint", []),
         result=of.get("result", [{}])[-1],
+        before_after=of.get("before_after", [{}])[-1],
     )
 
 

@@ -21,6 +21,7 @@ from dougong.core.files import write_text
 from dougong.core.run import RunDirectory
 from dougong.report import numbers
 from dougong.report.baselines import comparison
+from dougong.report.before_after import read_before_after
 from dougong.report.compare import only_seeds_differ, recipe_differences, side_by_side
 from dougong.report.curves import charts_of, clocks_of, table_of
 from dougong.report.data_view import plain, view_of
@@ -99,6 +100,7 @@ def _environment() -> jinja2.Environment:
         "table_of": table_of,
         "samples_of": samples_of,
         "last_samples": last_samples,
+        "before_after": read_before_after,
         "commands_of": commands_of,
         "time_parts": time_parts,
         "machine_of": machine_of,
@@ -123,10 +125,13 @@ def _json(value: Any) -> Markup:
 
 def _sections(run: RunFacts, why: Why | None) -> list[str]:
     """Those of one run's page: without a result that never comes, or samples of one that does not write."""
-    sections = ["result", "curves", "samples", "data", "model", "cost", *(["why"] if why else []), "reproduce"]
+    sections = ["result", "curves", "before_after", "samples", "data", "model", "cost", *(["why"] if why else []),
+                "reproduce"]
     if comparison(run) is None and run.status == "done":
         sections.remove("result")
-    if not run.samples and not run.is_text:
+    if not run.before_after:
+        sections.remove("before_after")
+    if not run.samples and (run.before_after or not run.is_text):
         sections.remove("samples")
     return sections
 

@@ -18,6 +18,7 @@ PHRASES: dict[str, tuple[str, str]] = {
     ),
     "nav_result": ("Result", "结果"),
     "nav_curves": ("Curves", "曲线"),
+    "nav_before_after": ("Before and after", "训练前后"),
     "nav_samples": ("Samples", "样例"),
     "nav_data": ("Data", "数据"),
     "nav_model": ("Model", "模型"),
@@ -37,6 +38,23 @@ PHRASES: dict[str, tuple[str, str]] = {
     "at_step_of": ("step {step} of {total}", "第 {step} 步，共 {total} 步"),
     "seed_is": ("seed {seed}", "种子 {seed}"),
     "attempts_count": ("{n} attempts", "启动 {n} 次"),
+    # before and after
+    "before_after_title": ("Before and after", "训练前后"),
+    "before_after_note": (
+        "The model that this run began from ({start}) and the one it ended with, asked the same questions of the "
+        "{split} split, which was never trained on. Both answer with the most likely token each time.",
+        "本次训练的起点模型（{start}）与训练后的模型，回答{split}中同样的问题；这些问题从未用于训练。两者每一步都取概率最高的词元。",
+    ),
+    "before": ("before", "训练前"),
+    "after": ("after", "训练后"),
+    "reference": ("reference", "参考答案"),
+    "reply_loss": ("loss of the reference (nats a token)", "参考答案的损失（奈特/词元）"),
+    "reply_loss_difference": (
+        "After less before: {difference} nats a token (95 % interval {low} to {high}, paired over {n} conversations).",
+        "训练后减训练前：{difference} 奈特/词元（95% 区间 {low} 至 {high}，按 {n} 段对话配对）。",
+    ),
+    "answers_right": ("answers exactly right", "完全答对"),
+    "no_words": ("(nothing)", "（无内容）"),
     # headline numbers
     "bits_per_byte": ("bits per byte", "每字节比特数"),
     "bits_per_byte_long": ("bits for each byte of unseen text", "每字节未见文本所需比特"),

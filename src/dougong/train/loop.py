@@ -18,7 +18,7 @@ from dougong.train.layers import Layers
 from dougong.train.phases import Clock
 from dougong.train.safetensors_file import write_tensors
 from dougong.train.state import TrainState
-from dougong.train.step import GradientFunction, StepResult, check_additive, plain_gradients, take_step
+from dougong.train.step import NO_WEIGHT, GradientFunction, StepResult, check_additive, plain_gradients, take_step
 from dougong.train.suspects import name_suspects
 
 
@@ -95,8 +95,10 @@ def _diverged(result: StepResult, directory: Path | None) -> DougongError:
         path = directory / f"offending-batch-{result.step:06d}.safetensors"
         write_tensors(path, {name: tensor.cpu() for name, tensor in result.batch.items()})
         saved = f"\nThe batch of this step is in {path}."
+    advice = ("Nothing in these rows is learned. Look at what the loss counts with `dougong data inspect`, and at the "
+              "objective's own reasons for leaving rows out.") if result.skipped == NO_WEIGHT else (
+        "Try a lower learning rate (optim.lr), a longer warm-up (schedule.warmup), a smaller train.clip_norm or "
+        "runtime.precision=fp32, and look at the data.")
     return DougongError(
         f"training stopped at step {result.step}: {result.state.skips} steps in a row were skipped, at last "
-        f"because {result.skipped}.{saved}\nTry a lower learning rate (optim.lr), a longer warm-up "
-        f"(schedule.warmup), a "
-        "smaller train.clip_norm or runtime.precision=fp32, and look at the data.")
+        f"because {result.skipped}.{saved}\n{advice}")

@@ -24,6 +24,9 @@ __all__ = ["GradientFunction", "StepResult", "check_additive", "group_parameters
            "take_step", "why_not_additive"]
 
 
+NO_WEIGHT = "the batch has no weight"
+
+
 @dataclass
 class StepResult:
     """What one step did. `metrics` are means over the step's weight; `skipped` is the reason, or None.
@@ -66,7 +69,7 @@ def take_step(state: TrainState, objective: Objective, batch: Batch, runtime: Ru
     _set_rates(state)
     result = StepResult(state=state, step=state.step + 1, metrics={}, grad_norm=math.nan, weight=weight,
                         lr=state.optimizer.param_groups[0]["lr"], tokens=items(batch) * runtime.mesh.data_size,
-                        batch=batch, skipped="the batch has no weight")
+                        batch=batch, skipped=NO_WEIGHT)
     before = Before.of(state.model, runtime.device)
     if weight:
         compute = partial(_compute, state, objective, batch.split(micro_rows or batch.rows), weight, runtime, gradients,

@@ -147,7 +147,12 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused():
 def test_every_shipped_recipe_is_told_about_resolves_and_survives_its_file(name, tmp_path):
     from dougong.core.config import dump_yaml
 
-    recipe, _ = resolve(load_recipe(name, [*HERE, "data.path=/texts"] if name.startswith("shakes") else HERE)[0])
+    recipe, _ = load_recipe(name, [*HERE, "data.path=/texts"] if name.startswith("shakes") else HERE)
+    if recipe.model is None:
+        with pytest.raises(ConfigError, match="--model"):      # it begins from one that exists
+            resolve(recipe)
+    else:
+        recipe, _ = resolve(recipe)
     assert recipe.name == name and recipe.about
     path = tmp_path / "recipe.yaml"
     path.write_text(dump_yaml(recipe) + dump_yaml({"resolved": {"base": name}}))
@@ -162,3 +167,21 @@ def test_a_file_may_stand_on_another_file(tmp_path):
     recipe, base = load_recipe(str(tmp_path / "my own.yaml"))
     assert (recipe.name, recipe.size, recipe.train.steps, recipe.train.minutes) == ("my-own", "5M", 7, None)
     assert base.size == "5M"
+
+
+def test_a_start_decides_rate_rows_and_their_length(tmp_path):
+    from dougong.core.config import replace
+    from dougong.models.families.qwen3 import Qwen3Config
+    from dougong.recipes.derive import fit_to_rows
+    from dougong.recipes.recipe import StartConfig
+
+    model = Qwen3Config(vocab_size=32_000, dim=256, num_layers=4, num_heads=4, context=4096)
+    begun = replace(load_recipe("sft", HERE)[0], start=StartConfig(path=str(tmp_path)), model=model, tokenizer="bytes")
+    recipe, derived = resolve(begun)
+    reasons = {item.key: item for item in derived}
+    assert recipe.data.row_tokens == recipe.row_tokens == 1024 and recipe.train.rows == 4
+    assert 1e-4 < recipe.optim.lr < 2.5e-4 and "0.03 of the rate of first training" in reasons["optim.lr"].reason
+    assert fit_to_rows(recipe, 25)[0].train.rows == 2 and fit_to_rows(recipe, 3)[0].train.rows == 1
+    assert fit_to_rows(recipe, 1000) == (recipe, []) == fit_to_rows(recipe, None)
+    with pytest.raises(ConfigError, match="context of 4096"):
+        resolve(replace(begun, data=replace(begun.data, row_tokens=5000)))

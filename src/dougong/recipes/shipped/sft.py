@@ -38,6 +38,6 @@ def reversed_addition() -> Recipe:
         objective=CausalLMConfig(),
         optim=MuonConfig(),
         schedule=LinearConfig(warmup=0.05),
-        train=TrainConfig(steps=800, rows=16),
+        train=TrainConfig(steps=400, rows=16),
         evaluate=EvaluateConfig(baselines=False),
     )
