@@ -127,6 +127,20 @@ class LabelledCorpus:
         sizes = np.array([len(text.encode()) for text, _ in texts.records], np.int64)
         self.facts = self._gather_facts(texts, sizes, cut)
 
+    def look(self, *, split: str, documents: int, tokens: int, first: int = 0) -> dict[str, Any]:
+        """What `data.inspect` shows: texts, each under its label."""
+        from dougong.data.inspect import pieces_of
+
+        numbers = np.flatnonzero(self._split == SPLITS.index(split))[first:first + documents]
+        shown = []
+        for number in map(int, numbers):
+            ids = self.ids[number]
+            size = len(self.tokenizer.decode_bytes(ids))
+            shown.append({"id": f"text {number}", "source": self.labels[self.classes[number]], "bytes": size,
+                          "tokens": len(ids), "bytes_per_token": size / len(ids),
+                          "pieces": pieces_of(self.tokenizer, ids[:tokens])})
+        return {"split": split, "documents": shown, "rows": [], "facts": self.facts}
+
     def loader(self, split: str, *, rows: int, seed: int, rank: int = 0, world_size: int = 1) -> Loader:
         """Endless shuffled batches of `rows` texts in all. Raises DataError for an empty split."""
         return Loader([self._pack(split)], rows=rows, seed=seed, fingerprint=f"{self.fingerprint}-{split}", rank=rank,
@@ -148,11 +162,15 @@ class LabelledCorpus:
         for number, name in enumerate(SPLITS):
             mine = self._split == number
             tokens, held = int(lengths[mine].sum()), int(sizes[mine].sum())
-            splits[name] = {"documents": int(mine.sum()), "rows": int(mine.sum()), "bytes": held, "tokens": tokens,
-                            "bytes_per_token": held / tokens if tokens else 0.0}
+            rows, longest = int(mine.sum()), int(lengths[mine].max(initial=1))
+            splits[name] = {"documents": rows, "rows": rows, "bytes": held, "tokens": tokens,
+                            "bytes_per_token": held / tokens if tokens else 0.0, "sources": {},
+                            "packing": {"rows": rows, "documents_cut": cut if name == "train" else 0,
+                                        "padding_share": 1 - tokens / (rows * longest) if rows else 0.0}}
         counts = np.bincount(self.classes, minlength=len(self.labels)).tolist()
         return {"kind": "labelled", "fingerprint": self.fingerprint, "context": self.context, "splits": splits,
                 "labels": dict(zip(self.labels, counts)), "cut": cut, "skipped": texts.skipped.facts(),
+                "duplicates": {}, "sources": [{"name": texts.label, "kind": "labelled"}],
                 "packing": {"method": "one in a row", "reason": "each text is judged by itself"},
                 "split": {"rule": "texts", "sentence": "Split by a hash of the text."},
                 "tokenizer": self.tokenizer.facts()}

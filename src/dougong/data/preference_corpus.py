@@ -71,6 +71,23 @@ class PreferenceCorpus:
         with open(self._directory / "records.jsonl", encoding="utf-8") as lines:
             return json.loads(next(line for at, line in enumerate(lines) if at == number))
 
+    def look(self, *, split: str, documents: int, tokens: int, first: int = 0) -> dict[str, Any]:
+        """What `data.inspect` shows: both replies of some records, with the weight of each token."""
+        from dougong.data.inspect import pieces_of
+
+        names = ("preferred", "rejected") if self.shape == "pairs" else ("judged", "another's")
+        shown = []
+        for number in map(int, np.flatnonzero(self._split == SPLITS.index(split))[first:first + documents]):
+            label = "" if self.shape == "pairs" else " good" if self.labels[number] else " bad"
+            for side, name in enumerate(names):
+                ids, weight = self.encoded(number, side)
+                pieces = [{**piece, "weight": float(value)}
+                          for piece, value in zip(pieces_of(self.tokenizer, ids[:tokens]), weight)]
+                size = int(self._bytes[number])
+                shown.append({"id": f"record {number}", "source": name + label, "bytes": size, "tokens": len(ids),
+                              "bytes_per_token": size / len(ids), "weight": float(weight.sum()), "pieces": pieces})
+        return {"split": split, "documents": shown, "rows": [], "facts": self.facts}
+
     def loader(self, split: str, *, rows: int, seed: int, rank: int = 0, world_size: int = 1) -> Loader:
         """Endless shuffled batches of `rows` records in all. Raises DataError for an empty split."""
         return Loader([self._pack(split)], rows=rows, seed=seed, fingerprint=f"{self.fingerprint}-{split}", rank=rank,
@@ -97,8 +114,12 @@ class PreferenceCorpus:
         splits = {}
         for number, name in enumerate(SPLITS):
             mine = self._split == number
-            splits[name] = _per_token({"documents": int(mine.sum()), "rows": int(mine.sum()),
-                                       "bytes": int(self._bytes[mine].sum()), "tokens": int(lengths[mine].sum())})
+            rows, longest = int(mine.sum()), int(lengths[mine].max(initial=1))
+            splits[name] = _per_token({"documents": rows, "rows": rows, "bytes": int(self._bytes[mine].sum()),
+                                       "tokens": int(lengths[mine].sum())})
+            splits[name] |= {"sources": {}, "packing": {
+                "rows": rows, "documents_cut": self._known["cut"] if name == "train" else 0,
+                "padding_share": 1 - splits[name]["tokens"] / (2 * rows * longest) if rows else 0.0}}
         totals = {name: sum(split[name] for split in splits.values()) for name in ("documents", "bytes", "tokens")}
         return {"kind": "preferences", **self._known, "context": self.context, **_per_token(totals), "splits": splits,
                 "packing": {"method": "one in a row",

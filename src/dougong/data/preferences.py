@@ -30,7 +30,7 @@ from dougong.data.walk import Skipped, find
 
 Encoded = tuple[np.ndarray, np.ndarray]
 _HUB = "hf:"
-_TOLD_EVERY = 500
+_TOLD_EVERY, _EXAMPLES = 500, 20
 
 
 @config
@@ -166,9 +166,11 @@ class _Builder:
         self.template = template_for_training(tokenizer) if data.spelling == "chat" else None
         self.skipped = reader.skipped
         self.cut = 0
+        self.duplicates: dict[str, Any] = {"documents": 0, "bytes": 0, "examples": []}
 
     def build(self, report: Progress) -> None:
-        records, seen = self.reader.records(), set()
+        records: list[Judged] = self.reader.records()
+        seen: dict[bytes, str] = {}
         kept: list[Judged] = []
         encoded: list[list[Encoded]] = []
         for number, judged in enumerate(records):
@@ -176,9 +178,9 @@ class _Builder:
                 report(number, len(records), "spelling replies")
             key = digest(json.dumps([side.messages for side in judged.sides] + [judged.label], sort_keys=True))
             if key in seen:
-                self.skipped.add("equal to an earlier record", judged.id)
+                self._count_duplicate(judged, seen[key])
                 continue
-            seen.add(key)
+            seen[key] = judged.id
             if (sides := self._sides(judged)) is not None:
                 kept.append(judged)
                 encoded.append(sides)
@@ -187,6 +189,12 @@ class _Builder:
         if shape == "singles":
             self._add_mismatched(kept, encoded, splits)
         self._write(kept, encoded, splits, shape)
+
+    def _count_duplicate(self, judged: Judged, kept: str) -> None:
+        self.duplicates["documents"] += 1
+        self.duplicates["bytes"] += len(judged.text.encode())
+        if len(self.duplicates["examples"]) < _EXAMPLES:
+            self.duplicates["examples"].append({"removed": judged.id, "kept": kept})
 
     def _sides(self, judged: Judged) -> list[Encoded] | None:
         """Ids and weights of each side; None for what is left out, which is counted."""
@@ -287,5 +295,6 @@ class _Builder:
             "fingerprint": content.hexdigest(), "shape": shape, "spelling": self.data.spelling,
             "overlong": self.data.overlong, "cut": self.cut, "skipped": self.skipped.facts(),
             "sources": [{"name": self.reader.label, "kind": "preferences"}],
+            "duplicates": {"searched": {"exact": True}, "exact": self.duplicates},
             "split": {"rule": "prompts", "sentence":
                       "Split by a hash of the prompt: the same prompt is always on the same side."}})

@@ -1,13 +1,16 @@
 """Judged replies: which records are read, what is left out and counted, and what a batch holds."""
 
+import io
 import json
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from dougong.core.errors import ConfigError, DataError
 from dougong.data.decode import NotText
+from dougong.data.inspect import look, render
 from dougong.data.judgements import judged_of
 from dougong.data.labelled import LabelledData
 from dougong.data.preferences import PreferenceData
@@ -107,12 +110,22 @@ def test_what_is_left_out_is_counted_with_its_reason(tmp_path):
            {"prompt": "p", "chosen": "x" * 200, "rejected": "a"}, {"prompt": "p" * 200, "chosen": "a", "rejected": "b"}]
     made = corpus(tmp_path, [*pairs(), *bad], spelling="text", fractions=(1, 0, 0))
     counts = {reason: fact["count"] for reason, fact in made.facts["skipped"].items()}
-    assert counts == {"both replies are the same": 1, "empty assistant turn": 1, "equal to an earlier record": 1,
-                      "longer than a row": 2}
+    assert counts == {"both replies are the same": 1, "empty assistant turn": 1, "longer than a row": 2}
+    assert made.facts["duplicates"]["exact"]["documents"] == 1
     cut = corpus(tmp_path, [*pairs(), *bad], spelling="text", fractions=(1, 0, 0), overlong="cut")
     assert len(cut) == 41 and cut.facts["cut"] == 2
     assert cut.facts["skipped"]["nothing of a reply within a row"]["count"] == 1
     assert max(batch["tokens"].shape[2] for batch in cut.batches("train", rows=50)) == 64
+
+
+def test_what_is_learned_of_a_pair_can_be_looked_at(tmp_path):
+    seen = look(corpus(tmp_path, pairs(), fractions=(1, 0, 0)), documents=2)
+    assert [shown["source"] for shown in seen["documents"]] == ["preferred", "rejected"] * 2
+    learned = "".join(piece["text"] for piece in seen["documents"][0]["pieces"] if piece["weight"])
+    assert learned == "yes 0<|im_end|>"
+    out = io.StringIO()
+    render(seen, Console(file=out, width=120))
+    assert "tokens are learned" in out.getvalue()
 
 
 def test_prompts_stay_on_one_side_and_few_records_still_fill_every_split(tmp_path):
@@ -169,6 +182,8 @@ def test_labelled_texts_are_read_to_their_end_or_cut(tmp_path):
     made = LabelledData(path=str(path), fractions=(1, 0, 0)).prepare(BytesConfig(), context=20, cache=tmp_path)
     assert made.labels == ["0", "1", "2"] and made.facts["labels"] == {"0": 10, "1": 10, "2": 10}
     assert made.facts["cut"] == 21 and len(made.facts["skipped"]) == 2
+    shown = look(made, documents=1)["documents"][0]
+    assert (shown["source"], shown["tokens"]) == ("0", 3)
     batch = next(made.batches("train", rows=30))
     assert batch["tokens"].shape == (30, 20) and batch["places"].tolist() == [min(2 * i + 2, 19) for i in range(30)]
     assert batch["labels"].tolist() == [i % 3 for i in range(30)]
