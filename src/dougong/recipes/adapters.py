@@ -75,8 +75,8 @@ def _notes(opened: OpenRun) -> list[str]:
         where = f"the model of {start}, to be exported too (--to hf)" if of_run else start
         notes.append(f"it belongs to {where}; put where that lies as base_model_name_or_path into {CONFIG}.")
     if base != "float":
-        notes.append(f"it was trained over {base} and verified over it: over the weights before rounding PEFT computes a "
-                     "little apart from this run.")
+        notes.append(f"it was trained over {base} and verified over it: over the weights before rounding PEFT computes "
+                     "a little apart.")
     return notes
 
 
