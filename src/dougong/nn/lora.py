@@ -218,7 +218,7 @@ class _Product(torch.autograd.Function):
             dlow = (gb @ a).view(ctx.shape)
         if ctx.needs_input_grad[4]:
             dbias = g.sum(0)
-        return dx, dlow, None, None, dbias, gb.t() @ low_rows, (g.t() @ h) * ctx.factor, None
+        return dx, dlow, None, None, dbias, gb.t() @ low_rows, (h.t() @ g).t() * ctx.factor, None
 
 
 def _add_product(y: Tensor, h: Tensor, b: Tensor, factor: float) -> Tensor:

@@ -76,7 +76,7 @@ def _notes(opened: OpenRun) -> list[str]:
         notes.append(f"it belongs to {where}; put where that lies as base_model_name_or_path into {CONFIG}.")
     if base != "float":
         notes.append(f"it was trained over {base} and verified over it: over the weights before rounding PEFT computes "
-                     "a little apart from this run.")
+                     "a little apart.")
     return notes
 
 

@@ -138,3 +138,20 @@ def test_a_dry_run_predicts_less_memory_than_training_all_of_it(base, tmp_path):
     assert adapted["optimizer_bytes"] < 0.5 * whole["optimizer_bytes"]
     assert adapted["checkpoint_bytes"] < 0.5 * whole["checkpoint_bytes"]
     assert adapted["flops_per_step"] < whole["flops_per_step"]
+
+
+@pytest.mark.parametrize(("model", "tables"), [("qwen3", ("stem.tokens.weight",)),
+                                               ("llama", ("stem.tokens.weight", "head.weight"))])
+def test_where_tokens_were_added_their_tables_are_trained_beside_the_adapter(tmp_path, model, tables):
+    from dougong.core.config import replace
+    from dougong.recipes.derive import fit_to_data
+    from dougong.recipes.recipe import StartConfig, load_recipe
+    from dougong.train.shadow import moving
+
+    recipe, _ = load_recipe(str(write_recipe(tmp_path / "r.yaml", tmp_path, model={
+        **MODELS[model], "vocab_size": 256, "tied": len(tables) == 1})), ["adapt=lora", "adapt.rank=2"])
+    grown, derived = fit_to_data(replace(recipe, start=StartConfig(path="anywhere")), {"vocab_size": 260})
+    assert grown.model.vocab_size == 260 and grown.adapt.also == tables
+    assert any(item.key == "adapt.also" and "4 tokens were added" in item.reason for item in derived)
+    whole = grown.adapt.apply(grown.model.build(), seed=0)
+    assert set(tables) <= set(moving(whole))
