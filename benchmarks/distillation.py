@@ -82,7 +82,8 @@ def trained(name: str, path: Path, overrides: list[str]) -> float:
     """Trains a recipe into `path`; returns the seconds it took, evaluations included."""
     begin = time.perf_counter()
     asked, base = load_recipe(name, [*FIXED, *overrides])
-    train_run(asked, base, path=path)
+    if (finished := train_run(asked, base, path=path)).reason != "done":
+        raise SystemExit(f"{path.name} was stopped at step {finished.step}, so nothing is compared with it.")
     return time.perf_counter() - begin
 
 
