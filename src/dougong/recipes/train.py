@@ -242,7 +242,8 @@ def _watchers(directory: RunDirectory, recipe: Recipe, corpus: Any, step: int) -
     trackers = open_trackers(recipe.train.trackers, directory.tensorboard, run_name=directory.path.name,
                              recipe=to_dict(recipe), step=step)
     view = open_view(directory.path.name, given(recipe.train.steps),
-                     bytes_per_token=corpus.facts.get("bytes_per_token"))
+                     bytes_per_token=corpus.facts.get("bytes_per_token"),
+                     unit="tok/s" if recipe.is_language_model else "rows/s")
     return [*trackers, view]
 
 

@@ -17,12 +17,15 @@ from rich.text import Text
 _LINE_EVERY_S = 10.0
 
 
-def open_view(name: str, total_steps: int, *, bytes_per_token: float | None = None,
+def open_view(name: str, total_steps: int, *, bytes_per_token: float | None = None, unit: str = "tok/s",
               stream: TextIO | None = None) -> "LiveView | PlainView":
-    """The view that fits the stream (standard error): live on a terminal, lines in a file or pipe."""
+    """The view that fits the stream (standard error): live on a terminal, lines in a file or pipe.
+
+    `bytes_per_token` where the loss is of all text, and so of its bytes; `unit` is what throughput counts.
+    """
     stream = sys.stderr if stream is None else stream
     assert stream is not None
-    numbers = Numbers(name, total_steps, bytes_per_token)
+    numbers = Numbers(name, total_steps, bytes_per_token, unit)
     console = Console(file=stream)
     return LiveView(numbers, console) if console.is_terminal and not console.is_dumb_terminal else PlainView(
         numbers, stream)
@@ -31,8 +34,8 @@ def open_view(name: str, total_steps: int, *, bytes_per_token: float | None = No
 class Numbers:
     """The latest of everything, and how long the rest will take."""
 
-    def __init__(self, name: str, total_steps: int, bytes_per_token: float | None) -> None:
-        self.name, self.total_steps, self.bytes_per_token = name, total_steps, bytes_per_token
+    def __init__(self, name: str, total_steps: int, bytes_per_token: float | None, unit: str = "tok/s") -> None:
+        self.name, self.total_steps, self.bytes_per_token, self.unit = name, total_steps, bytes_per_token, unit
         self.last: dict[str, dict[str, Any]] = {}
         self.skips = 0
         self.best: dict[str, Any] | None = None
@@ -66,12 +69,11 @@ class Numbers:
     def fields(self) -> list[tuple[str, str]]:
         """(label, value) pairs of the latest step, absent ones left out."""
         step = self.step
-        unit = "tok/s" if self.bytes_per_token else "rows/s"
         pairs = [("loss", _form(step.get("loss"), "{:.4f}")),
                  ("bpb", _form(self.training_bits_per_byte(), "{:.3f}")),
                  ("acc", _form(step.get("accuracy"), "{:.1%}")), ("lr", _form(step.get("lr"), "{:.2e}")),
                  ("norm", _form(step.get("grad_norm"), "{:.2f}")),
-                 (unit, _form(step.get("tokens_per_s"), "{:,.0f}")),
+                 (self.unit, _form(step.get("tokens_per_s"), "{:,.0f}")),
                  ("mfu", _form(step.get("mfu"), "{:.0%}")),
                  ("mem", _form(step.get("memory_bytes"), "{}", _size)),
                  ("skipped", str(self.skips) if self.skips else "")]
