@@ -25,7 +25,7 @@ from dougong.data.sources import PythonSource
 from dougong.data.walk import Skipped
 from dougong.runtime.seeds import derive
 
-Skill = Literal["describe", "docstring", "which"]
+Skill = Literal["describe", "docstring", "which", "arguments"]
 _BORDERS = (0.88, 0.94)     # of a module's hash: training below the first, validation below the second, then test
 _SALT = "9"                 # chosen so that either held-out part has about a twentieth of CPython 3.11's functions
 _OTHERS = 3                 # functions beside the right one that "which" offers
@@ -58,7 +58,7 @@ class PythonQuestions(ChatSource):
     kind: Literal["python_questions"] = "python_questions"
     skills: tuple[Skill, ...] = ("describe", "docstring", "which")
     """describe: code to the first sentence of its docstring; docstring: code to all of it; which: that sentence to the
-    one of four functions that it belongs to"""
+    one of four functions that it belongs to; arguments: a first line to the names of its arguments"""
     code_characters: int = Field(default=1000, ge=100)
     """longest function shown"""
 
@@ -70,11 +70,27 @@ class PythonQuestions(ChatSource):
 
     def conversations(self, found: Found) -> Iterator[Conversation]:
         for file in module_files():
+            if "arguments" in self.skills:
+                yield from self._arguments(*file)
             functions = [one for one in functions_in(*file) if len(one.code) <= self.code_characters]
             for number, function in enumerate(functions):
-                for skill in self.skills:
+                for skill in (skill for skill in self.skills if skill in _ASK):
                     if (pair := _ASK[skill](function, functions, number)) is not None:
                         yield self._conversation(function, skill, *pair)
+
+    def _arguments(self, file: str, text: str) -> Iterator[Conversation]:
+        """Of every function with arguments, documented or not."""
+        module = _module_of(file)
+        for node in _parsed_functions(text):
+            given = node.args
+            every = (*given.posonlyargs, *given.args, given.vararg, *given.kwonlyargs, given.kwarg)
+            if names := [one.arg for one in every if one is not None]:
+                line = f"def {node.name}({ast.unparse(_bare(given))}):"
+                yield Conversation(
+                    f"{module}.{node.name}:{node.lineno}/arguments", self.label,
+                    ({"role": "user", "content": f"Arguments of: {line}"},
+                     {"role": "assistant", "content": ", ".join(names)}),
+                    skill="arguments", answer=", ".join(names), split=split_of(module))
 
     def _conversation(self, function: Function, skill: str, question: str, reply: str) -> Conversation:
         messages = ({"role": "user", "content": question}, {"role": "assistant", "content": reply})
@@ -128,8 +144,27 @@ def functions_in(file: str, text: str) -> Iterator[Function]:
         tree = ast.parse(text)
     except (SyntaxError, ValueError):      # a file for another version of Python
         return
-    module = file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-    yield from _functions(tree, module, "", text.splitlines())
+    yield from _functions(tree, _module_of(file), "", text.splitlines())
+
+
+def _module_of(file: str) -> str:
+    return file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def _parsed_functions(text: str) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError):
+        return
+    yield from (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+def _bare(arguments: ast.arguments) -> ast.arguments:
+    """Without annotations."""
+    for one in ast.walk(arguments):
+        if isinstance(one, ast.arg):
+            one.annotation = None
+    return arguments
 
 
 def _functions(parent: ast.AST, module: str, prefix: str, lines: list[str]) -> Iterator[Function]:

@@ -66,6 +66,11 @@ def _sorting(source: random.Random, level: int) -> tuple[str, str]:
     return f"Sort: {' '.join(map(str, numbers))}", " ".join(map(str, sorted(numbers)))
 
 
+def _largest(source: random.Random, level: int) -> tuple[str, str]:
+    numbers = [source.randrange(100) for _ in range(level + 2)]
+    return f"Largest: {' '.join(map(str, numbers))}", str(max(numbers))
+
+
 def _brackets(source: random.Random, level: int) -> tuple[str, str]:
     """Half of them balanced; the others are one change away from it."""
     text = _balanced(source, 2 * level)
@@ -131,8 +136,9 @@ def _declining(source: random.Random, _level: int) -> tuple[str, str]:
     return source.choice(_OUTSIDE).format(**{key: source.choice(values) for key, values in _FILL.items()}), REFUSAL
 
 
-SKILLS: dict[str, Draw] = {"addition": _addition, "reversed_addition": _reversed_addition, "sorting": _sorting,
-                           "brackets": _brackets, "counting": _counting, "copying": _copying, "declining": _declining}
+SKILLS: dict[str, Draw] = {
+    "addition": _addition, "reversed_addition": _reversed_addition, "sorting": _sorting, "largest": _largest,
+    "brackets": _brackets, "counting": _counting, "copying": _copying, "declining": _declining}
 
 
 def tasks(skill: str, split: str = "train", seed: int = 0, *, items: int = 1000,
@@ -189,7 +195,7 @@ class Tasks(ChatSource):
 
     kind: Literal["tasks"] = "tasks"
     skills: tuple[str, ...] = tuple(SKILLS)
-    """addition, reversed_addition, sorting, brackets, counting, copying, declining"""
+    """addition, reversed_addition, sorting, largest, brackets, counting, copying, declining"""
     items: int = Field(default=1000, ge=1)
     """of each skill for training; validation and test get a tenth as many"""
     levels: tuple[int, int] = _LEVELS

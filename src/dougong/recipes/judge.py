@@ -51,14 +51,17 @@ def judge(model: nn.Module, tokenizer: Any, runtime: Runtime, corpus: Any, split
     JSON values: `scores` (evaluate/skills.py) of the skills, `right` over all of them, `outside` and `inside_declined`
     where there are questions that should be declined, and answers drawn at random.
     """
-    asked = questions(corpus.conversations(split)) if hasattr(corpus, "conversations") else []
+    if not hasattr(corpus, "conversations"):
+        return None
+    known = questions(corpus.conversations("train"))
+    seen = {question.prompt for question in known}      # another module may have a function of the same first line
+    asked = [question for question in questions(corpus.conversations(split)) if question.prompt not in seen]
     by_skill: dict[str, list[Question]] = {}
     for question in asked:
         by_skill.setdefault(question.skill, []).append(question)
     asked = [question for own in by_skill.values() for question in _spread(own)]
     if not asked:
         return None
-    known = questions(corpus.conversations("train"))
     longest = max(len(tokenizer.encode(question.answer)) for question in asked)
     if progress:
         progress(0, None, f"asking {len(asked):,} questions")
