@@ -63,7 +63,7 @@ def test_what_cuts_matrices_apart_is_refused_by_name():
             return self.layout.size(*axes)
 
     class Recipe:
-        adapt = LoRAConfig(rank=4)
+        adapt = adapter = LoRAConfig(rank=4)
 
     with pytest.raises(ConfigError, match="replicate and shard alone"):
         _check_adapter_divisible(Recipe, Mesh())

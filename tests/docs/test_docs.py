@@ -19,6 +19,7 @@ from dougong.cli.train import _run_to_resume
 from dougong.plan.budget import parse_budget, parse_serving, parse_text
 from dougong.plan.machine import KINDS, load_machine
 from dougong.recipes import RECIPES
+from dougong.recipes.journey import is_journey, load_journey
 from dougong.recipes.recipe import load_recipe
 from dougong.runtime.layout import LayoutConfig
 
@@ -127,6 +128,11 @@ def yaml_blocks() -> list[Block]:
             and block.page.name != "add-an-architecture.md"]
 
 
+def journey_blocks() -> list[Block]:
+    """Journeys through several recipes."""
+    return [block for block in BLOCKS if block.language == "yaml" and re.search(r"^stages:", block.text, flags=re.M)]
+
+
 def machine_blocks() -> list[Block]:
     """Descriptions of machines."""
     return [block for block in BLOCKS if block.language == "yaml" and re.search(r"^like:", block.text, flags=re.M)]
@@ -167,6 +173,11 @@ def check(line: str) -> None:
     recipe, overrides = params.get("recipe", "first"), params.get("overrides")
     if params.get("resume"):
         _run_to_resume(recipe, overrides, params["run"], other="")
+    elif "overrides" in params and recipe is not None and is_journey(recipe):
+        journey = load_journey(recipe, overrides)
+        for stage in journey.stages.values():
+            if stage.kind == "train":
+                load_recipe(stage.recipe, changes=stage.changes)
     elif "overrides" in params and recipe is not None and not recipe.isupper():
         layout = load_recipe(recipe, overrides)[0].layout
         if isinstance(layout, LayoutConfig) and "train" in line:
@@ -183,7 +194,7 @@ def beside_the_docs(tmp_path, monkeypatch):
     """A folder in which commands run: the YAML recipes and machines that the pages show, as files of their names, the
     examples, and some texts."""
     monkeypatch.chdir(tmp_path)
-    for block in [*yaml_blocks(), *machine_blocks()]:
+    for block in [*yaml_blocks(), *journey_blocks(), *machine_blocks()]:
         if match := re.search(r"^name: (\S+)$", block.text, flags=re.M):
             Path(f"{match[1]}.yaml").write_text(block.text, encoding="utf-8")
     Path("examples").symlink_to(ROOT / "examples")

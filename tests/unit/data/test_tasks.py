@@ -24,6 +24,8 @@ def solved(skill, prompt):
         return "".join(reversed(str(sum(numbers))))
     if skill == "sorting":
         return " ".join(sorted(prompt.removeprefix("Sort: ").split(), key=int))
+    if skill == "largest":
+        return str(sorted(numbers)[-1])
     if skill == "brackets":
         text = prompt.removeprefix("Balanced? ")
         while (shorter := re.sub(r"\(\)|\[\]|\{\}", "", text)) != text:
