@@ -91,7 +91,9 @@ def read_weights(start: StartConfig) -> Weights:
     else:
         from dougong.recipes.open_run import open_run
 
+        threads = torch.get_num_threads()       # opening a run sets those of its own recipe
         tensors = tracked(open_run(start.path, checkpoint=start.checkpoint).model)
+        torch.set_num_threads(threads)
     return Weights(tensors, fingerprint(tensors))
 
 
