@@ -24,7 +24,7 @@ from dougong.recipes.start import with_own_tokenizer
 from dougong.runtime.device import Runtime
 
 _SHOWN = 10
-_MOST = 1000
+_MOST = 400
 """questions of a skill at most, evenly spread over those held out"""
 
 
