@@ -81,7 +81,8 @@ def test_a_batch_holds_both_replies_with_weight_on_the_reply_and_its_end_alone(t
     tokenizer = made.tokenizer
     seen = set()
     for batch in made.batches("train", rows=8):
-        assert batch["tokens"].shape == batch["targets"].shape == batch["weight"].shape and batch["tokens"].shape[1] == 2
+        assert batch["tokens"].shape == batch["targets"].shape == batch["weight"].shape
+        assert batch["tokens"].shape[1] == 2
         assert batch["tokens"].shape[2] % 8 == 0
         for tokens, targets, weight in zip(*(batch[name] for name in ("tokens", "targets", "weight"))):
             said = [tokenizer.decode(targets[side][weight[side] > 0].tolist()) for side in (0, 1)]
