@@ -96,7 +96,7 @@ def _drawn(answered: list[Answered], random: np.random.Generator) -> list[dict[s
 
 
 def judge_journey(path: Path, *, progress: Any = None) -> dict[str, Any] | None:
-    """Judges a journey's last run on the held-out questions of its last stage that learned conversations.
+    """Judges a journey's last run on the held-out questions of its last stage that learned from given conversations.
 
     Writes skills.json beside journey.yaml. None where no stage learned any.
     """
@@ -105,7 +105,7 @@ def judge_journey(path: Path, *, progress: Any = None) -> dict[str, Any] | None:
     for run in reversed(runs):
         directory = RunDirectory(run)
         recipe, recorded = recipe_from_run(directory.recipe)
-        if recipe.data.kind == "chats":
+        if recipe.data.kind == "chats" and recipe.objective.kind == "causal_lm":     # practice asks fewer skills
             corpus = prepare_data(with_own_tokenizer(recipe, recorded, directory), progress=progress)
             judged = judge(opened.model, opened.tokenizer, opened.runtime, corpus, "test", progress=progress)
             if judged is None:
