@@ -150,11 +150,14 @@ class Worker:
         except BrokenPipeError:
             self.close()
             return "ended its process"
-        answer = self._answer(self._seconds)
-        if answer is None:
-            ended = process.poll() is not None
+        try:
+            answer = self._answer(self._seconds)
+        except TimeoutError:
             self.close()
-            return "ended its process" if ended else f"did not return within {self._seconds:g} s"
+            return f"did not return within {self._seconds:g} s"
+        except EOFError:
+            self.close()
+            return "ended its process"
         return float(answer["value"]) if "value" in answer else f"raised {answer['error']}"
 
     def _running(self) -> "subprocess.Popen[bytes]":
@@ -164,21 +167,27 @@ class Worker:
         self._process = subprocess.Popen([sys.executable, str(script), *self._arguments], stdin=subprocess.PIPE,
                                          stdout=subprocess.PIPE, start_new_session=True)
         self._read = b""
-        ready = self._answer(_START_S)
-        if ready is None or "error" in ready:
+        try:
+            problem = self._answer(_START_S).get("error")
+        except TimeoutError as error:
+            problem = f"its process {error}"
+        except EOFError:
+            problem = "its process ended while it started"
+        if problem is not None:
             self.close()
-            reason = ready["error"] if ready else f"it was not ready within {_START_S:g} s"
-            raise ConfigError(f"objective.reward={self._spec} cannot be used: {reason}.")
+            raise ConfigError(f"objective.reward={self._spec} cannot be used: {problem}.")
         return self._process
 
-    def _answer(self, seconds: float) -> dict[str, Any] | None:
-        """The next line of the process; None where none came in time, or the process ended."""
+    def _answer(self, seconds: float) -> dict[str, Any]:
+        """The next line of the process. Raises TimeoutError where none came in time, EOFError where none can come."""
         assert self._process is not None and self._process.stdout is not None
         handle, until = self._process.stdout.fileno(), time.monotonic() + seconds
         while b"\n" not in self._read:
             ready, _, _ = select.select([handle], [], [], max(0.0, until - time.monotonic()))
-            if not ready or not (piece := os.read(handle, 1 << 16)):
-                return None
+            if not ready:
+                raise TimeoutError(f"said nothing within {seconds:g} s")
+            if not (piece := os.read(handle, 1 << 16)):
+                raise EOFError   # a pipe closes a moment before the process can be waited for
             self._read += piece
         line, _, self._read = self._read.partition(b"\n")
         return json.loads(line)

@@ -65,7 +65,7 @@ def test_a_function_of_a_file_is_called_with_reply_and_task(rewards_file):
                                            ("leaves", "ended its process")])
 def test_a_reward_that_fails_is_an_error_that_names_the_reply(rewards_file, function, what):
     with pytest.raises(DataError, match=what) as error:
-        Rewards(f"{rewards_file}:{function}", seconds=120)([reply("this one")])   # a busy machine is slow to end it
+        Rewards(f"{rewards_file}:{function}", seconds=120)([reply("this one")])
     assert "'this one'" in str(error.value) and "on_error=zero" in str(error.value)
 
 
