@@ -1,9 +1,12 @@
-"""Every test checks the package's array shapes (jaxtyping + beartype) and runs on one thread.
+"""Tests of parts check the package's array shapes (jaxtyping + beartype), and every test runs on one thread.
 
-One thread, because the suite runs on two shared cores, where two threads per test only wait for each other.
+One thread, because the suite runs on two shared cores, where two threads per test only wait for each other. Shapes are
+not checked where thousands of steps are taken with parts that other tests have checked: it makes them three times slower.
 """
 
-from jaxtyping import install_import_hook
+from pathlib import Path
+
+from jaxtyping import config, install_import_hook
 
 _hook = install_import_hook(
     ["dougong.nn", "dougong.models", "dougong.objectives", "dougong.optim", "dougong.generate"], "beartype.beartype")
@@ -12,6 +15,16 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+_MANY_STEPS = ("unit/adapt", "unit/cli", "unit/recipes", "unit/report", "unit/serve", "unit/generate/test_scheduler.py",
+               "unit/generate/test_draft_model.py", "test_tiny.py")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _shapes(request):
+    here = request.path.relative_to(Path(__file__).parent).as_posix()
+    config.update("jaxtyping_disable", here.startswith(_MANY_STEPS))
+    yield
+    config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(autouse=True)

@@ -30,7 +30,7 @@ def work(model, precision="bf16", rows=16):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout}, {layout.gathered}")
-@pytest.mark.parametrize("mode", ["none", "full"])
+@pytest.mark.parametrize("mode", ["none", pytest.param("full", marks=pytest.mark.slow)])
 def test_arithmetic_is_within_a_tenth_of_the_simulation(layout, mode):
     job = work(MODEL)
     found = simulate(job, layout, checkpoint=mode, micro_rows=4, micro_batches=1)

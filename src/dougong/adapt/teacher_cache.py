@@ -21,7 +21,8 @@ target, and what forward KL asks of the student is the same in both cases: the m
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -41,6 +42,7 @@ from dougong.runtime.device import Runtime
 _SPLIT = "train"
 _BLOCKS_AT_ONCE = 256       # blocks between two notes of progress
 _BATCH_TOKENS = 8192
+_TRIED_TOKENS = 16_384
 _LOGITS_AT_ONCE = 1 << 22
 _BYTES = 257                # 256 bytes, and the end of the text
 _LEAST_LOG_P = -6e4         # float16 goes to -65,504
@@ -111,6 +113,26 @@ def write_answers(plan: CachePlan, model: Any, runtime: Runtime, *, progress: An
         write_json(plan.directory / "manifest.json", {
             "tokens": plan.tokens, "bytes": plan.bytes, "top_k": plan.top_k, "temperature": plan.temperature,
             "context": plan.context, "columns": {name: list(column) for name, column in plan.columns.items()}})
+
+
+def predict_seconds(plan: CachePlan, model: Any, runtime: Runtime) -> float:
+    """How long `write_answers` would take here, from a few blocks; 0 where all are written. Writes nothing."""
+    if plan.is_written:
+        return 0.0
+    reading = _Reading(plan)
+    size = max(1, _TRIED_TOKENS // plan.context)
+    trials = [reading.blocks[np.linspace(begin, len(reading.blocks) - 1, size).astype(int)] for begin in (0, 1)]
+    columns = {name: _Nowhere() for name in plan.columns}
+    for group in trials:        # the first warms up
+        began = time.perf_counter()
+        _answer(plan, model, runtime, reading, np.unique(group, axis=0), columns)
+        seconds = time.perf_counter() - began
+    return seconds * len(reading.blocks) / len(np.unique(trials[-1], axis=0))
+
+
+class _Nowhere:
+    def __setitem__(self, place: Any, values: Any) -> None:
+        pass
 
 
 def _open_or_begin(plan: CachePlan) -> tuple[dict[str, np.memmap], int]:
@@ -192,7 +214,7 @@ def _blocks(lengths: np.ndarray, context: int) -> np.ndarray:
 
 
 def _answer(plan: CachePlan, model: Any, runtime: Runtime, reading: _Reading, group: np.ndarray,
-            columns: dict[str, np.memmap]) -> None:
+            columns: Mapping[str, Any]) -> None:
     """Reads a group of blocks, those of similar length together, and writes what the teacher says."""
     documents = {number: reading.document(number) for number in dict.fromkeys(group[:, 0].tolist())}
     group = group[np.argsort(-np.minimum(group[:, 2], plan.context), kind="stable")]

@@ -6,7 +6,7 @@ that rank. Inside any span whose ends are token borders, merging goes on as if t
 wherever two neighbours spell a token, they are the very pair it was learned from, and choosing by pair
 (Hugging Face) or by the id of the joined bytes (tiktoken) is the same choice. What is left to differ is the
 splitting rule, run by two different regex engines: `proven_equal` compares ids on difficult text each time an
-encoder is chosen, and a test compares every assigned code point.
+tokenizer is first opened, and a test compares every assigned code point.
 """
 
 import json
@@ -25,6 +25,7 @@ from dougong.data.difficult import difficult_texts
 
 _GROUP_CHARACTERS = 1 << 17
 _UNICODE = 0x110000
+_PROVEN_MOST = 8
 
 
 class Encoder(Protocol):
@@ -135,9 +136,22 @@ def choose_encoder(
     """The fastest encoder whose ids equal `tokenizer`'s on difficult text and on `texts`; the reference if
     not `fast`."""
     reference = HuggingFaceEncoder(tokenizer)
-    candidate = _fast_encoder(json.loads(tokenizer.to_str()), reference) if fast else None
-    equal = candidate is not None and proven_equal(candidate, reference, [*difficult_texts(), *texts])
-    return candidate if candidate is not None and equal else reference
+    candidate = _proven(tokenizer.to_str(), reference) if fast else None
+    return candidate if candidate is not None and proven_equal(candidate, reference, list(texts)) else reference
+
+
+_PROVEN: dict[str, Encoder | None] = {}
+
+
+def _proven(description: str, reference: HuggingFaceEncoder) -> Encoder | None:
+    """The fast encoder of a description that agrees on difficult text. Proven once, as one process opens the tokenizer
+    of a run many times."""
+    if description not in _PROVEN:
+        fast = _fast_encoder(json.loads(description), reference)
+        while len(_PROVEN) >= _PROVEN_MOST:
+            del _PROVEN[next(iter(_PROVEN))]
+        _PROVEN[description] = fast if fast is not None and proven_equal(fast, reference, difficult_texts()) else None
+    return _PROVEN[description]
 
 
 def proven_equal(fast: Encoder, reference: Encoder, texts: list[str]) -> bool:

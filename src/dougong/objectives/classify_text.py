@@ -2,12 +2,14 @@
 
 from typing import Annotated, Any, Literal
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field
 
 from dougong.core.config import config
 from dougong.data.batch import Batch
 from dougong.objectives.losses import Losses
+from dougong.objectives.objective import Fields
 from dougong.objectives.reward import last_scores
 
 
@@ -27,6 +29,9 @@ class ClassifyTextConfig:
 
     def build(self) -> "ClassifyText":
         return ClassifyText()
+
+    def fields(self, rows: int, T: int) -> Fields:
+        return {"tokens": ((rows, T), torch.long), "places": ((rows,), torch.long), "labels": ((rows,), torch.long)}
 
 
 class ClassifyText:

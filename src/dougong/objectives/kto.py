@@ -8,7 +8,8 @@ from pydantic import Field
 from dougong.core.config import config
 from dougong.data.batch import Batch
 from dougong.objectives.losses import Losses
-from dougong.objectives.preference import Chunk, Temperature, pair_log_probs, reference
+from dougong.objectives.objective import Fields
+from dougong.objectives.preference import Chunk, Temperature, pair_fields, pair_log_probs, reference
 from dougong.objectives.token_log_probs import CHUNK_LOGITS
 
 Weight = Annotated[float, Field(gt=0)]
@@ -30,6 +31,9 @@ class KTOConfig:
 
     def build(self) -> "KTO":
         return KTO(self)
+
+    def fields(self, rows: int, T: int) -> Fields:
+        return {**pair_fields(rows, T), "label": ((rows,), torch.float32)}
 
 
 class KTO:

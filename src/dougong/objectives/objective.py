@@ -1,6 +1,7 @@
 """The face every objective shows the training loop."""
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,21 @@ class Objective(Protocol):
         ...
 
     def losses(self, model: nn.Module, batch: Batch) -> Losses: ...
+
+
+Fields = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+"""name -> shape and type of a batch's tensors"""
+
+
+def batch_fields(section: Any, rows: int, T: int) -> Fields:
+    """The batch that the objective of a recipe's section reads, of rows of T tokens: what its `fields` say, or else
+    tokens with a target each. Plans are made from it."""
+    return section.fields(rows, T) if hasattr(section, "fields") else token_fields(rows, T)
+
+
+def token_fields(*shape: int) -> Fields:
+    """Tokens, their targets, and what each counts."""
+    return {"tokens": (shape, torch.long), "targets": (shape, torch.long), "weight": (shape, torch.float32)}
 
 
 def row_weight(batch: Batch) -> Tensor:

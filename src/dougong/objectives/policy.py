@@ -15,6 +15,7 @@ from torch import Tensor
 from dougong.core.config import config
 from dougong.data.batch import Batch
 from dougong.objectives.losses import Losses
+from dougong.objectives.objective import Fields, token_fields
 from dougong.objectives.token_log_probs import CHUNK_LOGITS, token_log_probs
 
 Count = Annotated[int, Field(ge=1)]
@@ -39,6 +40,9 @@ class RolloutConfig:
 
     def build(self) -> "Policy":
         return Policy(chunk_logits=self.chunk_logits)
+
+    def fields(self, rows: int, T: int) -> Fields:
+        return {**token_fields(rows, T), "advantage": ((rows,), torch.float32)}
 
     def advantages(self, rewards_PS: Float[Tensor, "P S"]) -> tuple[Float[Tensor, "P S"], Bool[Tensor, "P S"]]:
         """What each of the S samples of P prompts counts, and which of them are learned from at all."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from dougong.core.config import config
 from dougong.data.batch import Batch
 from dougong.objectives.losses import Losses
+from dougong.objectives.objective import Fields, token_fields
 from dougong.objectives.token_log_probs import CHUNK_LOGITS, row_log_probs
 
 CHOSEN, REJECTED = 0, 1
@@ -42,6 +43,9 @@ class DPOConfig:
     def build(self) -> "DPO":
         return DPO(self)
 
+    def fields(self, rows: int, T: int) -> Fields:
+        return pair_fields(rows, T)
+
 
 @config
 class IPOConfig:
@@ -60,6 +64,9 @@ class IPOConfig:
     def build(self) -> "IPO":
         return IPO(self)
 
+    def fields(self, rows: int, T: int) -> Fields:
+        return pair_fields(rows, T)
+
 
 @config
 class ORPOConfig:
@@ -74,6 +81,14 @@ class ORPOConfig:
 
     def build(self) -> "ORPO":
         return ORPO(self)
+
+    def fields(self, rows: int, T: int) -> Fields:
+        return token_fields(rows, 2, T)
+
+
+def pair_fields(rows: int, T: int) -> Fields:
+    """Two replies to each prompt, and what the start model says of both."""
+    return {**token_fields(rows, 2, T), "reference": ((rows, 2), torch.float32)}
 
 
 class PairObjective:

@@ -9,7 +9,7 @@ from torch import Tensor
 from dougong.core.config import config
 from dougong.data.batch import Batch
 from dougong.objectives.losses import Losses
-from dougong.objectives.objective import at_least_fp32
+from dougong.objectives.objective import Fields, at_least_fp32, token_fields
 from dougong.objectives.preference import CHOSEN, REJECTED
 
 
@@ -25,6 +25,9 @@ class RewardConfig:
 
     def build(self) -> "RewardModelling":
         return RewardModelling()
+
+    def fields(self, rows: int, T: int) -> Fields:
+        return token_fields(rows, 2, T)
 
 
 class RewardModelling:

@@ -13,6 +13,8 @@ import torch
 from dougong.adapt.lora import hold_frozen
 from dougong.core.config import replace
 from dougong.data.batch import Batch
+from dougong.models.heads import add_value_head
+from dougong.objectives.objective import batch_fields
 from dougong.plan.memory_counter import MemoryCounter
 from dougong.plan.stand_ins import kernels_of
 
@@ -102,6 +104,8 @@ def _ready(step: Step) -> tuple[MemoryCounter, Any, Any, Any, list[Batch]]:
     device, dtype = torch.device("meta"), {"bf16": torch.bfloat16, "fp32": torch.float32}[step.precision]
     with device:
         model = step.model.build().train()
+        if outputs := getattr(step.objective, "value_outputs", None):
+            add_value_head(model, outputs)
     model.compute_dtype = dtype
     if step.adapt is not None:
         hold_frozen(step.adapt.apply(model, seed=0))
@@ -173,9 +177,8 @@ def _fuse(optimizer: Any, wanted: bool) -> None:
 
 
 def _batch(step: Step, device: torch.device) -> Batch:
-    rows, context = step.shape()
-    tokens = torch.zeros(rows, context, dtype=torch.long, device=device)
-    return Batch(tokens=tokens, targets=torch.zeros_like(tokens), weight=torch.ones(rows, context, device=device))
+    return Batch(**{name: torch.empty(shape, dtype=dtype, device=device)
+                    for name, (shape, dtype) in batch_fields(step.objective, *step.shape()).items()})
 
 
 def period_of(model: Any) -> int:

@@ -1,19 +1,22 @@
 """`--dry-run`: everything checked, counted and predicted; nothing trained, no run made."""
 
+import math
 from typing import Any
 
 import torch
 
 from dougong.adapt.lora import trained
-from dougong.core.config import to_dict
+from dougong.core.config import replace, to_dict
 from dougong.models import count
+from dougong.objectives.objective import batch_fields
 from dougong.plan import estimate
 from dougong.plan.step import Step, step_memory
 from dougong.plan.work import CHECKPOINTING
 from dougong.recipes.assemble import Assembly, assemble
+from dougong.recipes.derive import resolve
 from dougong.recipes.probe import measure_step
 from dougong.recipes.recipe import Recipe
-from dougong.recipes.teacher import student_alone
+from dougong.recipes.teacher import keeps_answers, predict_answers, student_alone
 from dougong.recipes.train import given, settle
 
 
@@ -21,7 +24,10 @@ def dry_run(asked: Recipe, *, out: Any, progress: Any = None) -> dict[str, Any]:
     """Prints parameters, FLOPs, memory, disk and time of a recipe, and every derived value with its reason."""
     from rich.table import Table as Grid
 
-    recipe, derived, corpus, *_ = settle(asked, progress=progress)
+    first, reasons = resolve(asked) if keeps_answers(asked) else (asked, [])
+    rehearsed = replace(first, objective=student_alone(first)) if keeps_answers(first) else first
+    recipe, derived, corpus, runtime, _ = settle(rehearsed, progress=progress)
+    derived = reasons + derived
     built = assemble(recipe, corpus)
     seconds = measure_step(built)
     parameters = count.parameters(recipe.model)
@@ -31,6 +37,9 @@ def dry_run(asked: Recipe, *, out: Any, progress: Any = None) -> dict[str, Any]:
         figures = {"parameters": parameters["total"]}
     figures |= {"steps": given(recipe.train.steps), "seconds_per_step": seconds,
                 "training_seconds": seconds * given(recipe.train.steps)}
+    if keeps_answers(first):
+        recipe = replace(recipe, objective=first.objective)
+        figures |= predict_answers(recipe, corpus, runtime)
     grid = Grid("derived", "value", "why", box=None, header_style="bold", pad_edge=False)
     for item in derived:
         grid.add_row(item.key, str(item.value), item.reason)
@@ -54,7 +63,7 @@ def _language_model(recipe: Recipe, total: int, built: Assembly) -> dict[str, An
     counted = step_memory(step).kinds
     planned = estimate(
         parameters=total, trained=moved, flops_per_token=built.flops_per_token or 0,
-        tokens_per_step=rows * context, steps=given(recipe.train.steps), optimizer=recipe.optim.kind,
+        tokens_per_step=math.prod(batch_fields(step.objective, rows, context)["tokens"][0]), steps=given(recipe.train.steps), optimizer=recipe.optim.kind,
         ema=recipe.train.ema is not None, checkpoints_kept=recipe.train.keep_last + recipe.train.keep_best,
         counted=counted)
     return planned.to_dict() | ({} if moved is None else {"parameters_trained": moved})
@@ -74,6 +83,6 @@ def _human(key: str, value: float) -> str:
         return f"{value / 1e9:.2f} GB" if value >= 1e8 else f"{value / 1e6:.1f} MB"
     if key.startswith("flops"):
         return f"{value:.3g} FLOP"
-    if key == "training_seconds":
+    if key in ("training_seconds", "teacher_seconds"):
         return f"{value / 60:.1f} min"
     return f"{value * 1000:.0f} ms" if key == "seconds_per_step" else f"{value:,}"

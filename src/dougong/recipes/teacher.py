@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dougong.adapt.on_policy import OnPolicyCorpus
-from dougong.adapt.teacher_cache import CachePlan, first_bytes, plan_answers, with_answers, write_answers
+from dougong.adapt.teacher_cache import CachePlan, first_bytes, plan_answers, predict_seconds, with_answers, write_answers
 from dougong.core.config import replace
 from dougong.core.errors import ConfigError
 from dougong.data.prepare import default_cache
@@ -134,21 +134,36 @@ def taught(recipe: Recipe, corpus: Any, objective: Objective, model: Any,
 def infer_once(recipe: Recipe, corpus: Any, runtime: Runtime, *, progress: Any = None) -> None:
     """Writes the teacher's answers before anything is assembled, where the recipe keeps them on disk; otherwise
     nothing. `progress` hears first how many bytes they will take."""
+    if keeps_answers(recipe):
+        plan, teacher = _plan_with_teacher(recipe, corpus, runtime)
+        write_answers(plan, teacher.model, runtime, progress=progress)
+
+
+def predict_answers(recipe: Recipe, corpus: Any, runtime: Runtime) -> dict[str, float]:
+    """What asking the teacher once would take: bytes on disk, and seconds here. Nothing is written."""
+    plan, teacher = _plan_with_teacher(recipe, corpus, runtime)
+    return {"teacher_answers_bytes": plan.bytes, "teacher_seconds": predict_seconds(plan, teacher.model, runtime)}
+
+
+def keeps_answers(recipe: Recipe) -> bool:
+    """Whether the recipe's teacher is asked once, before the training."""
     section = recipe.objective
-    if not isinstance(section, DistilConfig) or (section.top_k is None and section.align == "tokens"):
-        return
-    teacher = open_teacher(section, runtime)
-    check_tokenizers(section, teacher, corpus.tokenizer)
+    return isinstance(section, DistilConfig) and (section.top_k is not None or section.align == "bytes")
+
+
+def _plan_with_teacher(recipe: Recipe, corpus: Any, runtime: Runtime) -> tuple[CachePlan, Teacher]:
+    teacher = open_teacher(recipe.objective, runtime)
+    check_tokenizers(recipe.objective, teacher, corpus.tokenizer)
     plan = answers_of(recipe, teacher, corpus)
-    assert plan is not None
-    write_answers(plan, teacher.model, runtime, progress=progress)
+    assert plan is not None, "asked only where answers are kept"
+    return plan, teacher
 
 
 def answers_of(recipe: Recipe, teacher: Teacher, corpus: Any) -> CachePlan | None:
     """What of the teacher is kept on disk, and where; None where it answers at every step. Its windows are two rows
     long where it reads that much, so that half of one holds all that the student may see."""
     section = recipe.objective
-    if section.top_k is None and section.align == "tokens":
+    if not keeps_answers(recipe):
         return None
     if not hasattr(corpus, "tokens") or not hasattr(corpus, "with_fields"):
         raise ConfigError("the teacher's answers are kept for each place of a text; these data are no text. Leave "

@@ -12,7 +12,7 @@ from dougong.adapt.scales import best_scale
 from dougong.nn.quantized import dequantize, quantize, round_to
 
 
-@pytest.mark.parametrize("family", ("qwen3", "llama", "gpt2", "nano"))
+@pytest.mark.parametrize("family", ("qwen3", "gpt2", "nano", pytest.param("llama", marks=pytest.mark.slow)))
 def test_scaling_alone_leaves_the_function_as_it_was(family):
     model, batches = tiny(family).double(), batches_of(2)
     model.compute_dtype = torch.float64

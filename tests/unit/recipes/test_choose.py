@@ -212,6 +212,7 @@ def test_the_probe_takes_15_percent_or_two_minutes_but_never_a_third(budget, sha
     assert small_runs.probe_seconds(budget) == pytest.approx(share * budget)
 
 
+@pytest.mark.slow
 def test_the_probe_trains_real_models_and_says_what_it_found(text, monkeypatch):
     """End to end on the smallest scale that trains at all: real steps, real scores."""
     monkeypatch.setattr(small_runs, "FEWEST_STEPS", 8)

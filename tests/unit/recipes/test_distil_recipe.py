@@ -65,6 +65,16 @@ def test_a_student_takes_its_teachers_tokenizer_and_tells_how_near_it_is(root, t
     assert open_run(tmp_path / "run").model.config.dim == 32
 
 
+@pytest.mark.parametrize("kept", ["objective.top_k=8", "objective.align=bytes"])
+def test_a_dry_run_asks_the_teacher_a_little_and_writes_nothing(root, kept, monkeypatch, tmp_path):
+    monkeypatch.setenv("DOUGONG_CACHE", str(tmp_path / "cache"))
+    told = dougong("train", root / "student.yaml", "--dry-run", "--json", *QUIET, kept)
+    assert told.code == 0, told.err
+    assert told.json["teacher_seconds"] > 0 and told.json["recipe"]["objective"]["kind"] == "distil"
+    assert told.json["teacher_answers_bytes"] >= 257 * 2 if kept.endswith("bytes") else 8 * 4
+    assert not (tmp_path / "cache" / "teachers").exists()
+
+
 @pytest.mark.parametrize("changes", [
     (), ("objective.top_k=8",), ("objective.match={stack.0: stack.1}",),
     ("objective.hard=0", "objective.divergence=reverse", "objective.on_policy.prompt_tokens=8", "train.rows=4")])

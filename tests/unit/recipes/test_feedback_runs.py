@@ -8,7 +8,12 @@ from tiny_recipe import dougong
 
 from dougong.core.events import read_events
 from dougong.core.run import RunDirectory
+from dougong.objectives.objective import batch_fields
+from dougong.objectives.policy import FIGURES
+from dougong.recipes.assemble import assemble, prepare_data
+from dougong.recipes.derive import resolve
 from dougong.recipes.open_run import open_run
+from dougong.recipes.recipe import load_recipe
 from dougong.train.shadow import tracked
 
 
@@ -51,6 +56,25 @@ def test_each_objective_learns_the_planted_preference_and_is_scored(root, kind):
     again = dougong("eval", root / kind, "--json")
     assert again.code == 0, again.err
     assert again.json["accuracy"] == result["accuracy"]
+
+
+@pytest.mark.parametrize("kind", ["dpo", "orpo", "kto", "reward", "grpo"])
+def test_a_dry_run_plans_the_batch_that_the_objective_reads(root, kind):
+    rollouts = kind == "grpo"
+    recipe = write_feedback_recipe(
+        root / f"dry-{kind}.yaml", "grpo" if rollouts else "dpo",
+        tasks(root) if rollouts else pairs(root, unpair=kind == "kto"),
+        objective={"kind": kind, **({"samples": 4, "max_tokens": 6, "reward": "length:3"} if rollouts else {})})
+    told = dougong("train", recipe, "--model", root / "base", "--dry-run", "--json")
+    assert told.code == 0, told.err
+    assert told.json["memory_bytes"] > 0 and told.json["flops_per_step"] > 0
+    asked, _ = load_recipe(str(recipe), [f"start.path={root / 'base'}"])
+    built = assemble(resolve(asked)[0], prepare_data(resolve(asked)[0]))
+    batch = next(iter(built.state.loader))
+    planned = batch_fields(built.recipe.objective, batch.rows, batch["tokens"].shape[-1])
+    assert set(planned) == set(batch) - set(FIGURES)
+    for name, (shape, dtype) in planned.items():
+        assert (tuple(batch[name].shape), batch[name].dtype) == (shape, dtype), name
 
 
 def stop_and_go(root, name, recipe):

@@ -216,6 +216,7 @@ def test_events_of_the_wrong_shape_do_not_break_the_page(tmp_path):
     assert not page.unbalanced and "The model needs 1.00 bits" in page.text
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_steps_stay_below_a_megabyte(tmp_path):
     run = fake_runs.begun(tmp_path / "long")
     line = (
