@@ -15,8 +15,9 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
-_MANY_STEPS = ("unit/adapt", "unit/cli", "unit/recipes", "unit/report", "unit/serve", "unit/generate/test_scheduler.py",
-               "unit/generate/test_draft_model.py", "test_tiny.py")
+_MANY_STEPS = ("distributed", "unit/adapt", "unit/cli", "unit/plan", "unit/recipes", "unit/report", "unit/serve",
+               "unit/generate/test_engine.py", "unit/generate/test_scheduler.py", "unit/generate/test_draft_model.py",
+               "test_tiny.py")
 
 
 @pytest.fixture(autouse=True, scope="module")
