@@ -3,11 +3,12 @@
 PyTorch's CPU kernels and what each is good for, one thread of an Ice Lake Xeon (AVX-512 VNNI, no bf16 arithmetic), all
 matrices of a 91M Qwen3 for one row and for 16 (`benchmarks/decoding.py` gives whole models):
 
-    groups, 4 bits    5.4 ms    45 ms   `_weight_int4pack_mm_for_cpu`, bf16 rows (fp32 or fp16 rows: 100 times that)
-    groups, 8 bits   10.9 ms   115 ms   the same kernel over the integer's two halves, which lie side by side
-    integers          6.0 ms    15 ms   8 bits a weight with one scale a row, times activations of 8 bits
+    groups, 4 bits    6.7 ms    49 ms   `_weight_int4pack_mm_for_cpu`, bf16 rows (fp32 or fp16 rows: 100 times that)
+    groups, 8 bits   twice that         the same kernel over the integer's two halves, which lie side by side
+    integers         13.6 ms    22 ms   8 bits a weight with one scale a row, times activations of 8 bits
+    floats             33 ms    86 ms
 
-`_weight_int8pack_mm` knows no groups and takes 11.4 and 80 ms. So few rows are multiplied in groups; for many rows the
+`_weight_int8pack_mm` knows no groups and takes 15.7 and 81 ms. So few rows are multiplied in groups; for many rows the
 weights are computed first, from how many on is measured once; int8 activations are fast for any number of rows.
 """
 
