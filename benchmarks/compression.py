@@ -51,7 +51,7 @@ def make(original: Path, steps: int) -> list[Path]:
     """Every variant, in the order of the table."""
     name = {what: original.with_name(f"first-{what}") for what in
             ("int8", "int4", "int4-gptq", "int4-awq", "on", "on-int4", "qat", "qat-int4", "pruned", "distilled",
-             "distilled-int4", "trimmed")}
+             "distilled-int4")}
     dougong("compress", original, "--to", "int8", "--out", name["int8"])
     for method in ("rtn", "gptq", "awq"):
         out = name["int4" if method == "rtn" else f"int4-{method}"]
@@ -66,7 +66,6 @@ def make(original: Path, steps: int) -> list[Path]:
             "schedule.kind=wsd", "schedule.warmup=0.05", "schedule.decay=0.9", "optim.lr=0.01", "optim.adamw_lr=0.0015",
             "--run", name["distilled"])
     dougong("compress", name["distilled"], "--to", "int4", "--method", "gptq", "--out", name["distilled-int4"])
-    dougong("compress", original, "--trim-vocabulary", "--out", name["trimmed"])
     return list(name.values())
 
 

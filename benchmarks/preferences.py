@@ -1,14 +1,15 @@
 """A planted preference: what DPO learns of it on pairs it has not seen, and what that costs of the text.
 
-    python benchmarks/preferences.py [--quick] [--json PATH] [--text FILE] [--seeds N]
+    python benchmarks/preferences.py [--run RUN] [--quick] [--json PATH] [--seeds N] [--steps N] [--text FILE]
 
-The base, about 0.4M parameters, learns a text (this Python installation's library unless `--text` names another). Half
-of `--words` invented words ("lopu", "dizoka") are drawn to be preferred. Each pair asks for one of two words, one of
-each half; held-out pairs join words that never stood in one pair. With `--words-of text` the words are frequent ones of
-the text instead, which then has to lose with the words that are not preferred. Accuracy is the share of held-out pairs
-whose preferred word has the larger log-probability: about half before. Bits per byte are those of the text's validation
-split, before and after, on the same documents. Asked: at least 90 % of the pairs, at less than 1 % more bits per byte;
-whatever comes out is printed. DPO, IPO and ORPO side by side.
+Without `--run` (one of recipe `first`, say) a base of about 0.4M parameters learns a text (this Python installation's
+library unless `--text` names another). Half of `--words` invented words ("lopu", "dizoka") are drawn to be preferred.
+Each pair asks for one of two words, one of each half; held-out pairs join words that never stood in one pair. With
+`--words-of text` the words are frequent ones of the text instead, which then has to lose with the words that are not
+preferred. Accuracy is the share of held-out pairs whose preferred word has the larger log-probability: about half
+before. Bits per byte are those of the text's validation split, before and after, on the same documents. Asked: at
+least 90 % of the pairs, at less than 1 % more bits per byte; whatever comes out is printed. DPO, IPO and ORPO side by
+side.
 """
 
 import argparse
@@ -136,6 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one seed")
     parser.add_argument("--json", help="write the report here")
+    parser.add_argument("--run", type=Path, help="a trained run to begin from, instead of the base")
     parser.add_argument("--text", help="a file or folder of text for the base")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60, help="of 32 pairs")
@@ -148,8 +150,9 @@ def main() -> None:
     report = header()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        os.environ["DOUGONG_CACHE"] = str(folder / "cache")
-        start = base(folder, options.text, options.base_steps)
+        if options.run is None:
+            os.environ["DOUGONG_CACHE"] = str(folder / "cache")
+        start = options.run or base(folder, options.text, options.base_steps)
         opened = open_run(start)
         source = frequent if options.words_of == "text" else invented
         words = source(opened.corpus.documents("train"), options.words)
