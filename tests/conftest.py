@@ -1,7 +1,8 @@
 """Tests of parts check the package's array shapes (jaxtyping + beartype), and every test runs on one thread.
 
 One thread, because the suite runs on two shared cores, where two threads per test only wait for each other. Shapes are
-not checked where thousands of steps are taken with parts that other tests have checked: it makes them three times slower.
+not checked where thousands of steps are taken with parts that other tests have checked: it makes these three times as
+slow.
 """
 
 from pathlib import Path

@@ -61,9 +61,10 @@ def _language_model(recipe: Recipe, total: int, built: Assembly) -> dict[str, An
                 checkpoint=CHECKPOINTING[recipe.train.gradient_checkpointing], ema=recipe.train.ema is not None,
                 adapt=recipe.adapter)
     counted = step_memory(step).kinds
+    tokens = math.prod(batch_fields(step.objective, rows, context)["tokens"][0])
     planned = estimate(
         parameters=total, trained=moved, flops_per_token=built.flops_per_token or 0,
-        tokens_per_step=math.prod(batch_fields(step.objective, rows, context)["tokens"][0]), steps=given(recipe.train.steps), optimizer=recipe.optim.kind,
+        tokens_per_step=tokens, steps=given(recipe.train.steps), optimizer=recipe.optim.kind,
         ema=recipe.train.ema is not None, checkpoints_kept=recipe.train.keep_last + recipe.train.keep_best,
         counted=counted)
     return planned.to_dict() | ({} if moved is None else {"parameters_trained": moved})

@@ -10,7 +10,14 @@ import torch
 from torch import nn
 
 from dougong.adapt.on_policy import OnPolicyCorpus
-from dougong.adapt.teacher_cache import CachePlan, first_bytes, plan_answers, predict_seconds, with_answers, write_answers
+from dougong.adapt.teacher_cache import (
+    CachePlan,
+    first_bytes,
+    plan_answers,
+    predict_seconds,
+    with_answers,
+    write_answers,
+)
 from dougong.core.config import replace
 from dougong.core.errors import ConfigError
 from dougong.data.prepare import default_cache
