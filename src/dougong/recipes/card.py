@@ -32,8 +32,8 @@ from dougong.train.shadow import tracked
 
 Say = Callable[[str], None]
 BATCHES = (1, 16)
-_CLOSE_TOKENS = 1 << 15
-"""tokens on which the divergence is measured"""
+_CLOSE_TOKENS, _SEVERAL = 1 << 15, 8
+"""tokens on which the divergence is measured, and of how many documents at least, where they are short enough"""
 _WORST, _LEAST_BYTES = 3, 256
 """documents named, and how long one must be for its bits per byte to say anything"""
 _PROMPT, _WRITTEN, _ROUNDS = 16, 48, 5
@@ -84,7 +84,7 @@ def card(original: OpenRun, others: Sequence[Path], *, split: str | None = None,
     split = split or (original.recipe.evaluate.split if original.recipe.evaluate.split in
                       held_out_splits(original.corpus) else "validation")
     documents = list(original.corpus.documents(split))
-    close = _first(documents, original.tokenizer, most_tokens)
+    close = _some(documents, original.tokenizer, most_tokens)
     models = [original, *(open_run(path) for path in others)]
     rows: list[dict[str, Any]] = []
     scores: list[BitsPerByte] = []
@@ -117,12 +117,14 @@ def pareto(rows: Sequence[dict[str, Any]]) -> list[bool]:
             for point in points]
 
 
-def _first(documents: Sequence[Any], tokenizer: Any, most_tokens: int) -> list[Any]:
-    """Documents from the beginning until they hold so many tokens."""
+def _some(documents: Sequence[Any], tokenizer: Any, most_tokens: int) -> list[Any]:
+    """Documents until they hold so many tokens: from the beginning, but those first that are short enough for there to
+    be several."""
+    lengths = [len(tokenizer.encode(document.text)) for document in documents]
     chosen, held = [], 0
-    for document in documents:
-        chosen.append(document)
-        held += len(tokenizer.encode(document.text))
+    for number in sorted(range(len(documents)), key=lambda i: _SEVERAL * lengths[i] > most_tokens):
+        chosen.append(documents[number])
+        held += lengths[number]
         if held >= most_tokens:
             break
     return chosen

@@ -88,8 +88,8 @@ def say(key: str, **values: object) -> Text:
 _KINDS = {"pruned": ("pruned", "剪枝"), "trimmed": ("vocabulary trimmed", "裁剪词表"), "whole": ("as trained", "原样")}
 
 
-def made_by(row: dict[str, Any]) -> Text:
-    """How a variant came to be, in a few words."""
+def made_by(row: dict[str, Any], original: dict[str, Any]) -> Text:
+    """How a variant of the original came to be, in a few words."""
     what = row["what"]
     if what["kind"] == "integers":
         group_en = f"groups of {what['group']}" if what["group"] else "one scale a row"
@@ -101,7 +101,8 @@ def made_by(row: dict[str, Any]) -> Text:
     if what["kind"] == "qat":
         return Text(f"trained for int{what['bits']}", f"针对 int{what['bits']} 训练")
     if what["kind"] == "whole" and what["trained_on"]:
-        return Text("made smaller, then trained on", "缩小后继续训练")
+        smaller = row["parameters"] < original["parameters"]
+        return Text("made smaller, then trained on", "缩小后继续训练") if smaller else Text("trained on", "继续训练")
     return Text(*_KINDS[what["kind"]])
 
 

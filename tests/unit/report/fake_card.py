@@ -25,9 +25,9 @@ def fake_card():
             fake_row("first-int4-gptq", "integers", 1_230_000, 4.52, 0.0152, 1900.0, bits=4, method="gptq", **integers),
             fake_row("first-qat-int4", "integers", 1_230_000, 4.52, -0.004, 1890.0, bits=4, method="rtn", **integers)
             | {"what": {"kind": "integers", "trained_on": True, "bits": 4, "method": "rtn", **integers}},
-            fake_row("first-pruned", "pruned", 6_050_000, 32.0, 0.42, 1200.0),
+            fake_row("first-pruned", "pruned", 6_050_000, 32.0, 0.42, 1200.0) | {"parameters": 1_512_000},
             fake_row("first-pruned-distilled", "whole", 6_050_000, 32.0, 0.027, 1210.0)
-            | {"what": {"kind": "whole", "trained_on": True}},
+            | {"what": {"kind": "whole", "trained_on": True}, "parameters": 1_512_000},
             fake_row("first-trimmed", "trimmed", 8_300_000, 32.0, 0.0008, 910.0)
             | {"kl_mean": None, "kl_p99": None, "top1_agreement": None}]
     from dougong.recipes.card import pareto

@@ -78,6 +78,8 @@ def test_one_document_gives_no_interval_and_still_a_page():
 
 
 def test_how_a_variant_was_made_is_said():
-    said = [made_by(row).en for row in fake_card()["variants"]]
+    original, *_ = rows = fake_card()["variants"]
+    said = [made_by(row, original).en for row in rows]
     assert said[1] == "int8, rtn, groups of 32" and said[4].endswith("trained for it")
     assert said[6] == "made smaller, then trained on"
+    assert made_by({**rows[6], "parameters": original["parameters"]}, original).en == "trained on"
