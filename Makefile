@@ -51,11 +51,11 @@ test-llamacpp: install  ## those that read our GGUF files with llama.cpp itself,
 	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF" $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt llama-cpp-python
 	$(BIN)/python -m pytest -m llamacpp
 
-check: install   ## ruff, types, the floors between rooms, fast tests
+check: install   ## ruff, types, the floors between rooms, fast tests with array shapes checked everywhere
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/python -m pytest
+	SHAPES_EVERYWHERE=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 bench: install   ## every benchmark in its quick form
 	for script in time_to_loss throughput generation data parallel; do $(BIN)/python benchmarks/$$script.py --quick || exit 1; done

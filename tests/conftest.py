@@ -2,9 +2,10 @@
 
 One thread, because the suite runs on two shared cores, where two threads per test only wait for each other. Shapes are
 not checked where thousands of steps are taken with parts that other tests have checked: it makes these three times as
-slow.
+slow. `make check` checks them everywhere.
 """
 
+import os
 from pathlib import Path
 
 from jaxtyping import config, install_import_hook
@@ -24,7 +25,7 @@ _MANY_STEPS = ("distributed", "unit/adapt", "unit/cli", "unit/plan", "unit/recip
 @pytest.fixture(autouse=True, scope="module")
 def _shapes(request):
     here = request.path.relative_to(Path(__file__).parent).as_posix()
-    config.update("jaxtyping_disable", here.startswith(_MANY_STEPS))
+    config.update("jaxtyping_disable", here.startswith(_MANY_STEPS) and "SHAPES_EVERYWHERE" not in os.environ)
     yield
     config.update("jaxtyping_disable", False)
 

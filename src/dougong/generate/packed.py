@@ -4,7 +4,7 @@ PyTorch's CPU kernels and what each is good for, one thread of an Ice Lake Xeon 
 matrices of a 91M Qwen3 for one row and for 16 (`benchmarks/decoding.py` gives whole models):
 
     groups, 4 bits    6.7 ms    49 ms   `_weight_int4pack_mm_for_cpu`, bf16 rows (fp32 or fp16 rows: 100 times that)
-    groups, 8 bits   twice that         the same kernel over the integer's two halves, which lie side by side
+    groups, 8 bits   2.0 and 2.6 times  the same kernel over the integer's two halves, which lie side by side
     integers         13.6 ms    22 ms   8 bits a weight with one scale a row, times activations of 8 bits
     floats             33 ms    86 ms
 

@@ -13,7 +13,6 @@ from dougong.plan import estimate
 from dougong.plan.step import Step, step_memory
 from dougong.plan.work import CHECKPOINTING
 from dougong.recipes.assemble import Assembly, assemble
-from dougong.recipes.derive import resolve
 from dougong.recipes.probe import measure_step
 from dougong.recipes.recipe import Recipe
 from dougong.recipes.teacher import keeps_answers, predict_answers, student_alone
@@ -24,10 +23,7 @@ def dry_run(asked: Recipe, *, out: Any, progress: Any = None) -> dict[str, Any]:
     """Prints parameters, FLOPs, memory, disk and time of a recipe, and every derived value with its reason."""
     from rich.table import Table as Grid
 
-    first, reasons = resolve(asked) if keeps_answers(asked) else (asked, [])
-    rehearsed = replace(first, objective=student_alone(first)) if keeps_answers(first) else first
-    recipe, derived, corpus, runtime, _ = settle(rehearsed, progress=progress)
-    derived = reasons + derived
+    recipe, derived, corpus, runtime, _ = settle(asked, ask_teacher=False, progress=progress)
     built = assemble(recipe, corpus)
     seconds = measure_step(built)
     parameters = count.parameters(recipe.model)
@@ -37,8 +33,8 @@ def dry_run(asked: Recipe, *, out: Any, progress: Any = None) -> dict[str, Any]:
         figures = {"parameters": parameters["total"]}
     figures |= {"steps": given(recipe.train.steps), "seconds_per_step": seconds,
                 "training_seconds": seconds * given(recipe.train.steps)}
-    if keeps_answers(first):
-        recipe = replace(recipe, objective=first.objective)
+    if keeps_answers(asked):
+        recipe = replace(recipe, objective=asked.objective)
         figures |= predict_answers(recipe, corpus, runtime)
     grid = Grid("derived", "value", "why", box=None, header_style="bold", pad_edge=False)
     for item in derived:

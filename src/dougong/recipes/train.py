@@ -31,7 +31,7 @@ from dougong.recipes.probe import measure_step
 from dougong.recipes.recipe import Recipe, recipe_from_run
 from dougong.recipes.scoring import final_score, held_out_splits, quick_score
 from dougong.recipes.start import with_own_tokenizer
-from dougong.recipes.teacher import infer_once
+from dougong.recipes.teacher import infer_once, keeps_answers, student_alone
 from dougong.runtime.device import Runtime, best_device, machine_facts, matmul_flops_per_s, peak_memory_bytes
 from dougong.runtime.layout import AutoLayoutConfig, LayoutConfig
 from dougong.runtime.processes import expect_steps, from_first, join, launched, process_rank, wait_for_all
@@ -132,9 +132,13 @@ def _already_done(directory: RunDirectory) -> Finished | None:
                     was_done=True)
 
 
-def settle(asked: Recipe, *, progress: Any = None) -> tuple[Recipe, list[Derived], Any, Runtime, dict[str, str]]:
+def settle(asked: Recipe, *, ask_teacher: bool = True,
+           progress: Any = None) -> tuple[Recipe, list[Derived], Any, Runtime, dict[str, str]]:
     """Everything that is decided before the first step: derived values, data, measured speed, steps, intervals; and the
-    fingerprints of the models that the run stands on."""
+    fingerprints of the models that the run stands on.
+
+    Without `ask_teacher`, a recipe that would ask its teacher about all of its text comes back as its student alone.
+    """
     recipe, derived = from_first(resolve(asked) if process_rank() == 0 else None)
     check_trackers(recipe.train.trackers)
     layout, laid_out = lay_out(recipe)
@@ -145,7 +149,10 @@ def settle(asked: Recipe, *, progress: Any = None) -> tuple[Recipe, list[Derived
     if progress:
         progress(0, None, "measuring a few steps")
     runtime = Runtime.start(recipe.runtime, layout)
-    infer_once(recipe, corpus, runtime, progress=progress)
+    if ask_teacher:
+        infer_once(recipe, corpus, runtime, progress=progress)
+    elif keeps_answers(recipe):
+        recipe = replace(recipe, objective=student_alone(recipe))
     built = assemble(recipe, corpus, runtime=runtime)
     recipe, derived = built.recipe, derived + laid_out + built.derived
     per_epoch, stands_on = built.state.loader.batches_per_epoch, built.fingerprints

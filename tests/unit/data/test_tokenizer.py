@@ -162,10 +162,19 @@ def test_an_encoder_whose_ids_would_differ_is_not_used():
 
 def test_a_fast_encoder_that_failed_on_the_users_text_is_never_used_again(tmp_path, monkeypatch):
     backend = HuggingFaceTokenizer.from_str(TOKENIZERS["qwen2"].backend.to_str())
+    monkeypatch.setattr("dougong.data.encoders._PROVEN", {})
     monkeypatch.setattr("dougong.data.encoders.proven_equal", lambda *_: False)
     Tokenizer(backend, document_id=None, proof=TEXTS).save(tmp_path)
     monkeypatch.undo()
     assert Tokenizer.load(tmp_path).facts()["encoder"] == "tokenizers"
+
+
+def test_one_process_proves_an_encoder_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("dougong.data.encoders._PROVEN", {})
+    TOKENIZERS["qwen2"].save(tmp_path)
+    assert Tokenizer.load(tmp_path).facts()["encoder"] == "tiktoken"
+    monkeypatch.setattr("dougong.data.encoders.difficult_texts", lambda: pytest.fail("proven again"))
+    assert Tokenizer.load(tmp_path).facts()["encoder"] == "tiktoken"
 
 
 def test_training_is_deterministic_and_ids_ascend_with_merges():

@@ -10,7 +10,7 @@ import torch
 import yaml
 from tiny_recipe import MODELS, dougong, write_recipe, write_texts
 
-from dougong.adapt.teacher_cache import Answers, write_answers
+from dougong.adapt.teacher_cache import Answers, predict_seconds, write_answers
 from dougong.core.config import replace
 from dougong.core.run import RunDirectory
 from dougong.objectives.divergence import top_of
@@ -63,6 +63,18 @@ def test_a_student_takes_its_teachers_tokenizer_and_tells_how_near_it_is(root, t
     assert {"divergence", "agreement", "loss", "accuracy"} <= steps[-1].keys() | steps[-1].get("metrics", {}).keys()
     assert done.json["result"]["bits_per_byte"] > 0
     assert open_run(tmp_path / "run").model.config.dim == 32
+
+
+@pytest.mark.parametrize("tokens", [1, 100, 1 << 20])
+def test_the_time_of_asking_is_predicted_from_any_number_of_blocks(root, monkeypatch, tokens):
+    """Of one block tried, some of them, and all."""
+    monkeypatch.setattr("dougong.adapt.teacher_cache._TRIED_TOKENS", tokens)
+    recipe = recipe_of(root, "objective.top_k=3", "objective.temperature=1.7")
+    plan = answers_of(recipe, teacher := open_teacher(recipe.objective, Runtime()), prepare_data(recipe))
+    assert predict_seconds(plan, teacher.model, Runtime()) > 0 and not plan.directory.exists()
+    write_answers(plan, teacher.model, Runtime())
+    assert predict_seconds(plan, teacher.model, Runtime()) == 0
+    shutil.rmtree(plan.directory)
 
 
 @pytest.mark.parametrize("kept", ["objective.top_k=8", "objective.align=bytes"])

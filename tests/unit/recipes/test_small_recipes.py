@@ -60,7 +60,6 @@ def test_early_stopping_ends_the_cnn_before_its_steps(tmp_path):
     assert outcome.code == 0 and outcome.json["reason"] == "early stop" and outcome.json["step"] < 100
 
 
-@pytest.mark.slow
 def test_the_gan_draws_digits_rather_than_noise(tmp_path):
     """After 600 of 1,500 steps; measured over seeds 0 and 1: 1.5 to 2.1, noise 10.0, training images 0.1."""
     result, _ = trained(tmp_path, "digits_gan", "train.steps=600")

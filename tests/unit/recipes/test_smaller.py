@@ -1,12 +1,14 @@
 """Runs made smaller by the command line: ordinary runs, and the card that compares them."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from tiny_recipe import MODELS, dougong, write_recipe, write_texts
 
 from dougong.core.run import RunDirectory
-from dougong.recipes.card import variants_of
+from dougong.data.documents import Document
+from dougong.recipes.card import _some, variants_of
 from dougong.recipes.open_run import open_run
 from dougong.recipes.recipe import recipe_from_run
 
@@ -33,6 +35,14 @@ def variants(base):
         assert done.code == 0, done.err
         made[name] = done.json
     return made
+
+
+def test_divergence_is_measured_on_several_documents_where_some_are_short():
+    texts = ["a" * length for length in (900, 10, 20, 800, 30, 700)]
+    documents = [Document(id=str(number), source="", text=text) for number, text in enumerate(texts)]
+    letters = SimpleNamespace(encode=list)
+    assert [int(one.id) for one in _some(documents, letters, 240)] == [1, 2, 4, 0]
+    assert [int(one.id) for one in _some(documents[:1], letters, 240)] == [0]
 
 
 def test_a_pruned_run_is_opened_scored_and_trained_on_like_any_other(base, variants, tmp_path):

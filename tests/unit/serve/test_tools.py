@@ -140,7 +140,7 @@ def test_the_clients_own_stream_helper_understands(client):
 def test_auto_is_text_or_calls_and_never_half_of_one(client):
     """The mark is made likely, so both happen."""
     seen = set()
-    for seed in range(3):
+    for seed in range(6):
         bias = {str(ord("<")): 6} if seed % 2 else {}
         reply = client.chat.completions.create(model="tags", messages=TALK, tools=TOOLS, seed=seed, n=4,
                                                max_tokens=500, logit_bias={**bias, str(ord("c")): 3.0})
