@@ -73,7 +73,8 @@ def reward(start: Path, tasks: Path, kind: str, seed: int, *, steps: int, rows: 
     recipe, _ = resolve(load_recipe("grpo", [
         f"start.path={start}", f"data={{kind: chats, path: {tasks}, fractions: [0.9, 0.05, 0.05]}}", f"seed={seed}",
         f"objective={{kind: {kind}, samples: 8, max_tokens: 10}}", f"optim.lr={RATES[kind]}",
-        f"train={{steps: {steps}, rows: {rows}, micro_rows: {rows}}}", RUNTIME])[0])
+        "schedule={kind: cosine, warmup: 0.02, floor: 0.1}", f"train={{steps: {steps}, rows: {rows}, micro_rows: {rows}}}",
+        RUNTIME])[0])
     corpus = prepare_data(recipe)
     built = assemble(recipe, corpus)
     curve = [{"step": 0, **passed(built)}]
@@ -101,7 +102,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed and a fifth of the steps")
     parser.add_argument("--json", help="write the report here")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=400)
     options = parser.parse_args()
     seeds, steps = (1, options.steps // 5) if options.quick else (options.seeds, options.steps)
     report = header()

@@ -16,6 +16,11 @@ from dougong.core.errors import CheckpointError, DougongError
 _CHUNK_BYTES = 1 << 20
 
 
+def default_cache() -> Path:
+    """$DOUGONG_CACHE, or ~/.cache/dougong: what can be made again."""
+    return Path(os.environ.get("DOUGONG_CACHE") or "~/.cache/dougong").expanduser()
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes `path` whole or not at all: temporary file beside it, fsync, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from pydantic import Field, field_validator
 
 from dougong.core.config import chosen_from, config, to_dict
 from dougong.core.errors import ConfigError, DataError
-from dougong.core.files import write_json
+from dougong.core.files import default_cache, write_json
 from dougong.data.chat_corpus import FORMAT, ChatCorpus
 from dougong.data.chat_sources import CHAT_SOURCES, ChatDataset, ChatFiles, Found
 from dougong.data.chat_template import ChatTemplate
@@ -21,7 +21,7 @@ from dougong.data.conversations import Conversation
 from dougong.data.dedup import digest
 from dougong.data.documents import Document
 from dougong.data.materialise import Progress, source_fingerprint
-from dougong.data.prepare import default_cache, key_of, ready_tokenizer, turn
+from dougong.data.prepare import key_of, ready_tokenizer, turn
 from dougong.data.split import SPLITS, by_hash
 from dougong.data.turns import TrainOn, encode_turns, template_for_training, with_turns
 

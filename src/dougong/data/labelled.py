@@ -11,6 +11,7 @@ from pydantic import Field, field_validator
 
 from dougong.core.config import config
 from dougong.core.errors import ConfigError, DataError
+from dougong.core.files import default_cache
 from dougong.data.batch import Batch
 from dougong.data.decode import NotText
 from dougong.data.dedup import digest
@@ -18,7 +19,7 @@ from dougong.data.documents import Document
 from dougong.data.loader import Loader, batches_in_order
 from dougong.data.materialise import Progress
 from dougong.data.pack import Fields
-from dougong.data.prepare import default_cache, key_of, ready_tokenizer
+from dougong.data.prepare import key_of, ready_tokenizer
 from dougong.data.records import read_records
 from dougong.data.split import SPLITS, by_hash
 from dougong.data.tokenizer import Tokenizer

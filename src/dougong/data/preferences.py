@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 
 from dougong.core.config import config, to_dict
 from dougong.core.errors import ConfigError, DataError
-from dougong.core.files import write_json
+from dougong.core.files import default_cache, write_json
 from dougong.data.conversations import Conversation
 from dougong.data.decode import NotText
 from dougong.data.dedup import digest
@@ -20,7 +20,7 @@ from dougong.data.documents import Document
 from dougong.data.judgements import Judged, judged_in
 from dougong.data.materialise import Progress
 from dougong.data.preference_corpus import FORMAT, PreferenceCorpus
-from dougong.data.prepare import default_cache, key_of, ready_tokenizer, turn
+from dougong.data.prepare import key_of, ready_tokenizer, turn
 from dougong.data.records import read_records
 from dougong.data.sources import HuggingFaceSource
 from dougong.data.split import SPLITS, by_hash

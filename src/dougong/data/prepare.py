@@ -11,7 +11,6 @@ CACHE/documents/KEY/    text, duplicates removed, split      KEY: the sources' f
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from pydantic import Field
 
 from dougong.core.config import chosen_from, config, to_dict
 from dougong.core.errors import CheckpointError, ConfigError
-from dougong.core.files import lock
+from dougong.core.files import default_cache, lock
 from dougong.data import SOURCES
 from dougong.data.corpus import Corpus, Packing, tokens_directory
 from dougong.data.decode import check_encoding
@@ -82,11 +81,6 @@ class TextData:
     def prepare(self, tokenizer: Any, **options: Any) -> Corpus:
         """`prepare(self, tokenizer, …)`."""
         return prepare(self, tokenizer, **options)
-
-
-def default_cache() -> Path:
-    """$DOUGONG_CACHE, or ~/.cache/dougong."""
-    return Path(os.environ.get("DOUGONG_CACHE") or "~/.cache/dougong").expanduser()
 
 
 def prepare(data: TextData, tokenizer: Any, *, context: int, cache: Path | str | None = None, seed: int = 0,

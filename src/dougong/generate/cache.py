@@ -1,10 +1,24 @@
 """Keys and values of the tokens already read, so that a new token costs one position."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 _GROWTH = 128   # least number of new slots when a layer's store is full; beyond it the store grows by half
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where a cache keeps the one row it has, with room for another token: stores by layer (rows K width H, of which it
+    is the first), and its columns in each, from `begin` to before `end`."""
+
+    keys: Mapping[int, Tensor]
+    values: Mapping[int, Tensor]
+    begin: int
+    end: int
 
 
 class KVCache:
@@ -38,6 +52,16 @@ class KVCache:
     def advance(self, T: int) -> None:
         """Counts T positions as read. The model calls it once, after its last layer."""
         self.length += T
+
+    def columns(self) -> Columns | None:
+        """None where there are several rows, padding, or nothing yet."""
+        first = next(iter(self._keys.values()), None)
+        if first is None or len(first) != 1 or self.start_B is not None:
+            return None
+        if self.length + 1 > first.shape[2]:
+            for layer in self._keys:
+                self._grow(layer, self.length + 1, self._keys[layer], self._values[layer])
+        return Columns(self._keys, self._values, 0, self.length)
 
     def keep(self, rows: list[int]) -> None:
         """Keeps these rows, in this order; a row may be named several times (samples of one prompt).

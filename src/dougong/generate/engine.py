@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from dougong.core.errors import ConfigError
 from dougong.generate.cache import KVCache
 from dougong.generate.fused import fuse
+from dougong.generate.lanes import Reading
+from dougong.generate.program import Program
 from dougong.generate.sampling import Draws, SamplingConfig, choose, log_probabilities
 from dougong.nn.attention import Cache
 from dougong.nn.lora import merge_adapters
@@ -51,7 +53,8 @@ class _Row:
 
 
 class Engine:
-    """A model ready to decode: its weights in the compute dtype, in evaluation mode, parts fused (`fused`).
+    """A model ready to decode: its weights in the compute dtype, in evaluation mode, parts fused (`fused`); on a CPU
+    one row's next token is computed in C where it can be (`program`).
 
     The given model is left untouched. Make an engine after training it further: matrices are converted and
     joined once, since the leaves would otherwise cast them at every token.
@@ -59,7 +62,9 @@ class Engine:
 
     def __init__(self, model: nn.Module, runtime: Runtime = Runtime()) -> None:  # noqa: B008 (a frozen value)
         self.runtime = runtime
-        self.model: Any = _for_inference(model, runtime)   # a LanguageModel and a Module, which no type says
+        ready: Any = _for_inference(model, runtime)        # a LanguageModel and a Module, which no type says
+        self.program = Program.of(ready) if runtime.device.type == "cpu" else None
+        self.model: Any = fuse(ready)
         config = getattr(model, "config", None)
         self.context: int | None = getattr(config, "context", None)
         self.vocab_size: int | None = getattr(config, "vocab_size", None)
@@ -94,8 +99,12 @@ class Engine:
         return tokens[-self.context:]
 
     @torch.inference_mode()
-    def read(self, tokens_BT: Tensor, cache: Cache) -> Tensor:
+    def read(self, tokens_BT: Tensor, cache: KVCache | Reading) -> Tensor:
         """Reads T tokens of every row into the cache; returns the logits after the last, (B V)."""
+        if self.program is not None and tokens_BT.numel() == 1 and (columns := cache.columns()) is not None:
+            logits_1V = self.program(tokens_BT, columns, cache.length)
+            cache.advance(1)
+            return logits_1V
         hidden_BTD = self.model.hidden(tokens_BT.to(self.runtime.device), cache=cache)
         return self.model.head(hidden_BTD[:, -1])
 
@@ -236,7 +245,7 @@ def sample_seed(seed: int, sample: int) -> int:
 
 
 def _for_inference(model: nn.Module, runtime: Runtime) -> nn.Module:
-    """A copy of the module tree in evaluation mode, its parameters in the compute dtype, its parts fused.
+    """A copy of the module tree in evaluation mode, its parameters in the compute dtype.
 
     deepcopy's memo already holds the converted tensors, so no second fp32 copy is made on the way.
     """
@@ -247,4 +256,4 @@ def _for_inference(model: nn.Module, runtime: Runtime) -> nn.Module:
     copied: Any = copy.deepcopy(model, memo).eval()
     if getattr(copied, "compute_dtype", runtime.dtype) != runtime.dtype:
         copied.compute_dtype = runtime.dtype
-    return fuse(merge_adapters(copied))
+    return merge_adapters(copied)

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dougong.generate.cache import Columns
+
 BLOCK = 64     # tokens: the unit of widths, of the budget and of shared prefixes
 _ROOM = 32     # columns a row finds free when it enters a lane
 _SHIFT = 16    # columns that a shift frees at least, so that it is rare
@@ -173,6 +175,13 @@ class Reading:
         for rows, k, v in parts:
             keys[rows, :, -k.shape[2]:], values[rows, :, -v.shape[2]:] = k, v
         return keys, values
+
+    def columns(self) -> Columns | None:
+        """None where there are several rows, or nothing yet."""
+        lane = self.lanes[0]
+        if len(self.lanes) > 1 or len(lane.members) > 1 or not lane.keys or lane.end == lane.width:
+            return None
+        return Columns(lane.keys, lane.values, lane.end - lane.lengths[0], lane.end)
 
     def advance(self, T: int) -> None:
         for lane in self.lanes:

@@ -13,8 +13,8 @@ from torch import nn
 
 from dougong.core.config import replace, to_dict
 from dougong.core.errors import ConfigError
-from dougong.core.files import write_bytes
-from dougong.data.prepare import default_cache, key_of, turn
+from dougong.core.files import default_cache, write_bytes
+from dougong.data.prepare import key_of, turn
 from dougong.objectives.objective import Objective
 from dougong.objectives.preference import pair_log_probs
 from dougong.recipes.recipe import Recipe

@@ -20,7 +20,7 @@ from dougong.adapt.teacher_cache import (
 )
 from dougong.core.config import replace
 from dougong.core.errors import ConfigError
-from dougong.data.prepare import default_cache
+from dougong.core.files import default_cache
 from dougong.data.tokenizer import Tokenizer
 from dougong.interop.hub import is_hub_name
 from dougong.models.capture import captured

@@ -137,12 +137,16 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
     if cpuinfo.exists():
         lines = cpuinfo.read_text().splitlines()
         processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), processor)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-    facts = {"processor": processor, "cores": usable_cores(), "memory_bytes": memory,
+    facts = {"processor": processor, "cores": usable_cores(), "memory_bytes": memory_bytes(),
              "system": f"{platform.system()} {platform.machine()}", "device": device.type}
     if device.type == "cuda":
         facts["device"] = torch.cuda.get_device_name(device)
     return facts
+
+
+def memory_bytes() -> int:
+    """The machine's memory; 0 where the system does not say."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -10,8 +10,9 @@ import torch
 
 from dougong.core.config import from_dict, to_dict
 from dougong.core.errors import ConfigError, DataError
+from dougong.core.files import default_cache
 from dougong.data.dedup import DedupConfig
-from dougong.data.prepare import TextData, default_cache, prepare
+from dougong.data.prepare import TextData, prepare
 from dougong.data.sources import FilesSource, PythonSource
 from dougong.data.split import SplitConfig
 from dougong.data.tokenizer import BpeConfig, BytesConfig, CharactersConfig

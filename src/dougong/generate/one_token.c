@@ -1,0 +1,409 @@
+/* A model's step for one new token on a CPU: a list of operations, run from beginning to end by all threads.
+ *
+ * At one token a step every weight is read once and little is computed with it: memory sets the pace, if nothing else
+ * does. So weights are widened as they come (bf16 by a shift, integers by a conversion), lines that will be needed are
+ * asked for early, sums are kept in float, LANES of them side by side, and threads stay together for the whole list.
+ * program.py makes the list; native.py compiles this file where it runs, and so for the processor it runs on.
+ *
+ * A matrix of O rows and I columns lies row by row. All vectors are floats; their lengths are multiples of LANES.
+ */
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+#define LANES 16
+#elif defined(__AVX2__) && defined(__FMA__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define ROWS 4          /* rows of a matrix multiplied together: they share what is loaded of x */
+#define AT_ONCE 64      /* groups whose scales are widened together */
+#define AHEAD 4096      /* bytes of a matrix between what is read and what is asked for */
+#define UNROLL _Pragma("GCC unroll 4")
+
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+typedef int8_t signed_bytes __attribute__((vector_size(LANES)));
+typedef uint8_t bytes __attribute__((vector_size(LANES)));
+
+enum kind { FLOAT, BF16, INT8, INT4 };      /* of a matrix, or of keys and values (the first two) */
+
+int64_t lanes(void) { return LANES; }
+
+static inline floats load(const float *p) { floats v; memcpy(&v, p, sizeof v); return v; }
+static inline void store(float *p, floats v) { memcpy(p, &v, sizeof v); }
+static inline floats all(float x) { return x - (floats){0}; }
+
+/* LANES numbers of a narrow type, widened. GCC takes the portable form of these apart, hence the intrinsics. */
+#if LANES == 16
+static inline words widen_halves(const uint16_t *p) {
+    return (words)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+}
+static inline ints widen_signed(const int8_t *p) {
+    return (ints)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p));
+}
+static inline ints widen_bytes(const uint8_t *p) {
+    return (ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
+}
+static inline floats to_floats(ints v) { return (floats)_mm512_cvtepi32_ps((__m512i)v); }
+#elif LANES == 8
+static inline words widen_halves(const uint16_t *p) {
+    return (words)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
+}
+static inline ints widen_signed(const int8_t *p) {
+    return (ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p));
+}
+static inline ints widen_bytes(const uint8_t *p) {
+    return (ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
+}
+static inline floats to_floats(ints v) { return (floats)_mm256_cvtepi32_ps((__m256i)v); }
+#else
+static inline words widen_halves(const uint16_t *p) {
+    halves v;
+    memcpy(&v, p, sizeof v);
+    return __builtin_convertvector(v, words);
+}
+static inline ints widen_signed(const int8_t *p) {
+    signed_bytes v;
+    memcpy(&v, p, sizeof v);
+    return __builtin_convertvector(v, ints);
+}
+static inline ints widen_bytes(const uint8_t *p) {
+    bytes v;
+    memcpy(&v, p, sizeof v);
+    return __builtin_convertvector(v, ints);
+}
+static inline floats to_floats(ints v) { return __builtin_convertvector(v, floats); }
+#endif
+
+/* The two integers of 4 bits in a byte, each stored plus 8. */
+#if LANES == 16
+static inline floats low_half(ints pair) {
+    const floats integers = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+    return (floats)_mm512_permutexvar_ps((__m512i)pair, (__m512)integers);    /* it looks at the last four bits alone */
+}
+static inline floats high_half(ints pair) { return low_half(pair >> 4); }
+#else
+static inline floats low_half(ints pair) { return to_floats((pair & 15) - 8); }
+static inline floats high_half(ints pair) { return to_floats((pair >> 4) - 8); }
+#endif
+
+static inline floats load_bf16(const uint16_t *p) {
+    words wide = widen_halves(p) << 16;
+    floats v;
+    memcpy(&v, &wide, sizeof v);
+    return v;
+}
+
+static inline floats load_as(enum kind kind, const void *p, int64_t at) {
+    return kind == FLOAT ? load((const float *)p + at) : load_bf16((const uint16_t *)p + at);
+}
+
+/* A float16 as float. */
+static inline float half(uint16_t h) {
+#if defined(__F16C__)
+    return _cvtsh_ss(h);
+#elif defined(__aarch64__)
+    __fp16 v;
+    memcpy(&v, &h, sizeof v);
+    return v;
+#else
+    float magnitude = ldexpf((h & 1023) + (h & 0x7c00 ? 1024 : 0), (h & 0x7c00 ? (h >> 10 & 31) : 1) - 25);
+    if ((h & 0x7c00) == 0x7c00) magnitude = h & 1023 ? NAN : INFINITY;
+    return h & 0x8000 ? -magnitude : magnitude;
+#endif
+}
+
+static inline void widen_scales(const uint16_t *scale, float *wide, int64_t n) {
+    int64_t g = 0;
+#if defined(__F16C__)
+    for (; g + 8 <= n; g += 8)
+        _mm256_storeu_ps(wide + g, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(scale + g))));
+#endif
+    for (; g < n; g++) wide[g] = half(scale[g]);
+}
+
+static inline float sum(floats v) {
+    float total = 0;
+    for (int i = 0; i < LANES; i++) total += v[i];
+    return total;
+}
+
+/* e^x to 2e-7 of it, 0 below -87: x = n ln 2 + r, a polynomial of r, n added to the exponent. NaN stays NaN. */
+static inline floats exponential(floats x) {
+    ints some = ~(x < -87.0f);
+    for (int i = 0; i < LANES; i++) x[i] = x[i] < -87.0f ? -87.0f : x[i] > 88.0f ? 88.0f : x[i];
+    ints exponent;
+    for (int i = 0; i < LANES; i++) exponent[i] = (int32_t)(x[i] * 1.44269504f + (x[i] < 0 ? -0.5f : 0.5f));
+    floats n = to_floats(exponent);
+    floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    floats p = 1.0f + r * (1.0f + r * (0.5f + r * (1.6666667e-1f + r * (4.1665796e-2f + r * (8.3334519e-3f
+               + r * 1.3981999e-3f)))));
+    ints bits;
+    memcpy(&bits, &p, sizeof bits);
+    bits = (bits + (exponent << 23)) & some;
+    memcpy(&p, &bits, sizeof p);
+    return p;
+}
+
+/* y[o] = bias[o] + sum over i of w[o, i] x[i] for `rows` rows from o on. Integers have a float16 scale for each group
+ * of columns. At 4 bits column 2j is in the low half of byte j, and x has been through `sorted`. */
+static inline __attribute__((always_inline)) void few_rows(
+        enum kind kind, const float *x, const void *matrix, const uint16_t *scale, const float *bias, float *y,
+        int64_t o, int64_t I, int64_t group, int rows) {
+    floats total[ROWS] = {0};
+    if (kind == FLOAT || kind == BF16) {
+        for (int64_t i = 0; i < I; i += LANES) {
+            floats x_i = load(x + i);
+            UNROLL for (int r = 0; r < rows; r++) {
+                int64_t at = (o + r) * I + i;
+                if (i % (kind == FLOAT ? 16 : 32) == 0)
+                    __builtin_prefetch((const char *)matrix + at * (kind == FLOAT ? 4 : 2) + AHEAD);
+                total[r] += x_i * load_as(kind, matrix, at);
+            }
+        }
+    } else {
+        int64_t groups = I / group;
+        for (int64_t first = 0; first < groups; first += AT_ONCE) {
+            int64_t last = first + AT_ONCE < groups ? first + AT_ONCE : groups;
+            float wide[ROWS][AT_ONCE];
+            for (int r = 0; r < rows; r++) widen_scales(scale + (o + r) * groups + first, wide[r], last - first);
+            for (int64_t g = first; g < last; g++) {
+                floats part[ROWS] = {0};
+                if (kind == INT8) {
+                    UNROLL for (int64_t i = g * group; i < (g + 1) * group; i += LANES) {
+                        floats x_i = load(x + i);
+                        UNROLL for (int r = 0; r < rows; r++) {
+                            const int8_t *at = (const int8_t *)matrix + (o + r) * I + i;
+                            if (i % 64 == 0) __builtin_prefetch(at + AHEAD);
+                            part[r] += x_i * to_floats(widen_signed(at));
+                        }
+                    }
+                } else {
+                    UNROLL for (int64_t i = g * group; i < (g + 1) * group; i += 2 * LANES) {
+                        floats even = load(x + i), odd = load(x + i + LANES);
+                        UNROLL for (int r = 0; r < rows; r++) {
+                            const uint8_t *at = (const uint8_t *)matrix + ((o + r) * I + i) / 2;
+                            if (i % 128 == 0) __builtin_prefetch(at + AHEAD);
+                            ints pair = widen_bytes(at);
+                            part[r] += even * low_half(pair) + odd * high_half(pair);
+                        }
+                    }
+                }
+                UNROLL for (int r = 0; r < rows; r++) total[r] += part[r] * wide[r][g - first];
+            }
+        }
+    }
+    for (int r = 0; r < rows; r++) y[o + r] = sum(total[r]) + (bias ? bias[o + r] : 0);
+}
+
+/* A thread's share of `n` things, in units: from *begin to *end. */
+static inline void share(int64_t n, int64_t unit, int thread, int threads, int64_t *begin, int64_t *end) {
+    int64_t units = (n + unit - 1) / unit;
+    *begin = units * thread / threads * unit;
+    *end = units * (thread + 1) / threads * unit;
+    if (*end > n) *end = n;
+}
+
+static inline __attribute__((always_inline)) void product(
+        enum kind kind, const float *x, const void *matrix, const uint16_t *scale, const float *bias, float *y,
+        int64_t O, int64_t I, int64_t group, int thread, int threads) {
+    int64_t o, end;
+    share(O, ROWS, thread, threads, &o, &end);
+    for (; o + ROWS <= end; o += ROWS) {
+        if (group == 32) few_rows(kind, x, matrix, scale, bias, y, o, I, 32, ROWS);
+        else few_rows(kind, x, matrix, scale, bias, y, o, I, group, ROWS);
+    }
+    for (; o < end; o++) few_rows(kind, x, matrix, scale, bias, y, o, I, group, 1);
+}
+
+/* Of each 2 LANES numbers the even ones, then the odd ones: as the integers of 4 bits lie in their bytes. */
+static void sorted(const float *x, float *y, int64_t I) {
+    for (int64_t i = 0; i < I; i += 2 * LANES)
+        for (int j = 0; j < LANES; j++) {
+            y[i + j] = x[i + 2 * j];
+            y[i + LANES + j] = x[i + 2 * j + 1];
+        }
+}
+
+/* x / sqrt(mean x² + eps) · weight; weight may be null. */
+static void rms_norm(const float *x, const float *weight, float *y, int64_t I, float eps) {
+    floats squares = {0};
+    for (int64_t i = 0; i < I; i += LANES) squares += load(x + i) * load(x + i);
+    float by = 1 / sqrtf(sum(squares) / I + eps);
+    for (int64_t i = 0; i < I; i += LANES) store(y + i, load(x + i) * by * (weight ? load(weight + i) : all(1)));
+}
+
+/* (x - mean) / sqrt(variance + eps) · weight + bias; both may be null. */
+static void layer_norm(const float *x, const float *weight, const float *bias, float *y, int64_t I, float eps) {
+    floats total = {0}, squares = {0};
+    for (int64_t i = 0; i < I; i += LANES) total += load(x + i);
+    float mean = sum(total) / I;
+    for (int64_t i = 0; i < I; i += LANES) { floats d = load(x + i) - mean; squares += d * d; }
+    float by = 1 / sqrtf(sum(squares) / I + eps);
+    for (int64_t i = 0; i < I; i += LANES) {
+        floats scaled = (load(x + i) - mean) * by * (weight ? load(weight + i) : all(1));
+        store(y + i, scaled + (bias ? load(bias + i) : all(0)));
+    }
+}
+
+/* A head in place: x · cos + (x with its halves exchanged) · sin. H a multiple of 2 LANES. */
+static void turn(float *x, const float *cos, const float *sin, int64_t H) {
+    for (int64_t i = 0; i < H / 2; i += LANES) {
+        floats a = load(x + i), b = load(x + H / 2 + i);
+        store(x + i, a * load(cos + i) + b * load(sin + i));
+        store(x + H / 2 + i, b * load(cos + H / 2 + i) + a * load(sin + H / 2 + i));
+    }
+}
+
+/* softmax(q k / sqrt(H) - slope · distance) v for one head over columns begin to end of its keys and values. */
+static inline __attribute__((always_inline)) void attend(
+        enum kind kind, const float *q, const void *keys, const void *values, float slope, float *y, int64_t H,
+        int64_t begin, int64_t end) {
+    int64_t S = end - begin, room = (S + LANES - 1) / LANES * LANES;
+    float *score = malloc(room * sizeof *score), largest = -INFINITY, root = 1 / sqrtf(H);
+    if (!score) { y[0] = NAN; return; }      /* which the caller finds in the logits */
+    for (int64_t s = 0; s < S; s++) {
+        floats part = {0};
+        for (int64_t i = 0; i < H; i += LANES) part += load(q + i) * load_as(kind, keys, (begin + s) * H + i);
+        score[s] = sum(part) * root - slope * (S - 1 - s);
+        largest = score[s] > largest ? score[s] : largest;
+    }
+    for (int64_t s = S; s < room; s++) score[s] = -INFINITY;
+    floats total = {0};
+    for (int64_t s = 0; s < room; s += LANES) {
+        floats weight = exponential(load(score + s) - largest);
+        store(score + s, weight);
+        total += weight;
+    }
+    float by = 1 / sum(total);
+    for (int64_t i = 0; i < H; i += 4 * LANES) {
+        int wide = H - i < 4 * LANES ? (H - i) / LANES : 4;
+        floats mixed[4] = {0};
+        for (int64_t s = 0; s < S; s++)
+            UNROLL for (int j = 0; j < wide; j++)
+                mixed[j] += score[s] * load_as(kind, values, (begin + s) * H + i + j * LANES);
+        for (int j = 0; j < wide; j++) store(y + i + j * LANES, mixed[j] * by);
+    }
+    free(score);
+}
+
+static inline uint16_t to_bf16(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    if (x != x) return 0x7fc0;
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;      /* to the nearest, ties to even */
+}
+
+static void append(enum kind kind, const float *x, void *cache, int64_t at, int64_t H) {
+    if (kind == FLOAT) memcpy((float *)cache + at, x, H * sizeof *x);
+    else for (int64_t i = 0; i < H; i++) ((uint16_t *)cache + at)[i] = to_bf16(x[i]);
+}
+
+enum action { PRODUCT, SORTED, RMS_NORM, LAYER_NORM, HEADS, APPEND, ATTEND, ADD, MIX, GATE, GELU, GELU_TANH, RELU2 };
+
+/* What an operation reads (a to d), where it writes, and its numbers; `together`: the next one does not wait for it. */
+struct operation {
+    int64_t action, kind;
+    const void *a, *b, *c, *d;
+    void *y;
+    int64_t n[6];
+    double real;
+    int64_t together;
+};
+
+/* Where the new token stands: the cache's columns that hold its row's tokens, its own the last; its angles. */
+struct place {
+    int64_t begin, end;
+    const float *cos, *sin;
+};
+
+/* A thread's share of one operation. */
+static void act(const struct operation *op, const struct place *place, int thread, int threads) {
+    const float *a = op->a, *b = op->b, *c = op->c;
+    const int64_t *n = op->n;
+    float *y = op->y;
+    int64_t i, end;
+    switch ((enum action)op->action) {
+    case PRODUCT:      /* x, matrix, scale, bias; O, I, group */
+        switch ((enum kind)op->kind) {
+        case FLOAT: product(FLOAT, a, op->b, 0, op->d, y, n[0], n[1], 32, thread, threads); break;
+        case BF16: product(BF16, a, op->b, 0, op->d, y, n[0], n[1], 32, thread, threads); break;
+        case INT8: product(INT8, a, op->b, op->c, op->d, y, n[0], n[1], n[2], thread, threads); break;
+        case INT4: product(INT4, a, op->b, op->c, op->d, y, n[0], n[1], n[2], thread, threads); break;
+        }
+        break;
+    case SORTED:       /* x; I */
+        if (thread == 0) sorted(a, y, n[0]);
+        break;
+    case RMS_NORM:     /* x, weight; I */
+        if (thread == 0) rms_norm(a, b, y, n[0], op->real);
+        break;
+    case LAYER_NORM:   /* x, weight, bias; I */
+        if (thread == 0) layer_norm(a, b, c, y, n[0], op->real);
+        break;
+    case HEADS:        /* -, queries' weight, keys' weight; heads of queries, of keys, H, normalised?, turned? */
+        share(n[0] + n[1], 1, thread, threads, &i, &end);
+        for (; i < end; i++) {
+            if (n[3]) rms_norm(y + i * n[2], i < n[0] ? b : c, y + i * n[2], n[2], op->real);
+            if (n[4]) turn(y + i * n[2], place->cos, place->sin, n[2]);
+        }
+        break;
+    case APPEND:       /* keys and values after one another, the cache's keys, its values; K, H, columns of the cache */
+        share(n[0], 1, thread, threads, &i, &end);
+        for (; i < end; i++) {
+            int64_t at = (i * n[2] + place->end - 1) * n[1];
+            append(op->kind, a + i * n[1], (void *)op->b, at, n[1]);
+            append(op->kind, a + (n[0] + i) * n[1], (void *)op->c, at, n[1]);
+        }
+        break;
+    case ATTEND:       /* queries, keys, values, slopes; N, K, H, columns of the cache, window */
+        share(n[0], 1, thread, threads, &i, &end);
+        for (; i < end; i++) {
+            int64_t H = n[2], head = i / (n[0] / n[1]) * n[3] * H * (op->kind == FLOAT ? 4 : 2), begin = place->begin;
+            const char *keys = (const char *)op->b + head, *values = (const char *)op->c + head;
+            float slope = op->d ? ((const float *)op->d)[i] : 0;
+            if (n[4] && place->end - n[4] > begin) begin = place->end - n[4];
+            if (op->kind == FLOAT) attend(FLOAT, a + i * H, keys, values, slope, y + i * H, H, begin, place->end);
+            else attend(BF16, a + i * H, keys, values, slope, y + i * H, H, begin, place->end);
+        }
+        break;
+    default:           /* number by number; I */
+        share(n[0], LANES, thread, threads, &i, &end);
+        for (; i < end; i += LANES) {
+            floats x = load(a + i), result = {0};
+            switch ((enum action)op->action) {
+            case ADD: result = x + load(b + i); break;
+            case MIX: result = x * c[0] + load(b + i) * ((const float *)op->d)[0]; break;
+            case GATE: result = x / (1.0f + exponential(-x)) * load(b + i); break;
+            case RELU2: for (int j = 0; j < LANES; j++) result[j] = x[j] < 0 ? 0 : x[j] * x[j]; break;
+            case GELU_TANH: result = x / (1.0f + exponential(-1.5957691216f * (x + 0.044715f * x * x * x))); break;
+            default: for (int j = 0; j < LANES; j++) result[j] = 0.5f * x[j] * (1 + erff(x[j] * 0.70710678f));
+            }
+            store(y + i, result);
+        }
+    }
+}
+
+void run(const struct operation *operations, int64_t count, const struct place *place, int threads) {
+    #pragma omp parallel num_threads(threads)
+    {
+        int thread = omp_get_thread_num(), team = omp_get_num_threads();
+        for (int64_t i = 0; i < count; i++) {
+            act(operations + i, place, thread, team);
+            if (!operations[i].together) {
+                #pragma omp barrier
+            }
+        }
+    }
+}

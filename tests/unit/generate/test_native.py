@@ -1,0 +1,323 @@
+"""One row in C against PyTorch in float64, and what happens where it cannot be compiled."""
+
+import ctypes
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dougong.adapt.quantize import Form, round_to_nearest, take
+from dougong.generate import Engine, SamplingConfig, native
+from dougong.generate.cache import KVCache
+from dougong.models.compose import DecoderConfig
+from dougong.models.families.gpt2 import GPT2Config
+from dougong.models.families.llama import LlamaConfig
+from dougong.models.families.nano import NanoConfig
+from dougong.models.families.qwen3 import Qwen3Config
+from dougong.models.families.qwen3_moe import Qwen3MoEConfig
+from dougong.nn.attention import AttentionConfig
+from dougong.nn.embedding import Embedding
+from dougong.nn.feed_forward import GELUConfig, ReLU2Config
+from dougong.nn.linear import Linear
+from dougong.nn.position import ALiBiConfig, NoPositionConfig, rope_table, rotate
+from dougong.nn.quantized import Quantized, quantize
+from dougong.nn.residual import X0ResidualConfig
+from dougong.runtime.device import Runtime
+
+needed = pytest.mark.skipif(native.library() is None, reason=native.reason())
+
+
+def close(got: torch.Tensor, right: torch.Tensor, relative: float = 1e-5) -> None:
+    """Finite, and within so much of the largest."""
+    assert torch.isfinite(got).all()
+    assert (got.double() - right.double()).abs().max() <= relative * right.double().abs().max()
+
+
+def run(action: str, reads: list[torch.Tensor | None], writes: Any, *numbers: int, begin: int = 0, end: int = 0,
+        angles: tuple[torch.Tensor, torch.Tensor] | None = None, threads: int = 2, **more: Any) -> Any:
+    place = native.Place(begin, end)
+    if angles is not None:
+        place.cos, place.sin = (part.data_ptr() for part in angles)
+    operations = (native.Operation * 1)(native.Operation.of(action, reads, writes, *numbers, **more))
+    native.library().run(operations, 1, ctypes.byref(place), threads)
+    return writes
+
+
+def product(x, matrix, scale, bias, form, group=32, threads=2) -> torch.Tensor:
+    if form == 4:
+        x = run("sorted", [x], torch.empty_like(x), len(x))
+    return run("product", [x, matrix, scale, bias], torch.full((len(matrix),), torch.nan), len(matrix), len(x), group,
+               kind=native.KINDS[form], threads=threads)
+
+
+@needed
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 64), (7, 192), (300, 256), (515, 1040)])
+def test_products_of_floats(outputs, inputs, dtype, threads):
+    torch.manual_seed(0)
+    matrix, bias, x = torch.randn(outputs, inputs).to(dtype), torch.randn(outputs), torch.randn(inputs)
+    close(product(x, matrix, None, bias, dtype, threads=threads), matrix.double() @ x.double() + bias.double())
+
+
+@needed
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("outputs", "inputs", "group"), [(1, 64, 32), (9, 96, 32), (130, 4352, 32), (66, 512, 128),
+                                                          (12, 320, None)])
+def test_products_of_integers(outputs, inputs, group, bits):
+    torch.manual_seed(0)
+    part = Quantized(outputs, inputs, bits, group, "float")
+    part.set(*quantize(torch.randn(outputs, inputs), bits, group))
+    x = torch.randn(inputs)
+    close(product(x, part.values, part.scale, None, bits, group or inputs), part.weight.double() @ x.double())
+
+
+@needed
+def test_nan_stays_nan():
+    x = torch.randn(64)
+    x[5] = torch.nan
+    for dtype in (torch.float32, torch.bfloat16):
+        assert product(x, torch.randn(6, 64).to(dtype), None, None, dtype).isnan().all()
+    assert run("rms_norm", [x], torch.empty(64), 64, real=1e-6).isnan().all()
+    assert run("layer_norm", [x], torch.empty(64), 64, real=1e-6).isnan().all()
+    for name in ("gate", "gelu", "gelu_tanh", "relu2", "add"):
+        y = run(name, [x, torch.ones(64)], torch.zeros(64), 64)
+        assert y[5].isnan() and y.isnan().sum() == 1, name
+    k, v = torch.randn(1, 9, 64), torch.randn(1, 9, 64)
+    assert run("attend", [x, k, v], torch.empty(64), 1, 1, 64, 9, end=9).isnan().all()
+    k[0, 3] = torch.nan
+    assert run("attend", [torch.randn(64), k, v], torch.empty(64), 1, 1, 64, 9, end=9).isnan().all()
+
+
+@needed
+@pytest.mark.parametrize("learned", [True, False])
+def test_norms_and_heads(learned):
+    torch.manual_seed(0)
+    x, (weight, bias) = torch.randn(192) * 3 + 1, torch.randn(2, 192)
+    given = weight if learned else None
+    close(run("rms_norm", [x, given], torch.empty(192), 192, real=1e-5),
+          F.rms_norm(x.double(), (192,), None if given is None else given.double(), 1e-5))
+    close(run("layer_norm", [x, given, bias if learned else None], torch.empty(192), 192, real=1e-5),
+          F.layer_norm(x.double(), (192,), *((weight.double(), bias.double()) if learned else (None, None)), 1e-5))
+
+    heads, (query, key) = torch.randn(6 * 64), torch.randn(2, 64)
+    cos, sin = rope_table(40, 64, 10_000.0, torch.device("cpu"), torch.float32)
+    right_MH = heads.double().view(6, 64).clone()      # three of queries, one of keys, two of values
+    right_MH[:3] = F.rms_norm(right_MH[:3], (64,), query.double() if learned else None, 1e-6)
+    right_MH[3:4] = F.rms_norm(right_MH[3:4], (64,), key.double() if learned else None, 1e-6)
+    right_MH[:4] = rotate(right_MH[None, None, :4], (cos[39:].double(), sin[39:].double()))[0, 0]
+    run("heads", [None, query if learned else None, key if learned else None], heads, 3, 1, 64, 1, 1,
+        angles=(cos[39], sin[39]), real=1e-6)
+    close(heads, right_MH.flatten())
+
+
+@needed
+@pytest.mark.parametrize(("name", "function"), [
+    ("gate", lambda x, y: F.silu(x) * y), ("gelu", lambda x, y: F.gelu(x)), ("relu2", lambda x, y: F.relu(x).square()),
+    ("gelu_tanh", lambda x, y: F.gelu(x, approximate="tanh")), ("add", lambda x, y: x + y)])
+def test_number_by_number(name, function):
+    x, y = torch.cat([torch.linspace(-120, 120, 512), torch.linspace(-4, 4, 512)]), torch.randn(1024)
+    close(run(name, [x, y], torch.empty(1024), 1024), function(x.double(), y.double()))
+    close(run("mix", [x, y, torch.tensor([0.7]), torch.tensor([-2.0])], torch.empty(1024), 1024), 0.7 * x - 2.0 * y)
+
+
+@needed
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("N", "K", "H", "S"), [(4, 4, 32, 1), (6, 2, 64, 37), (3, 1, 96, 200), (2, 2, 256, 64)])
+@pytest.mark.parametrize(("window", "sloped"), [(0, False), (9, False), (0, True), (30, True)])
+def test_attention_over_columns_of_a_store(N, K, H, S, window, sloped, dtype):
+    torch.manual_seed(0)
+    keys, values = (torch.full((K, S + 9, H), torch.nan).to(dtype) for _ in range(2))   # what is outside is not read
+    keys[:, 4:4 + S], values[:, 4:4 + S] = torch.randn(2, K, S, H).to(dtype)
+    q, new, slopes = torch.randn(N, H) * 3, torch.randn(2, K, H), torch.rand(N)
+    run("append", [new, keys, values], None, K, H, S + 9, begin=4, end=4 + S, kind=native.KINDS[dtype])
+    assert torch.equal(keys[:, 3 + S], new[0].to(dtype)) and torch.equal(values[:, 3 + S], new[1].to(dtype))
+    got = run("attend", [q, keys, values, slopes if sloped else None], torch.empty(N * H), N, K, H, S + 9, window,
+              begin=4, end=4 + S, kind=native.KINDS[dtype])
+    seen = min(window or S, S)
+    k, v = (part[:, 4 + S - seen:4 + S].double().repeat_interleave(N // K, 0) for part in (keys, values))
+    scores = (k @ q.double()[..., None]).squeeze(-1) * H**-0.5
+    if sloped:
+        scores = scores - slopes.double()[:, None] * torch.arange(seen - 1, -1, -1)
+    close(got, (scores.softmax(-1)[:, None] @ v).flatten())
+
+
+def built(name: str) -> Any:
+    model = CONFIGS[name].build().eval()
+    model.initialise(1)
+    for parameter in model.parameters():
+        if not parameter.any():      # what begins at zero would hide what comes before it
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+CONFIGS = {
+    "qwen3": Qwen3Config(vocab_size=61, context=64, dim=64, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=32),
+    "llama": LlamaConfig(vocab_size=61, context=64, dim=96, num_layers=2, num_heads=3),
+    "gpt2": GPT2Config(vocab_size=61, context=64, dim=64, num_layers=2, num_heads=2),
+    "windows, alibi": DecoderConfig(vocab_size=61, context=64, dim=64, num_layers=4, window=7, window_pattern="SL",
+                                    attention=AttentionConfig(num_heads=2, num_kv_heads=1), position=ALiBiConfig(),
+                                    norm_placement="post", residual=X0ResidualConfig()),
+    "value embeddings": DecoderConfig(vocab_size=61, context=64, dim=64, num_layers=2, value_embeddings="alternate",
+                                      attention=AttentionConfig(num_heads=2), feed_forward=ReLU2Config(), soft_cap=9.0),
+    "nano": NanoConfig(vocab_size=61, context=64, dim=64, num_layers=2, num_heads=2, position="rope_alibi",
+                       norm="layer_norm", head_std=0.02, soft_cap=3.0),
+    "no positions": DecoderConfig(vocab_size=61, context=64, dim=64, num_layers=2, position=NoPositionConfig(),
+                                  attention=AttentionConfig(num_heads=2, bias=True, output_bias=True),
+                                  feed_forward=GELUConfig(approximate="none")),
+    "experts": Qwen3MoEConfig(vocab_size=61, context=64, dim=64, num_layers=2, num_heads=2, num_experts=4,
+                              top_k=2, ffn_dim=32),
+    "width of no use": LlamaConfig(vocab_size=61, context=64, dim=60, num_layers=2, num_heads=3),
+}
+
+
+def steps(engine: Engine, prompt: Engine | None = None) -> torch.Tensor:
+    """Logits of 20 single steps after a prompt of five tokens, which another engine may have read."""
+    cache = KVCache()
+    (prompt or engine).read(torch.arange(5)[None], cache)
+    return torch.cat([engine.read(torch.tensor([[7 + 2 * t]]), cache) for t in range(20)])
+
+
+def without(model: Any) -> Engine:
+    engine = Engine(model)
+    engine.program = None
+    return engine
+
+
+@needed
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_engine_writes_the_same_with_and_without(name):
+    model = built(name)
+    assert (Engine(model).program is None) == (name in ("value embeddings", "width of no use", "experts"))
+    close(steps(Engine(model)), steps(without(model)))
+
+
+@needed
+@pytest.mark.parametrize(("bits", "group"), [(8, 32), (4, 32), (8, None), (4, 64)])
+def test_integers_are_read_where_they_are_stored(bits, group):
+    model = built("qwen3")
+    take(model, round_to_nearest(model, bits=bits, group=group), Form(bits, group))
+    exact = built("qwen3")
+    for name, part in exact.named_modules():
+        if isinstance(part, Linear | Embedding):
+            part.weight.data = model.get_submodule(name).weight
+    assert Engine(model).program is not None
+    close(steps(Engine(model), without(exact)), steps(without(exact)))      # PyTorch's kernel for groups rounds rows
+
+
+@needed
+def test_weights_of_bf16_are_multiplied_in_float32():
+    model, rounded = built("qwen3"), built("qwen3").double()
+    for parameter in rounded.parameters():
+        parameter.data = parameter.data.bfloat16().double()
+    exact = steps(Engine(rounded, Runtime(dtype=torch.float64)))
+    engine = Engine(model, Runtime(dtype=torch.bfloat16))
+    with_c = (steps(engine) - exact).abs().max()
+    engine.program = None
+    assert with_c < (steps(engine) - exact).abs().max() and with_c < 0.02 * exact.abs().max()
+
+
+@needed
+def test_a_model_too_large_to_be_kept_twice_is_left_to_pytorch(monkeypatch):
+    from dougong.generate import program
+    monkeypatch.setattr(program, "memory_bytes", lambda: 1000)
+    assert Engine(built("qwen3")).program is None
+
+
+@needed
+def test_two_texts_that_take_turns_on_one_engine():
+    engine, config = Engine(built("qwen3")), SamplingConfig(temperature=0, max_tokens=40)
+    alone = [[step[0].id for step in engine.start([prompt], config)] for prompt in ([1, 2, 3], [5, 4])]
+    turns = [engine.start([prompt], config) for prompt in ([1, 2, 3], [5, 4])]
+    both = list(zip(*turns))
+    assert [[a[0].id for a, _ in both], [b[0].id for _, b in both]] == alone
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """Nothing opened yet, an empty cache; afterwards as before."""
+    def forget():
+        native._open.cache_clear()
+    monkeypatch.setenv("DOUGONG_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv("DOUGONG_NATIVE", raising=False)
+    forget()
+    yield
+    monkeypatch.undo()
+    forget()
+
+
+def compiler(path: Path, script: str) -> str:
+    path.write_text("#!/bin/sh\n" + script)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+@needed
+def test_what_computes_something_else_is_not_used(fresh, monkeypatch, tmp_path):
+    wrong = compiler(tmp_path / "cc", f"""
+        sed 's/part\\[r\\] += even \\* low_half/part[r] -= even * low_half/' {native._SOURCE} > {tmp_path}/wrong.c
+        for argument; do shift; case $argument in *one_token.c) argument={tmp_path}/wrong.c;; esac
+        set -- "$@" "$argument"; done
+        exec cc "$@" """)
+    monkeypatch.setenv("CC", wrong)
+    assert native.library() is None
+    assert "computes something else" in native.reason()
+
+
+@pytest.mark.parametrize(("cc", "said"), [("no-such-compiler", "no C compiler"), ("false", "failed")])
+def test_without_a_compiler_pytorch_computes(fresh, monkeypatch, cc, said):
+    monkeypatch.setenv("CC", cc)
+    assert native.library() is None and said in native.reason()
+    model = built("qwen3")
+    engine = Engine(model)
+    assert engine.program is None and torch.isfinite(steps(engine)).all()
+
+
+def test_it_can_be_left_out(fresh, monkeypatch):
+    monkeypatch.setenv("DOUGONG_NATIVE", "0")
+    assert native.library() is None and "DOUGONG_NATIVE=0" in native.reason()
+
+
+@needed
+def test_it_is_compiled_once(fresh, monkeypatch, tmp_path):
+    counted = compiler(tmp_path / "cc", f'echo x >> {tmp_path}/calls\nexec cc "$@"')
+    monkeypatch.setenv("CC", counted)
+    assert native.library() is not None
+    native._open.cache_clear()
+    assert native.library() is not None
+    assert (tmp_path / "calls").read_text() == "x\n"
+    assert [path.suffix for path in (tmp_path / "cache" / "native").iterdir()] == [".so"]
+
+
+@needed
+def test_a_damaged_or_unwritable_cache(fresh, monkeypatch, tmp_path):
+    assert native.library() is not None
+    (file,) = (tmp_path / "cache" / "native").iterdir()
+    file.unlink()
+    file.write_bytes(b"not a library")
+    native._open.cache_clear()
+    assert native.library() is not None, native.reason()      # compiled anew
+    (tmp_path / "a file").write_text("")
+    monkeypatch.setenv("DOUGONG_CACHE", str(tmp_path / "a file"))
+    native._open.cache_clear()
+    assert native.library() is not None, native.reason()
+
+
+@needed
+def test_greedy_text_is_the_same_alone_and_beside_others():
+    model = built("qwen3")
+    engine, config = Engine(model), SamplingConfig(temperature=0, max_tokens=30)
+    prompts = [[1, 2, 3], [9, 8, 7, 6], [5]]
+    together: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    for step in engine.start(prompts, config):
+        for token in step:
+            together[token.row].append(token.id)
+    for row, prompt in enumerate(prompts):
+        alone = [step[0].id for step in engine.start([prompt], config)]
+        assert alone == together[row]
+    assert os.environ.get("DOUGONG_NATIVE") is None
