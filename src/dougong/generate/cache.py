@@ -1,6 +1,6 @@
 """Keys and values of the tokens already read, so that a new token costs one position."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,13 +12,18 @@ _GROWTH = 128   # least number of new slots when a layer's store is full; beyond
 
 @dataclass(frozen=True)
 class Columns:
-    """Where a cache keeps the one row it has, with room for another token: stores by layer (rows K width H, of which it
-    is the first), and its columns in each, from `begin` to before `end`."""
+    """Where a cache keeps rows that end together, with room for another token of each: stores by layer (at least these
+    rows, K, width, H), the first column of each row, and the column that is next."""
 
     keys: Mapping[int, Tensor]
     values: Mapping[int, Tensor]
-    begin: int
+    begins: Sequence[int]
     end: int
+
+    @property
+    def width(self) -> int:
+        """Columns there are."""
+        return next(iter(self.keys.values())).shape[2]
 
 
 class KVCache:
@@ -53,15 +58,16 @@ class KVCache:
         """Counts T positions as read. The model calls it once, after its last layer."""
         self.length += T
 
-    def columns(self) -> Columns | None:
-        """None where there are several rows, padding, or nothing yet."""
+    def columns(self) -> list[Columns]:
+        """Where the rows are; none where nothing has been read yet."""
         first = next(iter(self._keys.values()), None)
-        if first is None or len(first) != 1 or self.start_B is not None:
-            return None
+        if first is None:
+            return []
         if self.length + 1 > first.shape[2]:
             for layer in self._keys:
                 self._grow(layer, self.length + 1, self._keys[layer], self._values[layer])
-        return Columns(self._keys, self._values, 0, self.length)
+        begins = [0] * len(first) if self.start_B is None else self.start_B.tolist()
+        return [Columns(self._keys, self._values, begins, self.length)]
 
     def keep(self, rows: list[int]) -> None:
         """Keeps these rows, in this order; a row may be named several times (samples of one prompt).

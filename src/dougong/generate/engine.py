@@ -16,6 +16,7 @@ from dougong.generate.program import Program
 from dougong.generate.sampling import Draws, SamplingConfig, choose, log_probabilities
 from dougong.nn.attention import Cache
 from dougong.nn.lora import merge_adapters
+from dougong.nn.position import Span
 from dougong.runtime.device import Runtime
 from dougong.runtime.seeds import derive
 
@@ -101,10 +102,12 @@ class Engine:
     @torch.inference_mode()
     def read(self, tokens_BT: Tensor, cache: KVCache | Reading) -> Tensor:
         """Reads T tokens of every row into the cache; returns the logits after the last, (B V)."""
-        if self.program is not None and tokens_BT.numel() == 1 and (columns := cache.columns()) is not None:
-            logits_1V = self.program(tokens_BT, columns, cache.length)
+        rows, T = tokens_BT.shape
+        if self.program is not None and T == 1 and rows <= self.program.most and (columns := cache.columns()):
+            span = Span(T=1, device=tokens_BT.device, length=cache.length, start_B=cache.start_B)
+            logits_BV = self.program(tokens_BT, columns, span)
             cache.advance(1)
-            return logits_1V
+            return logits_BV
         hidden_BTD = self.model.hidden(tokens_BT.to(self.runtime.device), cache=cache)
         return self.model.head(hidden_BTD[:, -1])
 

@@ -176,12 +176,12 @@ class Reading:
             keys[rows, :, -k.shape[2]:], values[rows, :, -v.shape[2]:] = k, v
         return keys, values
 
-    def columns(self) -> Columns | None:
-        """None where there are several rows, or nothing yet."""
-        lane = self.lanes[0]
-        if len(self.lanes) > 1 or len(lane.members) > 1 or not lane.keys or lane.end == lane.width:
-            return None
-        return Columns(lane.keys, lane.values, lane.end - lane.lengths[0], lane.end)
+    def columns(self) -> list[Columns]:
+        """Where the rows are, lane by lane; none where a lane is empty or full."""
+        if any(not lane.keys or lane.end == lane.width for lane in self.lanes):
+            return []
+        return [Columns(lane.keys, lane.values, [lane.end - length for length in lane.lengths], lane.end)
+                for lane in self.lanes]
 
     def advance(self, T: int) -> None:
         for lane in self.lanes:

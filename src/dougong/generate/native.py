@@ -40,25 +40,30 @@ class Operation(ctypes.Structure):
     """`struct operation`."""
 
     _fields_ = [("action", ctypes.c_int64), ("kind", ctypes.c_int64), *((name, ctypes.c_void_p) for name in "abcdy"),
-                ("n", ctypes.c_int64 * 6), ("real", ctypes.c_double), ("together", ctypes.c_int64)]
+                ("n", ctypes.c_int64 * 6), ("step", ctypes.c_int64 * 3), ("real", ctypes.c_double),
+                ("together", ctypes.c_int64)]
 
     @classmethod
     def of(cls, action: str, reads: Sequence[Tensor | None], writes: Tensor | None, *numbers: int, kind: int = 0,
            real: float = 0.0, together: bool = False) -> "Operation":
-        """Holds addresses alone: whoever makes one keeps the tensors."""
-        pointers = [None if tensor is None else tensor.data_ptr() for tensor in [*reads, *[None] * (4 - len(reads))]]
-        return cls(ACTIONS[action], kind, *pointers, None if writes is None else writes.data_ptr(),
-                   (ctypes.c_int64 * 6)(*numbers), real, together)
+        """Vectors are (texts, width), from which the steps are taken. It holds addresses alone: whoever makes one keeps
+        the tensors."""
+        given = [*reads, *[None] * (4 - len(reads)), writes]
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in given]
+        steps = [0 if tensor is None or tensor.dim() < 2 else tensor.stride(0) for tensor in (*given[:2], writes)]
+        return cls(ACTIONS[action], kind, *pointers, (ctypes.c_int64 * 6)(*numbers), (ctypes.c_int64 * 3)(*steps), real,
+                   together)
 
 
 class Place(ctypes.Structure):
     """`struct place`."""
 
-    _fields_ = [("begin", ctypes.c_int64), ("end", ctypes.c_int64), ("cos", ctypes.c_void_p), ("sin", ctypes.c_void_p)]
+    _fields_ = [("begin", ctypes.c_int64), ("end", ctypes.c_int64), ("width", ctypes.c_int64),
+                ("cos", ctypes.c_void_p), ("sin", ctypes.c_void_p)]
 
 
 def library() -> Any | None:
-    """The compiled `run(operations, count, place, threads)` and `lanes()`, or None; `reason` says why."""
+    """The compiled `run(operations, count, places, texts, threads)` and `lanes()`, or None; `reason` says why."""
     return _open()[0]
 
 
@@ -124,33 +129,35 @@ def _processor() -> str:
 
 def _load(path: Path) -> ctypes.CDLL:
     opened = ctypes.CDLL(str(path))
-    opened.run.argtypes = [ctypes.POINTER(Operation), ctypes.c_int64, ctypes.POINTER(Place), ctypes.c_int]
+    opened.run.argtypes = [ctypes.POINTER(Operation), ctypes.c_int64, ctypes.POINTER(Place), ctypes.c_int64,
+                           ctypes.c_int]
     opened.run.restype, opened.lanes.restype = None, ctypes.c_int64
     return opened
 
 
 def _proven(opened: ctypes.CDLL) -> bool:
-    """Whether a small product of each kind and a small attention are PyTorch's: compilers err too."""
+    """Whether small products of each kind and a small attention are PyTorch's: compilers err too."""
     own = torch.Generator().manual_seed(0)
-    x_I, bias_O = torch.randn(64, generator=own), torch.randn(6, generator=own)
-    whole_OI = torch.randint(-8, 8, (6, 64), generator=own)
-    scale_OG, halves_OI, sorted_I = torch.randn(6, 2, generator=own).half(), (whole_OI + 8).byte(), torch.empty(64)
+    x_BI, bias_O = torch.randn(6, 64, generator=own), torch.randn(7, generator=own)
+    whole_OI = torch.randint(-8, 8, (7, 64), generator=own)
+    scale_OG, halves_OI, sorted_BI = torch.randn(7, 2, generator=own).half(), (whole_OI + 8).byte(), torch.empty(6, 64)
     matrices = {torch.float32: whole_OI.float(), torch.bfloat16: whole_OI.bfloat16(), 8: whole_OI.to(torch.int8),
                 4: halves_OI[:, 0::2] | halves_OI[:, 1::2] << 4}
-    for form, matrix in matrices.items():
-        y_O, whole = torch.empty(6), isinstance(form, int)
-        x, scale = (sorted_I if form == 4 else x_I), (scale_OG if whole else None)
-        _run(opened, Operation.of("sorted", [x_I], sorted_I, 64),
-             Operation.of("product", [x, matrix, scale, bias_O], y_O, 6, 64, 32, kind=KINDS[form]))
-        right = whole_OI * (scale_OG.float().repeat_interleave(32, 1) if whole else 1.0)
-        if not torch.allclose(y_O, right @ x_I + bias_O, rtol=1e-4, atol=1e-4):
-            return False
+    for texts in (1, 6):
+        for form, matrix in matrices.items():
+            y_BO, whole = torch.empty(6, 7), isinstance(form, int)
+            x, scale = (sorted_BI if form == 4 else x_BI), (scale_OG if whole else None)
+            _run(opened, texts, Place(), Operation.of("sorted", [x_BI], sorted_BI, 64),
+                 Operation.of("product", [x, matrix, scale, bias_O], y_BO, 7, 64, 32, kind=KINDS[form]))
+            right_OI = whole_OI * (scale_OG.float().repeat_interleave(32, 1) if whole else 1.0)
+            if not torch.allclose(y_BO[:texts], (x_BI @ right_OI.t() + bias_O)[:texts], rtol=1e-4, atol=1e-4):
+                return False
     q, k, v = (torch.randn(1, heads, S, 32, generator=own) for heads, S in ((4, 1), (2, 21), (2, 21)))
-    y = torch.empty(1, 4, 1, 32)
-    _run(opened, Operation.of("attend", [q, k, v], y, 4, 2, 32, 21), end=21)
+    y, where = torch.empty(1, 4, 1, 32), [torch.tensor([part.data_ptr()]) for part in (k, v)]
+    _run(opened, 1, Place(0, 21, 21), Operation.of("attend", [q, *where], y, 4, 2, 32))
     right = torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
     return torch.allclose(y, right, rtol=1e-4, atol=1e-5)
 
 
-def _run(opened: ctypes.CDLL, *operations: Operation, end: int = 0) -> None:
-    opened.run((Operation * len(operations))(*operations), len(operations), ctypes.byref(Place(0, end)), 1)
+def _run(opened: ctypes.CDLL, texts: int, place: Place, *operations: Operation) -> None:
+    opened.run((Operation * len(operations))(*operations), len(operations), ctypes.byref(place), texts, 1)

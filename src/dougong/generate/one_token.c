@@ -1,8 +1,9 @@
-/* A model's step for one new token on a CPU: a list of operations, run from beginning to end by all threads.
+/* A model's step for the next token of one or a few texts, on a CPU: a list of operations, run by all threads together.
  *
  * At one token a step every weight is read once and little is computed with it: memory sets the pace, if nothing else
  * does. So weights are widened as they come (bf16 by a shift, integers by a conversion), lines that will be needed are
  * asked for early, sums are kept in float, LANES of them side by side, and threads stay together for the whole list.
+ * With more texts the arithmetic counts, and what is loaded is used for four of them.
  * program.py makes the list; native.py compiles this file where it runs, and so for the processor it runs on.
  *
  * A matrix of O rows and I columns lies row by row. All vectors are floats; their lengths are multiples of LANES.
@@ -215,16 +216,92 @@ static inline void share(int64_t n, int64_t unit, int thread, int threads, int64
     if (*end > n) *end = n;
 }
 
+/* The same of plain floats for `texts` vectors x, at most 4, that lie `x_step` apart, as their results do `y_step`. */
+static inline __attribute__((always_inline)) void few_rows_of_texts(
+        const float *x, const float *matrix, const float *bias, float *y, int64_t I, int64_t x_step, int64_t y_step,
+        int rows, int texts) {
+    floats total[ROWS][4] = {{{0}}};
+    for (int64_t i = 0; i < I; i += LANES) {
+        floats x_i[4];
+        UNROLL for (int t = 0; t < texts; t++) x_i[t] = load(x + t * x_step + i);
+        UNROLL for (int r = 0; r < rows; r++) {
+            floats w = load(matrix + r * I + i);
+            UNROLL for (int t = 0; t < texts; t++) total[r][t] += w * x_i[t];
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int t = 0; t < texts; t++) y[t * y_step + r] = sum(total[r][t]) + (bias ? bias[r] : 0);
+}
+
+static inline __attribute__((always_inline)) void rows_of_texts(
+        const float *x, const float *matrix, const float *bias, float *y, int64_t I, int64_t x_step, int64_t y_step,
+        int rows, int64_t texts) {
+    int64_t t = 0;
+    for (; t + 4 <= texts; t += 4)
+        few_rows_of_texts(x + t * x_step, matrix, bias, y + t * y_step, I, x_step, y_step, rows, 4);
+    for (; t + 2 <= texts; t += 2)
+        few_rows_of_texts(x + t * x_step, matrix, bias, y + t * y_step, I, x_step, y_step, rows, 2);
+    if (t < texts) few_rows_of_texts(x + t * x_step, matrix, bias, y + t * y_step, I, x_step, y_step, rows, 1);
+}
+
+/* `rows` rows of a matrix as floats. */
+static inline __attribute__((always_inline)) void widen_rows(
+        enum kind kind, const void *matrix, const uint16_t *scale, float *wide, int64_t o, int64_t I, int64_t group,
+        int rows) {
+    for (int r = 0; r < rows; r++, wide += I) {
+        int64_t at = (o + r) * I;
+        if (kind == BF16) {
+            for (int64_t i = 0; i < I; i += LANES) {
+                if (i % 32 == 0) __builtin_prefetch((const uint16_t *)matrix + at + i + AHEAD / 2);
+                store(wide + i, load_bf16((const uint16_t *)matrix + at + i));
+            }
+            continue;
+        }
+        for (int64_t g = 0; g < I / group; g++) {
+            float by = half(scale[(o + r) * (I / group) + g]);
+            if (kind == INT8)
+                for (int64_t i = g * group; i < (g + 1) * group; i += LANES) {
+                    const int8_t *from = (const int8_t *)matrix + at + i;
+                    if (i % 64 == 0) __builtin_prefetch(from + AHEAD);
+                    store(wide + i, to_floats(widen_signed(from)) * by);
+                }
+            else
+                for (int64_t i = g * group; i < (g + 1) * group; i += 2 * LANES) {
+                    const uint8_t *from = (const uint8_t *)matrix + (at + i) / 2;
+                    if (i % 128 == 0) __builtin_prefetch(from + AHEAD);
+                    ints pair = widen_bytes(from);
+                    store(wide + i, low_half(pair) * by);
+                    store(wide + i + LANES, high_half(pair) * by);
+                }
+        }
+    }
+}
+
 static inline __attribute__((always_inline)) void product(
         enum kind kind, const float *x, const void *matrix, const uint16_t *scale, const float *bias, float *y,
-        int64_t O, int64_t I, int64_t group, int thread, int threads) {
+        int64_t O, int64_t I, int64_t group, int64_t x_step, int64_t y_step, int64_t texts, int thread, int threads) {
     int64_t o, end;
     share(O, ROWS, thread, threads, &o, &end);
-    for (; o + ROWS <= end; o += ROWS) {
-        if (group == 32) few_rows(kind, x, matrix, scale, bias, y, o, I, 32, ROWS);
-        else few_rows(kind, x, matrix, scale, bias, y, o, I, group, ROWS);
+    if (texts == 1) {
+        for (; o + ROWS <= end; o += ROWS) {
+            if (group == 32) few_rows(kind, x, matrix, scale, bias, y, o, I, 32, ROWS);
+            else few_rows(kind, x, matrix, scale, bias, y, o, I, group, ROWS);
+        }
+        for (; o < end; o++) few_rows(kind, x, matrix, scale, bias, y, o, I, group, 1);
+        return;
     }
-    for (; o < end; o++) few_rows(kind, x, matrix, scale, bias, y, o, I, group, 1);
+    float *wide = kind == FLOAT ? 0 : malloc(ROWS * I * sizeof *wide);
+    if (kind != FLOAT && !wide) { y[0] = NAN; return; }
+    for (; o < end; o += ROWS) {
+        int rows = end - o < ROWS ? end - o : ROWS;
+        const float *from = kind == FLOAT ? (const float *)matrix + o * I : wide, *b = bias ? bias + o : 0;
+        if (kind != FLOAT && group == 32) widen_rows(kind, matrix, scale, wide, o, I, 32, rows);
+        else if (kind != FLOAT) widen_rows(kind, matrix, scale, wide, o, I, group, rows);
+        if (rows == ROWS) rows_of_texts(x, from, b, y + o, I, x_step, y_step, ROWS, texts);
+        else for (int r = 0; r < rows; r++)
+            rows_of_texts(x, from + r * I, b ? b + r : 0, y + o + r, I, x_step, y_step, 1, texts);
+    }
+    free(wide);
 }
 
 /* Of each 2 LANES numbers the even ones, then the odd ones: as the integers of 4 bits lie in their bytes. */
@@ -312,95 +389,107 @@ static void append(enum kind kind, const float *x, void *cache, int64_t at, int6
 
 enum action { PRODUCT, SORTED, RMS_NORM, LAYER_NORM, HEADS, APPEND, ATTEND, ADD, MIX, GATE, GELU, GELU_TANH, RELU2 };
 
-/* What an operation reads (a to d), where it writes, and its numbers; `together`: the next one does not wait for it. */
+/* What an operation reads (a to d), where it writes, and its numbers. A vector of the next text lies `step` further on:
+ * of a, of b, of y. `together`: the next operation need not wait for this one. */
 struct operation {
     int64_t action, kind;
     const void *a, *b, *c, *d;
     void *y;
-    int64_t n[6];
+    int64_t n[6], step[3];
     double real;
     int64_t together;
 };
 
-/* Where the new token stands: the cache's columns that hold its row's tokens, its own the last; its angles. */
+/* Where a text's new token stands: the columns of the cache that hold the text, the token's own the last; how many
+ * columns the cache has; the token's angles. */
 struct place {
-    int64_t begin, end;
+    int64_t begin, end, width;
     const float *cos, *sin;
 };
 
 /* A thread's share of one operation. */
-static void act(const struct operation *op, const struct place *place, int thread, int threads) {
-    const float *a = op->a, *b = op->b, *c = op->c;
-    const int64_t *n = op->n;
+static void act(const struct operation *op, const struct place *places, int64_t texts, int thread, int threads) {
+    const void *b = op->b, *c = op->c;
+    const float *a = op->a;
+    const int64_t *n = op->n, *step = op->step;
     float *y = op->y;
     int64_t i, end;
     switch ((enum action)op->action) {
     case PRODUCT:      /* x, matrix, scale, bias; O, I, group */
         switch ((enum kind)op->kind) {
-        case FLOAT: product(FLOAT, a, op->b, 0, op->d, y, n[0], n[1], 32, thread, threads); break;
-        case BF16: product(BF16, a, op->b, 0, op->d, y, n[0], n[1], 32, thread, threads); break;
-        case INT8: product(INT8, a, op->b, op->c, op->d, y, n[0], n[1], n[2], thread, threads); break;
-        case INT4: product(INT4, a, op->b, op->c, op->d, y, n[0], n[1], n[2], thread, threads); break;
+        case FLOAT: product(FLOAT, a, b, 0, op->d, y, n[0], n[1], 32, step[0], step[2], texts, thread, threads); break;
+        case BF16: product(BF16, a, b, 0, op->d, y, n[0], n[1], 32, step[0], step[2], texts, thread, threads); break;
+        case INT8: product(INT8, a, b, c, op->d, y, n[0], n[1], n[2], step[0], step[2], texts, thread, threads); break;
+        case INT4: product(INT4, a, b, c, op->d, y, n[0], n[1], n[2], step[0], step[2], texts, thread, threads); break;
         }
         break;
-    case SORTED:       /* x; I */
-        if (thread == 0) sorted(a, y, n[0]);
-        break;
-    case RMS_NORM:     /* x, weight; I */
-        if (thread == 0) rms_norm(a, b, y, n[0], op->real);
-        break;
-    case LAYER_NORM:   /* x, weight, bias; I */
-        if (thread == 0) layer_norm(a, b, c, y, n[0], op->real);
+    case SORTED: case RMS_NORM: case LAYER_NORM:      /* x, weight, bias; I */
+        share(texts, 1, thread, threads, &i, &end);
+        for (; i < end; i++) {
+            const float *x = a + i * step[0];
+            float *to = y + i * step[2];
+            if (op->action == SORTED) sorted(x, to, n[0]);
+            else if (op->action == RMS_NORM) rms_norm(x, b, to, n[0], op->real);
+            else layer_norm(x, b, c, to, n[0], op->real);
+        }
         break;
     case HEADS:        /* -, queries' weight, keys' weight; heads of queries, of keys, H, normalised?, turned? */
-        share(n[0] + n[1], 1, thread, threads, &i, &end);
+        share(texts * (n[0] + n[1]), 1, thread, threads, &i, &end);
         for (; i < end; i++) {
-            if (n[3]) rms_norm(y + i * n[2], i < n[0] ? b : c, y + i * n[2], n[2], op->real);
-            if (n[4]) turn(y + i * n[2], place->cos, place->sin, n[2]);
+            int64_t text = i / (n[0] + n[1]), head = i % (n[0] + n[1]);
+            float *x = y + text * step[2] + head * n[2];
+            if (n[3]) rms_norm(x, head < n[0] ? b : c, x, n[2], op->real);
+            if (n[4]) turn(x, places[text].cos, places[text].sin, n[2]);
         }
         break;
-    case APPEND:       /* keys and values after one another, the cache's keys, its values; K, H, columns of the cache */
-        share(n[0], 1, thread, threads, &i, &end);
+    case APPEND:       /* keys and values after one another, each text's cache of keys, of values; K, H */
+        share(texts * n[0], 1, thread, threads, &i, &end);
         for (; i < end; i++) {
-            int64_t at = (i * n[2] + place->end - 1) * n[1];
-            append(op->kind, a + i * n[1], (void *)op->b, at, n[1]);
-            append(op->kind, a + (n[0] + i) * n[1], (void *)op->c, at, n[1]);
+            int64_t text = i / n[0], head = i % n[0], at = (head * places[text].width + places[text].end - 1) * n[1];
+            const float *x = a + text * step[0] + head * n[1];
+            append(op->kind, x, ((void *const *)b)[text], at, n[1]);
+            append(op->kind, x + n[0] * n[1], ((void *const *)c)[text], at, n[1]);
         }
         break;
-    case ATTEND:       /* queries, keys, values, slopes; N, K, H, columns of the cache, window */
-        share(n[0], 1, thread, threads, &i, &end);
+    case ATTEND:       /* queries, each text's cache of keys, of values, slopes; N, K, H, window */
+        share(texts * n[0], 1, thread, threads, &i, &end);
         for (; i < end; i++) {
-            int64_t H = n[2], head = i / (n[0] / n[1]) * n[3] * H * (op->kind == FLOAT ? 4 : 2), begin = place->begin;
-            const char *keys = (const char *)op->b + head, *values = (const char *)op->c + head;
-            float slope = op->d ? ((const float *)op->d)[i] : 0;
-            if (n[4] && place->end - n[4] > begin) begin = place->end - n[4];
-            if (op->kind == FLOAT) attend(FLOAT, a + i * H, keys, values, slope, y + i * H, H, begin, place->end);
-            else attend(BF16, a + i * H, keys, values, slope, y + i * H, H, begin, place->end);
+            int64_t text = i / n[0], head = i % n[0], H = n[2];
+            const struct place *place = places + text;
+            int64_t at = head / (n[0] / n[1]) * place->width * H * (op->kind == FLOAT ? 4 : 2), begin = place->begin;
+            const char *keys = ((const char *const *)b)[text] + at, *values = ((const char *const *)c)[text] + at;
+            const float *q = a + text * step[0] + head * H;
+            float *to = y + text * step[2] + head * H, slope = op->d ? ((const float *)op->d)[head] : 0;
+            if (n[3] && place->end - n[3] > begin) begin = place->end - n[3];
+            if (op->kind == FLOAT) attend(FLOAT, q, keys, values, slope, to, H, begin, place->end);
+            else attend(BF16, q, keys, values, slope, to, H, begin, place->end);
         }
         break;
     default:           /* number by number; I */
-        share(n[0], LANES, thread, threads, &i, &end);
+        share(texts * n[0], LANES, thread, threads, &i, &end);
         for (; i < end; i += LANES) {
-            floats x = load(a + i), result = {0};
+            int64_t text = i / n[0], at = i % n[0];
+            floats x = load(a + text * step[0] + at), result = {0};
+            const float *other = (const float *)b + text * step[1] + at;
             switch ((enum action)op->action) {
-            case ADD: result = x + load(b + i); break;
-            case MIX: result = x * c[0] + load(b + i) * ((const float *)op->d)[0]; break;
-            case GATE: result = x / (1.0f + exponential(-x)) * load(b + i); break;
+            case ADD: result = x + load(other); break;
+            case MIX: result = x * ((const float *)c)[0] + load(other) * ((const float *)op->d)[0]; break;
+            case GATE: result = x / (1.0f + exponential(-x)) * load(other); break;
             case RELU2: for (int j = 0; j < LANES; j++) result[j] = x[j] < 0 ? 0 : x[j] * x[j]; break;
             case GELU_TANH: result = x / (1.0f + exponential(-1.5957691216f * (x + 0.044715f * x * x * x))); break;
             default: for (int j = 0; j < LANES; j++) result[j] = 0.5f * x[j] * (1 + erff(x[j] * 0.70710678f));
             }
-            store(y + i, result);
+            store(y + text * step[2] + at, result);
         }
     }
 }
 
-void run(const struct operation *operations, int64_t count, const struct place *place, int threads) {
+void run(const struct operation *operations, int64_t count, const struct place *places, int64_t texts, int threads) {
     #pragma omp parallel num_threads(threads)
     {
         int thread = omp_get_thread_num(), team = omp_get_num_threads();
         for (int64_t i = 0; i < count; i++) {
-            act(operations + i, place, thread, team);
+            act(operations + i, places, texts, thread, team);
             if (!operations[i].together) {
                 #pragma omp barrier
             }

@@ -1,8 +1,8 @@
 """One row in C against PyTorch in float64, and what happens where it cannot be compiled."""
 
-import ctypes
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,43 +37,45 @@ def close(got: torch.Tensor, right: torch.Tensor, relative: float = 1e-5) -> Non
     assert (got.double() - right.double()).abs().max() <= relative * right.double().abs().max()
 
 
-def run(action: str, reads: list[torch.Tensor | None], writes: Any, *numbers: int, begin: int = 0, end: int = 0,
-        angles: tuple[torch.Tensor, torch.Tensor] | None = None, threads: int = 2, **more: Any) -> Any:
-    place = native.Place(begin, end)
-    if angles is not None:
-        place.cos, place.sin = (part.data_ptr() for part in angles)
+def run(action: str, reads: list[torch.Tensor | None], writes: Any, *numbers: int, texts: int = 1, threads: int = 2,
+        places: Sequence[native.Place] = (), **more: Any) -> Any:
     operations = (native.Operation * 1)(native.Operation.of(action, reads, writes, *numbers, **more))
-    native.library().run(operations, 1, ctypes.byref(place), threads)
+    native.library().run(operations, 1, (native.Place * max(1, len(places)))(*places), texts, threads)
     return writes
 
 
-def product(x, matrix, scale, bias, form, group=32, threads=2) -> torch.Tensor:
+def product(x_BI, matrix, scale, bias, form, group=32, threads=2) -> torch.Tensor:
+    texts, inputs = x_BI.shape
     if form == 4:
-        x = run("sorted", [x], torch.empty_like(x), len(x))
-    return run("product", [x, matrix, scale, bias], torch.full((len(matrix),), torch.nan), len(matrix), len(x), group,
-               kind=native.KINDS[form], threads=threads)
+        x_BI = run("sorted", [x_BI], torch.empty_like(x_BI), inputs, texts=texts)
+    return run("product", [x_BI, matrix, scale, bias], torch.full((texts, len(matrix)), torch.nan), len(matrix), inputs,
+               group, kind=native.KINDS[form], texts=texts, threads=threads)
 
 
 @needed
+@pytest.mark.parametrize("texts", [1, 2, 3, 7, 16])
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("outputs", "inputs"), [(1, 64), (7, 192), (300, 256), (515, 1040)])
-def test_products_of_floats(outputs, inputs, dtype, threads):
+def test_products_of_floats(outputs, inputs, dtype, threads, texts):
     torch.manual_seed(0)
-    matrix, bias, x = torch.randn(outputs, inputs).to(dtype), torch.randn(outputs), torch.randn(inputs)
-    close(product(x, matrix, None, bias, dtype, threads=threads), matrix.double() @ x.double() + bias.double())
+    matrix, bias, x_BI = torch.randn(outputs, inputs).to(dtype), torch.randn(outputs), torch.randn(texts, inputs)
+    right_BO = x_BI.double() @ matrix.double().t() + bias.double()
+    close(product(x_BI, matrix, None, bias, dtype, threads=threads), right_BO)
 
 
 @needed
+@pytest.mark.parametrize("texts", [1, 2, 7])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("outputs", "inputs", "group"), [(1, 64, 32), (9, 96, 32), (130, 4352, 32), (66, 512, 128),
                                                           (12, 320, None)])
-def test_products_of_integers(outputs, inputs, group, bits):
+def test_products_of_integers(outputs, inputs, group, bits, texts):
     torch.manual_seed(0)
     part = Quantized(outputs, inputs, bits, group, "float")
     part.set(*quantize(torch.randn(outputs, inputs), bits, group))
-    x = torch.randn(inputs)
-    close(product(x, part.values, part.scale, None, bits, group or inputs), part.weight.double() @ x.double())
+    x_BI = torch.randn(texts, inputs)
+    close(product(x_BI, part.values, part.scale, None, bits, group or inputs),
+          x_BI.double() @ part.weight.double().t())
 
 
 @needed
@@ -81,16 +83,20 @@ def test_nan_stays_nan():
     x = torch.randn(64)
     x[5] = torch.nan
     for dtype in (torch.float32, torch.bfloat16):
-        assert product(x, torch.randn(6, 64).to(dtype), None, None, dtype).isnan().all()
+        for texts in (1, 5):
+            x_BI = torch.stack([x] + [torch.randn(64)] * (texts - 1))
+            y = product(x_BI, torch.randn(6, 64).to(dtype), None, None, dtype)
+            assert y[0].isnan().all() and y[1:].isfinite().all()
     assert run("rms_norm", [x], torch.empty(64), 64, real=1e-6).isnan().all()
     assert run("layer_norm", [x], torch.empty(64), 64, real=1e-6).isnan().all()
     for name in ("gate", "gelu", "gelu_tanh", "relu2", "add"):
         y = run(name, [x, torch.ones(64)], torch.zeros(64), 64)
         assert y[5].isnan() and y.isnan().sum() == 1, name
     k, v = torch.randn(1, 9, 64), torch.randn(1, 9, 64)
-    assert run("attend", [x, k, v], torch.empty(64), 1, 1, 64, 9, end=9).isnan().all()
+    where, places = [torch.tensor([part.data_ptr()]) for part in (k, v)], [native.Place(0, 9, 9)]
+    assert run("attend", [x, *where], torch.empty(64), 1, 1, 64, places=places).isnan().all()
     k[0, 3] = torch.nan
-    assert run("attend", [torch.randn(64), k, v], torch.empty(64), 1, 1, 64, 9, end=9).isnan().all()
+    assert run("attend", [torch.randn(64), *where], torch.empty(64), 1, 1, 64, places=places).isnan().all()
 
 
 @needed
@@ -104,15 +110,16 @@ def test_norms_and_heads(learned):
     close(run("layer_norm", [x, given, bias if learned else None], torch.empty(192), 192, real=1e-5),
           F.layer_norm(x.double(), (192,), *((weight.double(), bias.double()) if learned else (None, None)), 1e-5))
 
-    heads, (query, key) = torch.randn(6 * 64), torch.randn(2, 64)
+    heads, (query, key) = torch.randn(2, 6 * 64), torch.randn(2, 64)
     cos, sin = rope_table(40, 64, 10_000.0, torch.device("cpu"), torch.float32)
-    right_MH = heads.double().view(6, 64).clone()      # three of queries, one of keys, two of values
-    right_MH[:3] = F.rms_norm(right_MH[:3], (64,), query.double() if learned else None, 1e-6)
-    right_MH[3:4] = F.rms_norm(right_MH[3:4], (64,), key.double() if learned else None, 1e-6)
-    right_MH[:4] = rotate(right_MH[None, None, :4], (cos[39:].double(), sin[39:].double()))[0, 0]
-    run("heads", [None, query if learned else None, key if learned else None], heads, 3, 1, 64, 1, 1,
-        angles=(cos[39], sin[39]), real=1e-6)
-    close(heads, right_MH.flatten())
+    right_BMH = heads.double().view(2, 6, 64).clone()      # three of queries, one of keys, two of values
+    right_BMH[:, :3] = F.rms_norm(right_BMH[:, :3], (64,), query.double() if learned else None, 1e-6)
+    right_BMH[:, 3:4] = F.rms_norm(right_BMH[:, 3:4], (64,), key.double() if learned else None, 1e-6)
+    right_BMH[:, :4] = rotate(right_BMH[None, :, :4], (cos[[39, 7]].double(), sin[[39, 7]].double()))[0]
+    places = [native.Place(0, 0, 0, cos[at].data_ptr(), sin[at].data_ptr()) for at in (39, 7)]
+    run("heads", [None, query if learned else None, key if learned else None], heads, 3, 1, 64, 1, 1, real=1e-6,
+        texts=2, places=places)
+    close(heads, right_BMH.flatten(1))
 
 
 @needed
@@ -131,19 +138,25 @@ def test_number_by_number(name, function):
 @pytest.mark.parametrize(("window", "sloped"), [(0, False), (9, False), (0, True), (30, True)])
 def test_attention_over_columns_of_a_store(N, K, H, S, window, sloped, dtype):
     torch.manual_seed(0)
-    keys, values = (torch.full((K, S + 9, H), torch.nan).to(dtype) for _ in range(2))   # what is outside is not read
-    keys[:, 4:4 + S], values[:, 4:4 + S] = torch.randn(2, K, S, H).to(dtype)
-    q, new, slopes = torch.randn(N, H) * 3, torch.randn(2, K, H), torch.rand(N)
-    run("append", [new, keys, values], None, K, H, S + 9, begin=4, end=4 + S, kind=native.KINDS[dtype])
-    assert torch.equal(keys[:, 3 + S], new[0].to(dtype)) and torch.equal(values[:, 3 + S], new[1].to(dtype))
-    got = run("attend", [q, keys, values, slopes if sloped else None], torch.empty(N * H), N, K, H, S + 9, window,
-              begin=4, end=4 + S, kind=native.KINDS[dtype])
-    seen = min(window or S, S)
-    k, v = (part[:, 4 + S - seen:4 + S].double().repeat_interleave(N // K, 0) for part in (keys, values))
-    scores = (k @ q.double()[..., None]).squeeze(-1) * H**-0.5
-    if sloped:
-        scores = scores - slopes.double()[:, None] * torch.arange(seen - 1, -1, -1)
-    close(got, (scores.softmax(-1)[:, None] @ v).flatten())
+    keys, values = (torch.full((2, K, S + 9, H), torch.nan).to(dtype) for _ in range(2))    # outside is not read
+    begins, end = (4, 4 + S // 2), 4 + S      # two texts, aligned at the end
+    for store in (keys, values):
+        for text, begin in enumerate(begins):
+            store[text, :, begin:end] = torch.randn(K, end - begin, H).to(dtype)
+    q, new, slopes = torch.randn(2, N * H) * 3, torch.randn(2, 2 * K * H), torch.rand(N)
+    where = [torch.tensor([store[text].data_ptr() for text in range(2)]) for store in (keys, values)]
+    places, kind = [native.Place(begin, end, S + 9) for begin in begins], native.KINDS[dtype]
+    run("append", [new, *where], None, K, H, places=places, kind=kind, texts=2)
+    assert torch.equal(torch.stack([keys, values], 1)[:, :, :, end - 1], new.view(2, 2, K, H).to(dtype))
+    got = run("attend", [q, *where, slopes if sloped else None], torch.empty(2, N * H), N, K, H, window, places=places,
+              kind=kind, texts=2)
+    for text, begin in enumerate(begins):
+        seen = min(window or S, end - begin)
+        k, v = (store[text, :, end - seen:end].double().repeat_interleave(N // K, 0) for store in (keys, values))
+        scores = (k @ q[text].double().view(N, H, 1)).squeeze(-1) * H**-0.5
+        if sloped:
+            scores = scores - slopes.double()[:, None] * torch.arange(seen - 1, -1, -1)
+        close(got[text], (scores.softmax(-1)[:, None] @ v).flatten())
 
 
 def built(name: str) -> Any:
@@ -175,11 +188,12 @@ CONFIGS = {
 }
 
 
-def steps(engine: Engine, prompt: Engine | None = None) -> torch.Tensor:
-    """Logits of 20 single steps after a prompt of five tokens, which another engine may have read."""
-    cache = KVCache()
-    (prompt or engine).read(torch.arange(5)[None], cache)
-    return torch.cat([engine.read(torch.tensor([[7 + 2 * t]]), cache) for t in range(20)])
+def steps(engine: Engine, prompt: Engine | None = None, texts: int = 1) -> torch.Tensor:
+    """Logits of 20 steps after prompts of five tokens and more, which another engine may have read."""
+    cache = KVCache(start_B=torch.arange(texts - 1, -1, -1))
+    tokens = torch.arange(texts * (4 + texts)).view(texts, -1) % 61
+    (prompt or engine).read(tokens, cache)
+    return torch.cat([engine.read((7 + 2 * t + torch.arange(texts)[:, None]) % 61, cache) for t in range(20)])
 
 
 def without(model: Any) -> Engine:
@@ -189,16 +203,18 @@ def without(model: Any) -> Engine:
 
 
 @needed
+@pytest.mark.parametrize("texts", [1, 3])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_an_engine_writes_the_same_with_and_without(name):
+def test_an_engine_writes_the_same_with_and_without(name, texts):
     model = built(name)
     assert (Engine(model).program is None) == (name in ("value embeddings", "width of no use", "experts"))
-    close(steps(Engine(model)), steps(without(model)))
+    close(steps(Engine(model), texts=texts), steps(without(model), texts=texts))
 
 
 @needed
+@pytest.mark.parametrize("texts", [1, 5])
 @pytest.mark.parametrize(("bits", "group"), [(8, 32), (4, 32), (8, None), (4, 64)])
-def test_integers_are_read_where_they_are_stored(bits, group):
+def test_integers_are_read_where_they_are_stored(bits, group, texts):
     model = built("qwen3")
     take(model, round_to_nearest(model, bits=bits, group=group), Form(bits, group))
     exact = built("qwen3")
@@ -206,7 +222,8 @@ def test_integers_are_read_where_they_are_stored(bits, group):
         if isinstance(part, Linear | Embedding):
             part.weight.data = model.get_submodule(name).weight
     assert Engine(model).program is not None
-    close(steps(Engine(model), without(exact)), steps(without(exact)))      # PyTorch's kernel for groups rounds rows
+    right = steps(without(exact), texts=texts)
+    close(steps(Engine(model), without(exact), texts), right)      # prompts read alike: PyTorch's kernel rounds rows
 
 
 @needed
@@ -219,6 +236,18 @@ def test_weights_of_bf16_are_multiplied_in_float32():
     with_c = (steps(engine) - exact).abs().max()
     engine.program = None
     assert with_c < (steps(engine) - exact).abs().max() and with_c < 0.02 * exact.abs().max()
+
+
+@needed
+def test_a_processor_with_bf16_products_keeps_them_for_several_texts(monkeypatch):
+    from dougong.generate import program
+    assert Engine(built("qwen3"), Runtime(dtype=torch.float32)).program.most == program.MOST
+    monkeypatch.setattr(program, "_multiplies_bf16", lambda: True)
+    assert Engine(built("qwen3"), Runtime(dtype=torch.float32)).program.most == program.MOST
+    engine = Engine(built("qwen3"), Runtime(dtype=torch.bfloat16))
+    assert engine.program.most == 1
+    config = SamplingConfig(temperature=0, max_tokens=9)
+    assert len([step for step in engine.start([[1, 2], [3]], config)]) == 9
 
 
 @needed
