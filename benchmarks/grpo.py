@@ -73,8 +73,8 @@ def reward(start: Path, tasks: Path, kind: str, seed: int, *, steps: int, rows: 
     recipe, _ = resolve(load_recipe("grpo", [
         f"start.path={start}", f"data={{kind: chats, path: {tasks}, fractions: [0.9, 0.05, 0.05]}}", f"seed={seed}",
         f"objective={{kind: {kind}, samples: 8, max_tokens: 10}}", f"optim.lr={RATES[kind]}",
-        "schedule={kind: cosine, warmup: 0.02, floor: 0.1}", f"train={{steps: {steps}, rows: {rows}, micro_rows: {rows}}}",
-        RUNTIME])[0])
+        "schedule={kind: cosine, warmup: 0.02, floor: 0.1}",
+        f"train={{steps: {steps}, rows: {rows}, micro_rows: {rows}}}", RUNTIME])[0])
     corpus = prepare_data(recipe)
     built = assemble(recipe, corpus)
     curve = [{"step": 0, **passed(built)}]

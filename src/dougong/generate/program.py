@@ -83,8 +83,8 @@ class Program:
             return None
 
     def __call__(self, tokens_B1: Int[Tensor, "B 1"], columns: Sequence[Columns], span: Span) -> Float[Tensor, "B V"]:
-        """Logits after one more token of each text, at most `most`; the cache then holds their keys and values. `span` is
-        where these tokens stand, `columns` where the cache keeps the texts in turn."""
+        """Logits after one more token of each text, at most `most`; the cache then holds their keys and values. `span`
+        is where these tokens stand, `columns` where the cache keeps the texts in turn."""
         x_B1D = self._model.stem(tokens_B1, self._model.position.embed(span), torch.float32)
         rotation, texts = self._model.position.rotation(span, torch.float32), len(tokens_B1)
         with self._lock:

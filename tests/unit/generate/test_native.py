@@ -247,7 +247,7 @@ def test_a_processor_with_bf16_products_keeps_them_for_several_texts(monkeypatch
     engine = Engine(built("qwen3"), Runtime(dtype=torch.bfloat16))
     assert engine.program.most == 1
     config = SamplingConfig(temperature=0, max_tokens=9)
-    assert len([step for step in engine.start([[1, 2], [3]], config)]) == 9
+    assert len(list(engine.start([[1, 2], [3]], config))) == 9
 
 
 @needed
