@@ -61,7 +61,7 @@ bench: install   ## every benchmark in its quick form
 	for script in time_to_loss throughput generation data parallel; do $(BIN)/python benchmarks/$$script.py --quick || exit 1; done
 
 bench-full: install  ## every benchmark in full (some hours on two cores)
-	for script in time_to_loss throughput generation decoding data parallel checkpoint plan serving_engine serving adaptation lora preferences grpo distillation gpu; do $(BIN)/python benchmarks/$$script.py --json benchmarks/results/$$script.json || exit 1; done
+	for script in time_to_loss throughput generation decoding data parallel checkpoint plan serving_engine serving serving_beside adaptation lora preferences grpo distillation gpu; do $(BIN)/python benchmarks/$$script.py --json benchmarks/results/$$script.json || exit 1; done
 
 docs: install    ## check that the documentation's commands and links hold
 	$(BIN)/python -m pytest tests/docs

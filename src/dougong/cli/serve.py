@@ -74,6 +74,7 @@ def serve(
 def _run(runs: list[Path], config, keys, checkpoint: str, draft: Path | None) -> None:
     """Loads, listens, says where, and serves until told to stop."""
     from dougong.core.errors import ConfigError
+    from dougong.generate import native
     from dougong.serve.app import create_app
     from dougong.serve.model import ServedModel
     from dougong.serve.server import Server, bind
@@ -87,4 +88,6 @@ def _run(runs: list[Path], config, keys, checkpoint: str, draft: Path | None) ->
     host, bound = listener.getsockname()[:2]
     where = f"http://{f'[{host}]' if ':' in host else host}:{bound}"
     print(f"{', '.join(names)} at {where}  (page: {where}/  API: {where}/v1)", flush=True)
+    if any(model.engine.runtime.device.type == "cpu" for model in models):
+        print(f"tokens are computed {native.reason()}", flush=True)
     server.run(sockets=[listener])

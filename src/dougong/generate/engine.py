@@ -17,7 +17,7 @@ from dougong.generate.sampling import Draws, SamplingConfig, choose, log_probabi
 from dougong.nn.attention import Cache
 from dougong.nn.lora import merge_adapters
 from dougong.nn.position import Span
-from dougong.runtime.device import Runtime
+from dougong.runtime.device import Runtime, multiplies_bf16
 from dougong.runtime.seeds import derive
 
 Finish = Literal["stop", "length", "context", "error"]
@@ -248,7 +248,8 @@ def sample_seed(seed: int, sample: int) -> int:
 
 
 def _for_inference(model: nn.Module, runtime: Runtime) -> nn.Module:
-    """A copy of the module tree in evaluation mode, its parameters in the compute dtype.
+    """A copy of the module tree in evaluation mode, its parameters in the compute dtype. On a CPU that has no products
+    of bf16, weights of bf16 are widened as they are used, and what is computed with them is float32.
 
     deepcopy's memo already holds the converted tensors, so no second fp32 copy is made on the way.
     """
@@ -257,6 +258,7 @@ def _for_inference(model: nn.Module, runtime: Runtime) -> nn.Module:
         ready = parameter.detach().to(runtime.device, runtime.dtype)
         memo[id(parameter)] = nn.Parameter(ready, requires_grad=False)
     copied: Any = copy.deepcopy(model, memo).eval()
-    if getattr(copied, "compute_dtype", runtime.dtype) != runtime.dtype:
-        copied.compute_dtype = runtime.dtype
+    if hasattr(copied, "compute_dtype"):
+        plain = runtime.device.type == "cpu" and runtime.dtype == torch.bfloat16 and not multiplies_bf16()
+        copied.compute_dtype = torch.float32 if plain else runtime.dtype
     return merge_adapters(copied)

@@ -23,6 +23,7 @@ from dougong.nn.mask import Mask
 from dougong.nn.norm import RMSNorm
 from dougong.nn.position import Rotation, rotate
 from dougong.nn.quantized import Quantized
+from dougong.runtime.device import multiplies_bf16
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -54,7 +55,7 @@ class Product(nn.Module):
         self.bias = nn.Parameter(bias, requires_grad=False) if bias is not None else None
         self.packed: Tensor | None = None
         self.weight: nn.Parameter | None = None
-        if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16) and _can_pack():
+        if weight.device.type == "cpu" and _can_pack(weight.dtype):
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 1)
         else:
             self.weight = nn.Parameter(weight, requires_grad=False)
@@ -62,7 +63,8 @@ class Product(nn.Module):
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         if self.packed is None:
             assert self.weight is not None
-            return F.linear(x, self.weight, self.bias)
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return F.linear(x, self.weight.to(x.dtype), bias)
         rows = torch.ops.mkldnn._linear_pointwise(x.flatten(0, -2), self.packed, self.bias, "none", [], "")
         return rows.unflatten(0, x.shape[:-1])
 
@@ -87,9 +89,10 @@ class _SideBySide(nn.Module):
         return torch.cat([product(x) for product in self.products], -1)
 
 
-def _can_pack() -> bool:
-    """Whether this PyTorch has oneDNN's packed product (its compiler uses it too)."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+def _can_pack(dtype: torch.dtype) -> bool:
+    """Whether this PyTorch has oneDNN's packed product (its compiler uses it too), the processor one of the dtype."""
+    return (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+            and (dtype == torch.float32 or (dtype == torch.bfloat16 and multiplies_bf16())))
 
 
 class FusedHead(nn.Module):

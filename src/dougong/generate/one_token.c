@@ -216,7 +216,8 @@ static inline void share(int64_t n, int64_t unit, int thread, int threads, int64
     if (*end > n) *end = n;
 }
 
-/* The same of plain floats for `texts` vectors x, at most 4, that lie `x_step` apart, as their results do `y_step`. */
+/* What `few_rows` computes, of plain floats and for `texts` vectors x, at most 4: they lie `x_step` apart, their results
+ * `y_step`. */
 static inline __attribute__((always_inline)) void few_rows_of_texts(
         const float *x, const float *matrix, const float *bias, float *y, int64_t I, int64_t x_step, int64_t y_step,
         int rows, int texts) {

@@ -30,7 +30,7 @@ from dougong.nn.norm import LayerNorm, RMSNorm
 from dougong.nn.position import ALiBi, RoPEALiBi, Span
 from dougong.nn.quantized import Quantized
 from dougong.nn.residual import PlainResidual, X0Residual
-from dougong.runtime.device import memory_bytes
+from dougong.runtime.device import memory_bytes, multiplies_bf16
 
 MOST = 32          # texts at a time: with more, PyTorch's products are as fast
 _FLOAT_BYTES = 4
@@ -212,7 +212,7 @@ class Program:
             group = group or inputs
             if inputs % group or group % (self._lanes * (2 if form == 4 else 1)):
                 raise NoForm
-            if form == torch.bfloat16 and _multiplies_bf16():
+            if form == torch.bfloat16 and multiplies_bf16():
                 self.most = 1
             self._keep(matrix, scale)
             bias = self._floats(getattr(part, "bias", None))
@@ -243,12 +243,6 @@ class Program:
         """Operations hold addresses: the tensors live as long as the program."""
         self._held += tensors
         return tensors[0]
-
-
-def _multiplies_bf16() -> bool:
-    """Whether the processor has products of bf16 of its own: for several texts PyTorch's are then faster than these."""
-    return any(getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported",
-                                                                      "_is_amx_tile_supported"))
 
 
 def _matrix_of(part: Any) -> tuple[Tensor, Tensor | None, Any, int | None]:

@@ -130,6 +130,12 @@ def measure_precision(device: torch.device) -> tuple[Literal["fp32", "bf16"], st
     return chosen, f"matrix products here: bf16 {bf16 / 1e9:,.0f} GFLOP/s, fp32 {fp32 / 1e9:,.0f} GFLOP/s"
 
 
+def multiplies_bf16() -> bool:
+    """Whether this processor has products of bf16 of its own; else they are made of conversions, and slow."""
+    return any(getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported",
+                                                                      "_is_amx_tile_supported"))
+
+
 def machine_facts(device: torch.device) -> dict[str, Any]:
     """Processor, cores, memory, system: what a reader needs to judge a speed."""
     processor = platform.processor() or platform.machine()

@@ -242,7 +242,7 @@ def test_weights_of_bf16_are_multiplied_in_float32():
 def test_a_processor_with_bf16_products_keeps_them_for_several_texts(monkeypatch):
     from dougong.generate import program
     assert Engine(built("qwen3"), Runtime(dtype=torch.float32)).program.most == program.MOST
-    monkeypatch.setattr(program, "_multiplies_bf16", lambda: True)
+    monkeypatch.setattr(program, "multiplies_bf16", lambda: True)
     assert Engine(built("qwen3"), Runtime(dtype=torch.float32)).program.most == program.MOST
     engine = Engine(built("qwen3"), Runtime(dtype=torch.bfloat16))
     assert engine.program.most == 1
