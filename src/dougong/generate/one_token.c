@@ -216,14 +216,16 @@ static inline void share(int64_t n, int64_t unit, int thread, int threads, int64
     if (*end > n) *end = n;
 }
 
-/* What `few_rows` computes, of plain floats and for `texts` vectors x, at most 4: they lie `x_step` apart, their results
- * `y_step`. */
+/* What `few_rows` computes, of plain floats and for `texts` vectors x, at most 4: they lie `x_step` apart, their
+ * results `y_step`. Asks meanwhile for what comes next in memory, `bytes` for each LANES columns. */
 static inline __attribute__((always_inline)) void few_rows_of_texts(
         const float *x, const float *matrix, const float *bias, float *y, int64_t I, int64_t x_step, int64_t y_step,
-        int rows, int texts) {
+        int rows, int texts, const char *next, int bytes) {
     floats total[ROWS][4] = {{{0}}};
     for (int64_t i = 0; i < I; i += LANES) {
         floats x_i[4];
+        if (next)
+            for (int at = 0; at < bytes; at += 64) __builtin_prefetch(next + i / LANES * bytes + at);
         UNROLL for (int t = 0; t < texts; t++) x_i[t] = load(x + t * x_step + i);
         UNROLL for (int r = 0; r < rows; r++) {
             floats w = load(matrix + r * I + i);
@@ -236,13 +238,14 @@ static inline __attribute__((always_inline)) void few_rows_of_texts(
 
 static inline __attribute__((always_inline)) void rows_of_texts(
         const float *x, const float *matrix, const float *bias, float *y, int64_t I, int64_t x_step, int64_t y_step,
-        int rows, int64_t texts) {
-    int64_t t = 0;
+        int rows, int64_t texts, const char *next, int bytes) {
+    if (texts >= 4) few_rows_of_texts(x, matrix, bias, y, I, x_step, y_step, rows, 4, next, bytes);
+    int64_t t = texts >= 4 ? 4 : 0;
     for (; t + 4 <= texts; t += 4)
-        few_rows_of_texts(x + t * x_step, matrix, bias, y + t * y_step, I, x_step, y_step, rows, 4);
+        few_rows_of_texts(x + t * x_step, matrix, bias, y + t * y_step, I, x_step, y_step, rows, 4, 0, 0);
     for (; t + 2 <= texts; t += 2)
-        few_rows_of_texts(x + t * x_step, matrix, bias, y + t * y_step, I, x_step, y_step, rows, 2);
-    if (t < texts) few_rows_of_texts(x + t * x_step, matrix, bias, y + t * y_step, I, x_step, y_step, rows, 1);
+        few_rows_of_texts(x + t * x_step, matrix, bias, y + t * y_step, I, x_step, y_step, rows, 2, 0, 0);
+    if (t < texts) few_rows_of_texts(x + t * x_step, matrix, bias, y + t * y_step, I, x_step, y_step, rows, 1, 0, 0);
 }
 
 /* `rows` rows of a matrix as floats. */
@@ -298,9 +301,11 @@ static inline __attribute__((always_inline)) void product(
         const float *from = kind == FLOAT ? (const float *)matrix + o * I : wide, *b = bias ? bias + o : 0;
         if (kind != FLOAT && group == 32) widen_rows(kind, matrix, scale, wide, o, I, 32, rows);
         else if (kind != FLOAT) widen_rows(kind, matrix, scale, wide, o, I, group, rows);
-        if (rows == ROWS) rows_of_texts(x, from, b, y + o, I, x_step, y_step, ROWS, texts);
+        int bits = kind == FLOAT ? 32 : kind == BF16 ? 16 : kind == INT8 ? 8 : 4, ahead = ROWS * LANES * bits / 8;
+        const char *next = (const char *)matrix + (o + ROWS) * I * bits / 8;
+        if (rows == ROWS) rows_of_texts(x, from, b, y + o, I, x_step, y_step, ROWS, texts, next, ahead);
         else for (int r = 0; r < rows; r++)
-            rows_of_texts(x, from + r * I, b ? b + r : 0, y + o + r, I, x_step, y_step, 1, texts);
+            rows_of_texts(x, from + r * I, b ? b + r : 0, y + o + r, I, x_step, y_step, 1, texts, 0, 0);
     }
     free(wide);
 }

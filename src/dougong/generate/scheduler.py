@@ -349,10 +349,11 @@ class Scheduler:
         from which law."""
         logits_NV = logits_NV[:, :self.vocab_size].float()
         choices = self._choose(rows, logits_NV, drawn)
+        told = self._log_probabilities(rows, choices, logits_NV)
         tokens = []
         for n, (row, choice) in enumerate(zip(rows, choices)):
             if isinstance(choice, int):
-                token = self._write(row, choice, logits_NV[n:n + 1])
+                token = self._write(row, choice, told.get(n, (None, None)))
             else:
                 token = Token(row.id, -1, "error", error=choice)
             tokens.append(token)
@@ -394,16 +395,24 @@ class Scheduler:
                 choices[n] = id
         return choices
 
-    def _write(self, row: Row, id: int, logits_1V: Tensor) -> Token:
+    def _log_probabilities(self, rows: Sequence[Row], choices: Sequence[Choice], logits_NV: Tensor,
+                           ) -> dict[int, tuple[float, list[tuple[int, float]]]]:
+        """For rows that ask: the log-probability of the choice, and the most likely tokens with theirs."""
+        asking: dict[int, list[int]] = {}
+        for n, (row, choice) in enumerate(zip(rows, choices)):
+            if row.request.sampling.logprobs is not None and isinstance(choice, int):
+                asking.setdefault(row.request.sampling.logprobs, []).append(n)
+        told = {}
+        for count, members in asking.items():
+            ids_N = torch.tensor([choices[n] for n in members], device=logits_NV.device)
+            told |= zip(members, zip(*log_probabilities(logits_NV[members], ids_N, count)))
+        return told
+
+    def _write(self, row: Row, id: int, told: tuple[float | None, list[tuple[int, float]] | None]) -> Token:
         try:
             row.write(id)
         except Exception as error:
             return Token(row.id, -1, "error", error=f"{type(error).__name__}: {error}")
-        told: tuple = (None, None)
-        if row.request.sampling.logprobs is not None:
-            chosen, ranked = log_probabilities(logits_1V, torch.tensor([id], device=logits_1V.device),
-                                               row.request.sampling.logprobs)
-            told = chosen[0], ranked[0]
         finish = self._finish(row)
         if finish is None and self._places(row) < 1:       # the context slides
             row.window = len(row.tokens) - ((self.engine.context or 0) + 1) // 2

@@ -1,6 +1,7 @@
 """One row in C against PyTorch in float64, and what happens where it cannot be compiled."""
 
 import os
+import platform
 import stat
 from collections.abc import Sequence
 from pathlib import Path
@@ -296,6 +297,22 @@ def test_what_computes_something_else_is_not_used(fresh, monkeypatch, tmp_path):
     monkeypatch.setenv("CC", wrong)
     assert native.library() is None
     assert "computes something else" in native.reason()
+
+
+@needed
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names processors of x86-64")
+@pytest.mark.parametrize(("processor", "lanes"), [("haswell", 8), ("x86-64", 4)])
+def test_older_processors_get_shorter_vectors(fresh, monkeypatch, tmp_path, processor, lanes):
+    if processor == "haswell" and not torch.cpu._is_avx2_supported():
+        pytest.skip("no AVX2 here")
+    monkeypatch.setenv("CC", compiler(tmp_path / "cc", f"""
+        for argument; do shift; [ $argument = -march=native ] && argument=-march={processor}
+        set -- "$@" "$argument"; done
+        exec cc "$@" """))
+    assert native.library() is not None, native.reason()
+    assert native.library().lanes() == lanes
+    model = built("qwen3")
+    close(steps(Engine(model), texts=3), steps(without(model), texts=3))
 
 
 @pytest.mark.parametrize(("cc", "said"), [("no-such-compiler", "no C compiler"), ("false", "failed")])
