@@ -102,7 +102,8 @@ def build_model(recipe: Recipe, runtime: Runtime, *, integers: Mapping[str, Form
         model = _with_its_heads(recipe)
         if integers:
             make_room(model, integers)
-    model = model.to_empty(device=runtime.device)
+    # as `to_empty`, whose `empty_like` imports a computer algebra: most of a second before a server's first answer
+    model = model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=runtime.device))
     model.initialise(derive(recipe.seed, "model"))
     if getattr(recipe.data, "precision", None) == "float64":
         model = model.double()

@@ -64,7 +64,8 @@ class Runtime:
         check_device(name)
         threads = section.threads or usable_cores()
         torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(section.deterministic)
+        if torch.are_deterministic_algorithms_enabled() != section.deterministic:    # the call imports a compiler
+            torch.use_deterministic_algorithms(section.deterministic)
         if name == "cpu":
             keep_freed_memory()
         mesh = Mesh()
