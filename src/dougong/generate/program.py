@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dougong.generate.cache import Columns
 from dougong.generate.native import KINDS, Operation, Place, library
+from dougong.models.compose import Decoder
 from dougong.models.heads import Head, QuantizedHead, TiedHead, soften
 from dougong.models.stack import Block, PostNormBlock
 from dougong.nn.attention import Attention
@@ -27,12 +28,13 @@ from dougong.nn.embedding import Embedding
 from dougong.nn.feed_forward import FeedForward, ReLU2, SwiGLU
 from dougong.nn.linear import Linear
 from dougong.nn.norm import LayerNorm, RMSNorm
-from dougong.nn.position import ALiBi, RoPEALiBi, Span
+from dougong.nn.position import ALiBi, LearnedPosition, Position, RoPE, RoPEALiBi, Sinusoidal, Span
 from dougong.nn.quantized import Quantized
 from dougong.nn.residual import PlainResidual, X0Residual
 from dougong.runtime.device import memory_bytes, multiplies_bf16
 
 MOST = 32          # texts at a time: with more, PyTorch's products are as fast
+_POSITIONS = (Position, LearnedPosition, Sinusoidal, RoPE, ALiBi, RoPEALiBi)
 _FLOAT_BYTES = 4
 _MEMORY = 0.25     # of the machine's, that a second copy of the matrices may take: `fused` packs the first
 
@@ -71,11 +73,11 @@ class Program:
     @classmethod
     def of(cls, model: Any) -> "Program | None":
         """None where there is no library, or where a part of the model has no form in it."""
-        parts = (getattr(model, name, None) for name in ("stem", "stack", "norm", "head", "position", "config"))
-        if library() is None or any(part is None for part in parts) or not hasattr(model.config, "decoder"):
+        if library() is None or type(model) is not Decoder:
             return None
-        floats = sum(parameter.nbytes for parameter in model.parameters() if parameter.dim() > 1)
-        if floats > _MEMORY * memory_bytes() or model.stem.values:
+        if type(model.position) not in _POSITIONS or model.stem.values:
+            return None
+        if sum(parameter.nbytes for parameter in model.parameters()) > _MEMORY * memory_bytes():
             return None
         try:
             return cls(model)
@@ -170,6 +172,8 @@ class Program:
         if H % (2 * self._lanes):
             raise NoForm
         heads = self._products(x, (part.query, part.key, part.value), "heads")
+        if {type(part.query_norm), type(part.key_norm)} - {RMSNorm, nn.Identity}:
+            raise NoForm
         position, normalised = self._model.position, type(part.query_norm) is RMSNorm
         turned = position.rotation(Span(T=1, device=heads.device), torch.float32) is not None
         if normalised or turned:

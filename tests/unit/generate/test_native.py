@@ -24,6 +24,7 @@ from dougong.nn.attention import AttentionConfig
 from dougong.nn.embedding import Embedding
 from dougong.nn.feed_forward import GELUConfig, ReLU2Config
 from dougong.nn.linear import Linear
+from dougong.nn.norm import RMSNorm
 from dougong.nn.position import ALiBiConfig, NoPositionConfig, rope_table, rotate
 from dougong.nn.quantized import Quantized, quantize
 from dougong.nn.residual import X0ResidualConfig
@@ -256,6 +257,21 @@ def test_a_model_too_large_to_be_kept_twice_is_left_to_pytorch(monkeypatch):
     from dougong.generate import program
     monkeypatch.setattr(program, "memory_bytes", lambda: 1000)
     assert Engine(built("qwen3")).program is None
+
+
+@needed
+def test_parts_of_ones_own_are_left_to_pytorch():
+    class Mine(RMSNorm):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    model = built("qwen3")
+    model.norm = Mine(64)
+    model.norm.weight.data.fill_(1.0)
+    assert Engine(model).program is None
+    model = built("qwen3")
+    model.position.__class__ = type("Turned", (type(model.position),), {})
+    assert Engine(model).program is None
 
 
 @needed
