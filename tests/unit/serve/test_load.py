@@ -2,10 +2,13 @@
 
 import asyncio
 import json
+import os
 import random
 import socket
+import statistics
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import live_server
@@ -15,6 +18,7 @@ from live_server import bind, live, tiny_model
 from dougong.generate.engine import Token
 from dougong.serve.settings import ServeConfig
 
+MINUTES = float(os.environ.get("LOAD_MINUTES", "5"))
 LONG = {"prompt": "a", "max_tokens": 240, "seed": 1}
 
 
@@ -235,4 +239,34 @@ def test_sixteen_clients_that_leave_and_send_rubbish():
         seen = load(server, clients=16, seconds=4)
         server.idle()
         assert set(seen) <= {200, 400, 429, "left"} and seen.count(200) > 10 and seen.count(400) > 5
+        assert server.client.get("/ready").status_code == 200
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(60 * MINUTES + 300)
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the process's memory as Linux tells it")
+def test_sixty_four_clients_for_minutes():
+    """`LOAD_MINUTES=30` for half an hour: no 5xx, every text right, no block held, memory flat after a third."""
+    sizes, config = [], ServeConfig(port=0, rows=16, queue=64)
+    with live(config, models=[tiny_model(config)]) as server:
+        ended = threading.Event()
+
+        def watch():
+            while not ended.wait(1.0):
+                sizes.append(resident_bytes())
+
+        threading.Thread(target=watch, daemon=True).start()
+        seen = load(server, clients=64, seconds=60 * MINUTES)
+        ended.set()
+        server.idle(60)
+        assert set(seen) <= {200, 400, 413, 429, "left"} and {200, 400} <= set(seen)
+        early, late = (sizes[len(sizes) * part // 10:len(sizes) * (part + 2) // 10] for part in (3, 8))
+        growth = statistics.median(late) - statistics.median(early)
+        print(f"{len(seen):,} requests: { {str(kind): seen.count(kind) for kind in set(seen)} }; memory "
+              f"{statistics.median(early) / 1e6:.0f} MB, later {growth / 1e6:+.1f} MB")
+        assert growth < 0.03 * statistics.median(early)
         assert server.client.get("/ready").status_code == 200
