@@ -108,6 +108,6 @@ def live(config=None, keys=None, models=None):
     finally:
         running.client.close()
         server.should_exit = True
-        thread.join(timeout=20)
+        thread.join(timeout=config.drain_seconds + 20)     # a client that hangs is waited for so long
         listener.close()
         assert not thread.is_alive()
