@@ -55,7 +55,7 @@ class _Row:
 
 class Engine:
     """A model ready to decode: its weights in the compute dtype, in evaluation mode, parts fused (`fused`); on a CPU
-    one row's next token is computed in C where it can be (`program`).
+    the next token of a few rows is computed in C where it can be (`program`).
 
     The given model is left untouched. Make an engine after training it further: matrices are converted and
     joined once, since the leaves would otherwise cast them at every token.

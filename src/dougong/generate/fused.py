@@ -1,10 +1,12 @@
 """Forms of the model's parts for decoding, where a token costs few large operations instead of many small ones.
 
+On a CPU with a C compiler they read prompts and guesses, and decode what `program` has no form for; elsewhere all.
+
 At one token a step the matrices are read once and little is computed, so the order of the matrices in memory and the
 number of operations decide. The engine owns a copy of the module tree; here some of its parts are replaced by parts
 that give the same result: queries, keys and values from one product and normalised and turned together, gate and up
-from one product, norms in one call, matrices packed for the CPU. What has no such form (an architecture of your own,
-value embeddings) stays as it is.
+from one product, norms in one call, matrices packed for the CPU. What has no such form (an architecture of your
+own, value embeddings) stays as it is.
 """
 
 import torch
@@ -131,7 +133,8 @@ class FusedRMSNorm(nn.Module):
         self._prepare(weight, part.dim, part.eps)
 
     def _prepare(self, weight: Tensor | None, dim: int, eps: float) -> None:
-        self.scale = dim**0.5 if weight is None else weight * dim**0.5
+        wide = None if weight is None else weight.to(torch.promote_types(weight.dtype, torch.float32))
+        self.scale = dim**0.5 if wide is None else wide * dim**0.5      # in bf16 the product would round once more
         self.floor = torch.tensor((dim * eps) ** 0.5, device=None if weight is None else weight.device)
 
     @classmethod

@@ -87,7 +87,10 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
             path.unlink()
             opened = _load(_compiled(compiler))
     except (OSError, subprocess.SubprocessError) as error:
-        said = (getattr(error, "stderr", None) or str(error)).strip() or repr(error)
+        said = (getattr(error, "stderr", None) or "").strip()
+        if not said:
+            ended = isinstance(error, subprocess.CalledProcessError)
+            said = f"exit status {error.returncode}" if ended else type(error).__name__
         return None, f"by PyTorch: {compiler} failed ({said.splitlines()[0][:200]})"
     if not _proven(opened):
         return None, f"by PyTorch: what {compiler} makes computes something else"

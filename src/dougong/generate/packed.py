@@ -9,7 +9,8 @@ matrices of a 91M Qwen3 for one row and for 16 (`benchmarks/decoding.py` gives w
     floats             33 ms    86 ms
 
 `_weight_int8pack_mm` knows no groups and takes 15.7 and 81 ms. So few rows are multiplied in groups; for many rows the
-weights are computed first, from how many on is measured once; int8 activations are fast for any number of rows.
+weights are computed first, from how many on is measured once; int8 activations are fast for any number of rows. The
+next tokens of a few texts do not come here where `program` computes them.
 """
 
 import time

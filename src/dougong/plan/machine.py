@@ -5,7 +5,6 @@ less than the number in the name. Links are bytes per second that one device can
 of the bidirectional figure on the data sheet. Nothing here is a price: prices change by the week; the user gives one.
 """
 
-import os
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -150,7 +149,7 @@ def here() -> Machine:
     """This machine, its peaks and memory bandwidth measured in about a second (once a process)."""
     import torch
 
-    from dougong.runtime.device import best_device, matmul_flops_per_s, usable_cores
+    from dougong.runtime.device import best_device, matmul_flops_per_s, memory_bytes, usable_cores
 
     device = torch.device(best_device())
     fp32 = matmul_flops_per_s(device, torch.float32)
@@ -162,7 +161,7 @@ def here() -> Machine:
         return _gpu_here(bf16, fp32)
     bandwidth = _copy_bytes_per_s(device)
     return Machine(name="here", device=best_device(), peak_bf16_flops=bf16, peak_fp32_flops=fp32,
-                   memory_bytes=_memory_bytes(), memory_bytes_per_s=bandwidth, host_devices=1,
+                   memory_bytes=float(memory_bytes() or 8 * GIB), memory_bytes_per_s=bandwidth, host_devices=1,
                    host_link_bytes_per_s=bandwidth / 4, network_bytes_per_s=1e8, latency_s=1e-4,
                    watts=15 + 10 * usable_cores(),   # a laptop's board, and its processor's cores under load
                    efficiency=0.4, efficiency_source="assumed; a few real steps measure it")
@@ -178,14 +177,6 @@ def _gpu_here(bf16: float, fp32: float) -> Machine:
     return replace(known, name="here", peak_bf16_flops=bf16, peak_fp32_flops=fp32, memory_bytes=found.total_memory,
                    host_devices=torch.cuda.device_count(), efficiency=min(1.0, known.efficiency * 1.2),
                    efficiency_source=f"{known.name}'s, on a peak measured here ({known.efficiency_source})")
-
-
-def _memory_bytes() -> float:
-    """What programs may use: the machine's memory, or less where a container limits it."""
-    pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 * GIB
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.exists() else "max"
-    return float(min(pages, int(text)) if text.isdigit() else pages)
 
 
 def _copy_bytes_per_s(device: Any) -> float:

@@ -32,7 +32,7 @@ from dougong.recipes.derive import Derived
 from dougong.recipes.recipe import Recipe, StartConfig, with_values
 from dougong.recipes.start import fingerprint, shape_of_start
 from dougong.runtime import seeds
-from dougong.runtime.device import Runtime
+from dougong.runtime.device import Runtime, be_deterministic
 from dougong.train.shadow import tracked
 
 
@@ -100,7 +100,7 @@ def _as_it_was() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(strict)
+        be_deterministic(strict)
         seeds.set_rng_state(random)
 
 

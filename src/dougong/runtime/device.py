@@ -64,8 +64,7 @@ class Runtime:
         check_device(name)
         threads = section.threads or usable_cores()
         torch.set_num_threads(threads)
-        if torch.are_deterministic_algorithms_enabled() != section.deterministic:    # the call imports a compiler
-            torch.use_deterministic_algorithms(section.deterministic)
+        be_deterministic(section.deterministic)
         if name == "cpu":
             keep_freed_memory()
         mesh = Mesh()
@@ -76,6 +75,13 @@ class Runtime:
         device = torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
         return cls(device=device, dtype=dtype, threads=threads,
                    compile=bool(section.compile), deterministic=section.deterministic, mesh=mesh)
+
+
+def be_deterministic(strict: bool) -> None:
+    """`torch.use_deterministic_algorithms`, which imports PyTorch's compiler (two seconds), only where it changes
+    something."""
+    if torch.are_deterministic_algorithms_enabled() != strict:
+        torch.use_deterministic_algorithms(strict)
 
 
 def check_device(name: str) -> None:
@@ -152,8 +158,11 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
 
 
 def memory_bytes() -> int:
-    """The machine's memory; 0 where the system does not say."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    """What programs may use: the machine's memory, or less where a container limits it; 0 where no system says."""
+    pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.exists() else "max"
+    return min(pages, int(text)) if text.isdigit() else pages
 
 
 def peak_memory_bytes(device: torch.device) -> int:

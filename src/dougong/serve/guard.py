@@ -4,7 +4,7 @@ import asyncio
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -12,6 +12,7 @@ from dougong.serve.errors import ApiError
 from dougong.serve.keys import Client, Keys
 from dougong.serve.metrics import Metrics
 from dougong.serve.settings import LOOPBACK, ServeConfig
+from dougong.serve.stream import ClientLeft
 
 OPEN = frozenset({"/health"})
 """The only paths that need no key."""
@@ -104,7 +105,7 @@ class Guard:
 
 
 async def read_body(request: Request, config: ServeConfig) -> bytes:
-    """The whole body, if it is JSON, small enough and comes in time."""
+    """The whole body, if it is JSON, small enough and comes in time. Raises ClientLeft where the client goes first."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":   # what a form of another page can send without asking is never JSON
         raise ApiError(415, f"the body must be application/json, not {kind[:60] or 'of no type'!r}.",
@@ -121,6 +122,8 @@ async def read_body(request: Request, config: ServeConfig) -> bytes:
                 if size > config.body_bytes:
                     raise too_large
                 parts.append(part)
+    except ClientDisconnect:
+        raise ClientLeft from None
     except TimeoutError:
         raise ApiError(408, f"the body did not come within {config.body_seconds:g} s.", code="body_timeout") from None
     return b"".join(parts)

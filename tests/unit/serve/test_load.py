@@ -46,6 +46,16 @@ def test_the_engine_stops_when_the_client_leaves(server, monkeypatch, stream):
     assert counts_as_left(server, left + 1)
 
 
+def test_a_client_that_leaves_within_its_body_is_counted_and_no_mistake_of_the_servers(server, capfd):
+    left = server.app.state.metrics.left._value.get()
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=5)
+    connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                       b"Content-Length: 100\r\n\r\n{")
+    connection.close()
+    assert counts_as_left(server, left + 1)
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_a_client_that_leaves_the_queue_is_forgotten(monkeypatch):
     config = ServeConfig(port=0, rows=1, queue=4)
     with live(config, models=[tiny_model(config)]) as server:
