@@ -5,10 +5,14 @@ A config is a pydantic dataclass whose unknown keys are refused. A field that of
 name an import path. `None` in a derivable field means "derive it"; `dougong.recipes` fills it in and says why.
 """
 
+import ast
 import dataclasses
+import inspect
 import json
+import textwrap
 from collections.abc import Mapping
 from functools import cache
+from itertools import pairwise
 from typing import Any, TypeVar, dataclass_transform
 
 import yaml
@@ -25,8 +29,7 @@ T = TypeVar("T")
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(dataclasses.field, Field))
 def config(cls: type[T]) -> type[T]:
     """Makes `cls` a frozen, keyword-only, slotted, validated config that refuses unknown keys."""
-    strict = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False,
-                        use_attribute_docstrings=True)
+    strict = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
     return _pydantic_dataclass(frozen=True, kw_only=True, slots=True, config=strict)(cls)  # type: ignore
 
 
@@ -174,19 +177,44 @@ def json_schema(cls: type) -> dict[str, Any]:
     return {**_schema(cls, definitions), "$defs": definitions}
 
 
+def field_docs(cls: type) -> dict[str, str]:
+    """The string below each field, by the field's name. Read from the source when somebody asks: pydantic would read it
+    at every start, for all configs."""
+    docs: dict[str, str] = {}
+    for owner in reversed(cls.__mro__):
+        if not dataclasses.is_dataclass(owner):
+            continue
+        (body,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+        assert isinstance(body, ast.ClassDef)
+        for field, below in pairwise(body.body):
+            if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(field.target, ast.Name):
+                docs[field.target.id] = inspect.cleandoc(ast.literal_eval(below.value))
+    return docs
+
+
 def _schema(cls: type, definitions: dict[str, Any]) -> dict[str, Any]:
-    schema = _adapter(cls).json_schema(ref_template="#/$defs/{model}")
-    for name, definition in schema.pop("$defs", {}).items():
-        definitions.setdefault(name, definition)
+    schema, docs = _adapter(cls).json_schema(ref_template="#/$defs/{model}"), field_docs(cls)
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         place = schema["properties"].get(field.name, {})
+        if field.name in docs:
+            place["description"] = docs[field.name]
         if marker := _marker(field.type):
             place.pop("type", None)
             place["anyOf"] = [*_options(marker, definitions), *([{"type": "null"}] if marker.optional else [])]
-        for inner in getattr(field.type, "__args__", ()):
-            if marker := _marker(inner):   # a list of choices
+        for inner in (field.type, *getattr(field.type, "__args__", ())):
+            if dataclasses.is_dataclass(inner):
+                _define(inner, definitions)    # type: ignore[arg-type]
+            elif inner is not field.type and (marker := _marker(inner)):   # a list of choices
                 place["items"] = {"anyOf": _options(marker, definitions)}
+    for name, definition in schema.pop("$defs", {}).items():
+        definitions.setdefault(name, definition)
     return schema
+
+
+def _define(cls: type, definitions: dict[str, Any]) -> None:
+    if cls.__name__ not in definitions:
+        definitions[cls.__name__] = {}
+        definitions[cls.__name__] = _schema(cls, definitions)
 
 
 def _marker(annotation: Any) -> chosen_from | None:
@@ -196,10 +224,7 @@ def _marker(annotation: Any) -> chosen_from | None:
 def _options(marker: chosen_from, definitions: dict[str, Any]) -> list[dict[str, Any]]:
     """A reference to each kind's definition, which is added where it is not there yet; or the kind alone."""
     for kind in marker.table:
-        option = marker.table[kind]
-        if option.__name__ not in definitions:
-            definitions[option.__name__] = {}
-            definitions[option.__name__] = _schema(option, definitions)
+        _define(marker.table[kind], definitions)
     return [*({"$ref": f"#/$defs/{marker.table[kind].__name__}"} for kind in marker.table),
             {"enum": list(marker.table)}]
 

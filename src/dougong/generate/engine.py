@@ -100,8 +100,10 @@ class Engine:
         return tokens[-self.context:]
 
     @torch.inference_mode()
-    def read(self, tokens_BT: Tensor, cache: KVCache | Reading) -> Tensor:
-        """Reads T tokens of every row into the cache; returns the logits after the last, (B V)."""
+    def read(self, tokens_BT: Tensor, cache: KVCache | Reading, lengths: Sequence[int] | None = None) -> Tensor:
+        """Reads T tokens of every row into the cache; returns the logits after the last, (B V), or after the first
+        `lengths[b]` of row b, where rows are padded on the right.
+        """
         rows, T = tokens_BT.shape
         if self.program is not None and T == 1 and rows <= self.program.most and (columns := cache.columns()):
             span = Span(T=1, device=tokens_BT.device, length=cache.length, start_B=cache.start_B)
@@ -109,7 +111,10 @@ class Engine:
             cache.advance(1)
             return logits_BV
         hidden_BTD = self.model.hidden(tokens_BT.to(self.runtime.device), cache=cache)
-        return self.model.head(hidden_BTD[:, -1])
+        if lengths is None:
+            return self.model.head(hidden_BTD[:, -1])
+        last_B = torch.tensor(lengths, device=hidden_BTD.device) - 1
+        return self.model.head(hidden_BTD[torch.arange(len(last_B), device=hidden_BTD.device), last_B])
 
     @torch.inference_mode()
     def read_each(self, tokens_BT: Tensor, cache: Cache) -> Tensor:

@@ -87,15 +87,16 @@ class Lane:
                 held[:rows, :, :longest] = held[:rows, :, self.end - longest:self.end].clone()
         self.end = longest
 
-    def join(self, other: "Lane", index: int = 0) -> None:
-        """Copies a row of another lane, member included, to the end of this one."""
+    def join(self, other: "Lane", index: int = 0, *, expected: int = 0) -> None:
+        """Copies a row of another lane, member included, to the end of this one. `expected`: how many more will join
+        soon, for whom there is place then, as growing copies every row."""
         length, rows = other.lengths[index], len(self.members)
         if length > self.end:
             self._move_end(length)
         for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
             for layer, held in theirs.items():
                 if layer not in mine or len(mine[layer]) == rows:
-                    self._resize(mine, layer, held, max(rows + 1, rows * 3 // 2))
+                    self._resize(mine, layer, held, max(rows + 1 + expected, rows * 3 // 2))
                 mine[layer][rows, :, self.end - length:self.end] = held[index, :, other.end - length:other.end]
         self.members.append(other.members[index])
         self.lengths.append(length)

@@ -27,9 +27,10 @@ Choice = int | str
 class Scheduler:
     """Runs requests on an engine; used from one thread.
 
-    `max_rows` write at a time. `cache_tokens` bounds the keys and values held, unused columns included (while a lane
-    is being resized, up to half as much again may be allocated). `chunk` tokens of prompts are read per step at most,
-    so a long prompt delays the others' next token by one chunk's time. `vocab_size`: ids from it on are never chosen.
+    `max_rows` write at a time. `cache_tokens` bounds the keys and values held, unused columns included (while rows move
+    or prompts are being read, up to twice as much may be allocated). `chunk` tokens of prompts are read per step at
+    most, so a long prompt delays the others' next token by one chunk's time. `vocab_size`: ids from it on are never
+    chosen.
     Requests that `speculate` are guessed by `draft`, a smaller model of the same tokenizer, else by what repeats in
     their text; at most `guessing` of them at a time, as each advances at its own pace, which many pay for.
     """
@@ -156,14 +157,16 @@ class Scheduler:
             if lane.crowded(need):
                 self._move(row, need)
         for lane in list(self._lanes.values()):
-            for row in lane.crowded(1):
+            crowded = lane.crowded(1)
+            while crowded:
+                row = crowded.pop()     # the last first: no other takes its place
                 if row.lane is lane:    # else sent back meanwhile
-                    self._move(row, 1)
+                    self._move(row, 1, expected=len(crowded))
             lane.shift(1)
             if not lane.members:
                 self._lanes.pop(lane.width, None)
 
-    def _move(self, row: Row, need: int) -> None:
+    def _move(self, row: Row, need: int, expected: int = 0) -> None:
         assert row.lane is not None
         old, length = row.lane, row.lane.lengths[row.lane.members.index(row)]
         width = max(self._width(length + need), min(old.width + BLOCK, self.blocks * BLOCK))
@@ -174,7 +177,7 @@ class Scheduler:
             return
         row.blocks = width // BLOCK
         target = Lane(width) if row.drafts is not None else self._lanes.setdefault(width, Lane(width))
-        target.join(old, old.members.index(row))
+        target.join(old, old.members.index(row), expected=expected)
         self._leave(row)
         row.lane = target
         if row.drafts is not None:
@@ -262,26 +265,46 @@ class Scheduler:
     def _read_prompts(self) -> list[tuple[Row, Tensor]]:
         """Reads up to `chunk` tokens of prompts; returns the rows read to their end, with logits (1 V).
 
-        A prompt is cut at multiples of `chunk` whatever else is being read, so that rounding is the same too.
+        A prompt is cut at multiples of `chunk` whatever else is being read.
         """
         finished, left = [], self.chunk
-        while self._reading:
-            row, text = self._reading[0], self._reading[0].text
-            lane = row.lane
-            assert lane is not None
-            if not lane.members:
-                lane.begin(row, self.prefixes.find(text[:-1]))
-            begin = lane.lengths[0]
-            end = min(len(text), (begin // self.chunk + 1) * self.chunk)
-            if end - begin > left:
-                break
-            left -= end - begin
-            logits_1V = self.engine.read(torch.tensor([text[begin:end]]), Reading([lane]))
-            if end == len(text):
-                self._reading.popleft()
-                self._begin_writing(row, lane)
-                finished.append((row, logits_1V))
+        while self._reading and (pieces := self._side_by_side(left)):
+            rows, texts = [row for row, _ in pieces], [row.text[begin:end] for row, (begin, end) in pieces]
+            lanes, longest = [row.lane for row in rows if row.lane is not None], max(map(len, texts))
+            left -= longest * len(rows)
+            for row, lane in zip(rows, lanes):
+                if not lane.members:
+                    lane.begin(row, self.prefixes.find(row.text[:-1]))
+            tokens_BT = torch.tensor([text + [0] * (longest - len(text)) for text in texts])
+            logits_BV = self.engine.read(tokens_BT, Reading(lanes, self.engine.runtime.device), list(map(len, texts)))
+            for n, (row, (_, end)) in enumerate(pieces):
+                lanes[n].advance(len(texts[n]) - longest)
+                if end == len(row.text):
+                    self._reading.remove(row)
+                    self._begin_writing(row, lanes[n])
+                    finished.append((row, logits_BV[n:n + 1]))
         return finished
+
+    def _side_by_side(self, left: int) -> list[tuple[Row, tuple[int, int]]]:
+        """The first prompt's next piece, and those of others that go well with it, as pieces are read padded to the
+        longest: at most `left` tokens with the padding, which is at most a quarter; none where the first does not fit.
+        """
+        pieces: list[tuple[Row, tuple[int, int]]] = []
+        tokens, longest, room = 0, 0, self.chunk
+        for row in self._reading:
+            text, lane = row.text, row.lane
+            assert lane is not None
+            begin = lane.lengths[0] if lane.members else BLOCK * len(self.prefixes.find(text[:-1]))
+            end = min(len(text), (begin // self.chunk + 1) * self.chunk)
+            most = min(room, min(lane.width, self.engine.context or lane.width) - begin)
+            width, own = max(longest, end - begin), tokens + end - begin
+            padded = width * (len(pieces) + 1)
+            if width <= most and padded <= left and 3 * padded <= 4 * own:
+                pieces.append((row, (begin, end)))
+                tokens, longest, room = own, width, most
+            elif not pieces:
+                break
+        return pieces
 
     def _begin_writing(self, row: Row, lane: Lane) -> None:
         if row.drafts is not None and len(self._alone) < self.guessing:
@@ -290,7 +313,8 @@ class Scheduler:
         row.drafts = None
         if lane.width in self._lanes:
             row.lane = self._lanes[lane.width]
-            row.lane.join(lane)
+            row.lane.join(lane, expected=sum(other.lane is not None and other.lane.width == lane.width
+                                             for other in self._reading))
         else:
             self._lanes[lane.width] = lane
 

@@ -23,7 +23,6 @@ from dougong.core.files import explained_disk_errors, write_text
 from dougong.core.run import RunDirectory
 from dougong.core.table import Table
 from dougong.recipes.recipe import load_recipe
-from dougong.recipes.train import resume_run, train_run
 from dougong.runtime.processes import launched
 
 FILE = "journey.yaml"
@@ -48,6 +47,8 @@ class TrainStage:
 
     def run(self, before: Path | None, path: Path, progress: Any) -> str:
         """Begins or goes on; returns why it ended ("done", "early stop", "interrupted")."""
+        from dougong.recipes.train import resume_run, train_run
+
         if (path / "recipe.yaml").is_file():
             return resume_run(path, progress=progress).reason
         shutil.rmtree(path, ignore_errors=True)     # killed before it was a run

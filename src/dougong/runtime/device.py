@@ -1,5 +1,6 @@
 """Where and how a model computes: device, precision, threads; measured once, then frozen into the recipe."""
 
+import ctypes
 import os
 import platform
 import time
@@ -17,6 +18,7 @@ from dougong.runtime.layout import LayoutConfig
 from dougong.runtime.mesh import Mesh
 from dougong.runtime.processes import join, process_rank
 
+_SOFT = 1          # omp.h: omp_pause_soft
 _BF16_GAIN = 1.3   # bf16 must beat fp32 by this much on matrix products, or its coarser rounding is not worth it
 
 
@@ -101,6 +103,21 @@ def best_device() -> Literal["cpu", "cuda", "mps"]:
 def usable_cores() -> int:
     """Cores this process may run on (affinity), not those the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def end_team() -> bool:
+    """Ends the threads that have computed for this one; its next computation begins new ones. False where OpenMP has no
+    such call.
+
+    For a thread that prepares what another goes on with: with two teams on the same cores OpenMP lets none wait awake,
+    and its threads are woken anew for each of a text's hundreds of operations (of 16 clients at once a step took 54 ms
+    instead of 46, and reading their prompts 2.5 s instead of 1.7).
+    """
+    try:
+        pause = ctypes.CDLL(torch._C.__file__).omp_pause_resource_all
+    except (OSError, AttributeError):
+        return False
+    return pause(_SOFT) == 0
 
 
 def matmul_flops_per_s(device: torch.device, dtype: torch.dtype, *, width: int = 1024, seconds: float = 0.25) -> float:

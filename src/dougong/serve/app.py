@@ -12,12 +12,13 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from dougong import __version__
 from dougong.core.errors import CheckpointError, DougongError
 from dougong.serve.answer import Answer
-from dougong.serve.bodies import Body, ChatBody, CompletionBody, EmbeddingBody, TokenizeBody, parse
+from dougong.serve.bodies import Body, ChatBody, CompletionBody, EmbeddingBody, TokenizeBody, Writing, parse
 from dougong.serve.errors import ApiError
 from dougong.serve.guard import Guard, read_body
 from dougong.serve.keys import Client, Keys
@@ -30,6 +31,8 @@ _WEB = Path(__file__).parent / "web"
 _KINDS = {".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8",
           ".js": "text/javascript; charset=utf-8", ".svg": "image/svg+xml"}
 _EMBEDDINGS = 64   # texts in one request
+_BODIES: dict[str, type[Body]] = {"/v1/completions": CompletionBody, "/v1/chat/completions": ChatBody,
+                                  "/v1/tokenize": TokenizeBody, "/v1/embeddings": EmbeddingBody}
 
 
 def create_app(models: Sequence[ServedModel], config: ServeConfig | None = None, keys: Keys | None = None) -> FastAPI:
@@ -53,6 +56,7 @@ def create_app(models: Sequence[ServedModel], config: ServeConfig | None = None,
     app = FastAPI(title="dougong", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
                   redirect_slashes=False)
     app.state.ready, app.state.draining, app.state.metrics, app.state.models = False, False, metrics, named
+    app.openapi = lambda: _describe(app)   # type: ignore[method-assign]
     _add_errors(app)
     _add_status(app, metrics, named)
     _add_writing(app, config, metrics, named)
@@ -125,17 +129,17 @@ def _add_writing(app: FastAPI, config: ServeConfig, metrics: Metrics, models: di
         pieces = await unless_left(request.receive, answer.begun())
         return EventStream(answer.events(pieces), pieces, config.send_seconds, metrics.left.inc)
 
-    @app.post("/v1/completions", summary="Continue texts.", openapi_extra=_takes(CompletionBody, streams=True))
+    @app.post("/v1/completions", summary="Continue texts.")
     async def completions(request: Request) -> Response:
         return await write(request, CompletionBody)
 
-    @app.post("/v1/chat/completions", summary="Answer a conversation.", openapi_extra=_takes(ChatBody, streams=True))
+    @app.post("/v1/chat/completions", summary="Answer a conversation.")
     async def chat(request: Request) -> Response:
         return await write(request, ChatBody)
 
 
 def _add_ids(app: FastAPI, config: ServeConfig, models: dict[str, ServedModel]) -> None:
-    @app.post("/v1/tokenize", summary="The tokens of a text or a conversation.", openapi_extra=_takes(TokenizeBody))
+    @app.post("/v1/tokenize", summary="The tokens of a text or a conversation.")
     async def tokenize(request: Request) -> dict[str, Any]:
         body = parse(TokenizeBody, await read_body(request, config))
         model = _model(models, body.model)
@@ -149,7 +153,7 @@ def _add_ids(app: FastAPI, config: ServeConfig, models: dict[str, ServedModel]) 
         return {"object": "tokens", "model": model.name, "count": len(ids), "tokens": ids,
                 "texts": [model.spell(id)[0] for id in ids], "context": model.context}
 
-    @app.post("/v1/embeddings", summary="Vectors of texts.", openapi_extra=_takes(EmbeddingBody))
+    @app.post("/v1/embeddings", summary="Vectors of texts.")
     async def embeddings(request: Request) -> Response:
         body = parse(EmbeddingBody, await read_body(request, config))
         model, client = _model(models, body.model), request.scope["state"]["client"]
@@ -221,9 +225,17 @@ def _model(models: dict[str, ServedModel], name: str | None) -> ServedModel:
     return models[name]
 
 
-def _takes(kind: type[Body], *, streams: bool = False) -> dict[str, Any]:
+def _describe(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document with each body's schema, made when somebody asks for it."""
+    for route in app.routes:
+        if isinstance(route, APIRoute) and (kind := _BODIES.get(route.path)):
+            route.openapi_extra = _takes(kind)
+    return FastAPI.openapi(app)
+
+
+def _takes(kind: type[Body]) -> dict[str, Any]:
     """A route's body in the OpenAPI document, and the answers it may give."""
-    told = {"application/json": {}, **({"text/event-stream": {}} if streams else {})}
+    told = {"application/json": {}, **({"text/event-stream": {}} if issubclass(kind, Writing) else {})}
     return {"requestBody": {"required": True, "content": {"application/json": {
         "schema": _inlined(kind.model_json_schema())}}}, "responses": {
         "200": {"description": "The answer", "content": told},

@@ -16,6 +16,7 @@ from dougong.generate.grammar import Grammar
 from dougong.generate.request import Request
 from dougong.generate.scheduler import Scheduler
 from dougong.generate.text import AHEAD
+from dougong.runtime.device import end_team
 from dougong.serve.bodies import Message, Writing
 from dougong.serve.errors import ApiError
 from dougong.serve.metrics import Metrics
@@ -51,6 +52,7 @@ class ServedModel:
                                     cache_tokens=max(config.cache_tokens or config.rows * least, 2 * least),
                                     draft=draft)
         self._names = {id: name for name, id in tokenizer.special_tokens.items()}
+        end_team()      # from here on the runner's thread computes
 
     @classmethod
     def open(cls, path: Path, config: ServeConfig, *, checkpoint: str = "best", name: str | None = None,

@@ -11,6 +11,7 @@ from dougong.core.config import (
     config,
     difference,
     dump_yaml,
+    field_docs,
     from_dict,
     json_schema,
     merge,
@@ -100,6 +101,18 @@ def test_the_schema_spells_out_every_choice():
     assert schema["$defs"]["Slow"]["properties"]["lr"]["description"] == "the rate"
     assert {"$ref": "#/$defs/Fast"} in schema["properties"]["optim"]["anyOf"]
     assert schema["additionalProperties"] is False
+
+
+def test_the_strings_below_fields_describe_them_where_they_are_inherited_too():
+    from dougong.objectives.policy import RejectionConfig
+    from dougong.recipes.recipe import Recipe
+    from dougong.train.config import TrainConfig
+
+    docs = field_docs(RejectionConfig)
+    assert docs["samples"].startswith("drawn for each prompt") and "\n " not in docs["samples"]
+    assert json_schema(RejectionConfig)["properties"]["samples"]["description"] == docs["samples"]
+    nested = json_schema(Recipe)["$defs"]["TrainConfig"]["properties"]
+    assert nested["rows"]["description"] == field_docs(TrainConfig)["rows"]
 
 
 def test_a_kind_given_after_its_keys_keeps_them():

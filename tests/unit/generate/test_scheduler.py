@@ -155,6 +155,47 @@ def test_a_long_prompt_does_not_stall_the_others():
     assert len(steps) == 10 and all(first in step for step in steps) and max(read) == 32
 
 
+def test_short_prompts_are_read_side_by_side(model):
+    """In one forward where little of it is padding; never more than a chunk, nor past a row's context or lane."""
+    engine, read = Engine(model), []
+    engine.model.stem.register_forward_hook(lambda module, inputs, output: read.append(tuple(output.shape[:2])))
+    lengths = [20, 22, 3, 18, CONTEXT, 22, CONTEXT - 1, 22]
+    requests = [Request([(7 * i + j * j) % VOCABULARY for j in range(length)], CONFIGS[i % len(CONFIGS)], sample=i % 2)
+                for i, length in enumerate(lengths)]
+    scheduler = Scheduler(engine, chunk=100)
+    texts = run(scheduler, [(0, request) for request in requests])
+    prompts = [shape for shape in read if shape[1] > 1]
+    assert prompts[:4] == [(4, 22), (1, 3), (2, CONTEXT), (1, 22)], prompts
+    assert texts == [alone(engine, request) for request in requests]
+    check_nothing_is_left(scheduler)
+
+
+def test_padding_reaches_no_place_beyond_the_context():
+    engine = Engine(build("gpt2", context=512))        # learned positions: there is none for one too many
+    scheduler, read = Scheduler(engine, chunk=73), []
+    engine.model.stem.register_forward_hook(lambda module, inputs, output: read.append(tuple(output.shape[:2])))
+    requests = [Request([i + 1] * length, SamplingConfig(max_tokens=3, seed=i))
+                for i, length in enumerate([512, 2, 2, 2, 1])]
+    texts = run(scheduler, [(0, request) for request in requests])
+    assert read[:9] == [(1, 73)] * 7 + [(2, 1), (3, 2)], read
+    assert texts == [alone(engine, request) for request in requests]
+
+
+def test_a_row_with_nan_harms_no_prompt_beside_it(qwen3):
+    engine = Engine(qwen3)
+    bad, good = [5] * 20, [9] * 21
+    expected = alone(engine, Request(good, GREEDY))
+    engine.model.stem.register_forward_hook(
+        lambda module, inputs, output: output.masked_fill((inputs[0] == 5)[..., None], torch.nan))
+    scheduler = Scheduler(engine)
+    first, second = scheduler.add(Request(bad, GREEDY)), scheduler.add(Request(good, GREEDY))
+    told = []
+    while scheduler.running + scheduler.waiting:
+        told += scheduler.step()
+    assert [token.finish for token in told if token.row == first] == ["error"]
+    assert [token.id for token in told if token.row == second] == expected[0]
+
+
 def test_a_beginning_that_was_read_is_not_read_again():
     engine = Engine(build("qwen3", context=512))
     scheduler, read = Scheduler(engine), []

@@ -1,6 +1,8 @@
 """Device, seeds and sums: named, saved, put back, and measured without moving a run."""
 
 import random
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from dougong.runtime.collectives import all_sum
 from dougong.runtime.device import (
     Runtime,
     RuntimeConfig,
+    end_team,
     machine_facts,
     matmul_flops_per_s,
     measure_precision,
@@ -67,6 +70,29 @@ def test_a_runtime_is_what_its_section_says():
     runtime = Runtime.start(RuntimeConfig(device="cpu", precision="bf16", threads=1, compile=False))
     assert (runtime.device, runtime.dtype, runtime.threads, runtime.compile) == (CPU, torch.bfloat16, 1, False)
     torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in /proc")
+def test_a_team_ends_and_the_next_computation_begins_another():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        x = torch.ones(512, 512)
+        product, team = x @ x, threads()
+        if not end_team():
+            pytest.skip("this OpenMP has no omp_pause_resource_all")
+        for _ in range(100):       # they end a moment later
+            if threads() < team:
+                break
+            time.sleep(0.02)
+        assert threads() == team - 1
+        assert torch.equal(x @ x, product) and threads() == team
+    finally:
+        torch.set_num_threads(before)
+
+
+def threads() -> int:
+    return len(list(Path("/proc/self/task").iterdir()))
 
 
 def test_an_absent_device_is_refused(monkeypatch):
