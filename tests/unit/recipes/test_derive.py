@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from dougong.core.config import to_dict
+from dougong.core.config import field_docs, to_dict
 from dougong.core.errors import ConfigError
 from dougong.models import count
 from dougong.recipes import RECIPES
@@ -86,8 +86,7 @@ def sections(recipe):
 
 def must_be_filled(section):
     """Fields whose description says that they are derived."""
-    return [name for name, field in type(section).__pydantic_fields__.items()
-            if "derived:" in (field.description or "")]
+    return [name for name, doc in field_docs(type(section)).items() if "derived:" in doc]
 
 
 def test_the_fields_that_say_derived_are_found():
