@@ -13,6 +13,7 @@ from dougong.models import FAMILIES
 from dougong.nn.init import initialise
 from dougong.nn.moe import MoE, MoEConfig
 from dougong.optim.build import MuonConfig
+from dougong.parallel import data
 from dougong.parallel.expert import divide_experts, why_not_experts
 from dougong.parallel.parallelize import parallelize
 from dougong.runtime.device import Runtime
@@ -57,6 +58,13 @@ def references():
 @pytest.mark.parametrize(("name", "layout"), ROWS, ids=lambda value: str(value))
 def test_divided_experts_give_the_same_losses_gradients_and_weights(name, layout, references):
     check(references(name), run_processes(layout.processes, divided, CASES[name], layout))
+
+
+def test_large_gradients_are_summed_where_they_lie(references, monkeypatch):
+    """Here all matrices of the experts are large, and what a process holds of a router's bias is not."""
+    monkeypatch.setattr(data, "_LARGE", 64)
+    layout = LayoutConfig(expert=2, replicate=2)
+    check(references("balanced, shared"), run_processes(4, divided, CASES["balanced, shared"], layout))
 
 
 def _biases(case, layout):

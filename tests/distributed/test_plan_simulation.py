@@ -7,6 +7,7 @@ import pytest
 import torch.distributed as dist
 
 from dougong.models.families.llama import LlamaConfig
+from dougong.models.families.qwen3_moe import Qwen3MoEConfig
 from dougong.objectives.causal_lm import CausalLMConfig
 from dougong.optim import OPTIMIZERS
 from dougong.plan.counts import Counts
@@ -38,6 +39,33 @@ def test_arithmetic_is_within_a_tenth_of_the_simulation(layout, mode):
     assert math.isfinite(found.peak_bytes)
     assert 0.9 < told / found.peak_bytes < 1.1
     assert not dist.is_initialized()
+
+
+MIXTURE = Qwen3MoEConfig(vocab_size=4096, context=512, dim=512, num_layers=8, num_heads=8, num_kv_heads=8, head_dim=64,
+                         num_experts=16, top_k=2, ffn_dim=768)
+WITH_EXPERTS = [LayoutConfig(replicate=1, shard=4), LayoutConfig(replicate=1, expert=4),
+                LayoutConfig(replicate=2, expert=2), LayoutConfig(replicate=1, shard=2, expert=2),
+                LayoutConfig(replicate=1, expert=2, context=2)]
+
+
+@pytest.mark.parametrize("layout", WITH_EXPERTS, ids=str)
+@pytest.mark.parametrize("mode", ["none", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
+def test_memory_and_messages_of_experts_are_those_of_the_simulation(layout, mode, precision):
+    """Tokens are simulated as many to each expert."""
+    job = work(MIXTURE, precision)
+    found = simulate(job, layout, checkpoint=mode, micro_rows=4, micro_batches=1)
+    counts = Counts(job.step())
+    assert 0.9 < sum(memory(counts, layout, mode, 4, 1, gpu=False).values()) / found.peak_bytes < 1.1
+    told = {(item.axis, item.what): item for item in traffic(counts, layout, machine("h100"), mode, 4, 1)}
+    assert sum(told[key].collectives for key in told if key[1] == "weights gathered") == \
+        round(found.messages["_allgather_base_"])
+    assert sum(told[key].collectives for key in told if key[1].startswith("gradients summed, each")) == \
+        round(found.messages["_reduce_scatter_base_"])
+    exchanged = sum(told[key].collectives for key in told if "tokens" in key[1])
+    assert exchanged == round(found.messages.get("all_to_all_single", 0))
+    summed = sum(told[key].collectives for key in told if key[1] == "gradients summed")
+    assert summed == round(found.messages.get("allreduce_", 0))
 
 
 def test_messages_are_those_that_the_arithmetic_tells():

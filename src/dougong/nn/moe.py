@@ -185,7 +185,7 @@ def grouped_product(x_RI: Float[Tensor, "R I"], weight_EOI: Float[Tensor, "E O I
     (which waits for the device once, to know how many rows there are)."""
     if _has_kernel(x_RI, weight_EOI):
         return F.grouped_mm(x_RI, weight_EOI.transpose(1, 2), offs=ends_E)
-    if _is_shape_only(x_RI):    # any division of the rows will do
+    if is_shape_only(x_RI):    # any division of the rows will do
         counts = [len(x_RI)] + [0] * (len(weight_EOI) - 1)
     else:
         counts = ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
@@ -198,12 +198,13 @@ def _has_kernel(x_RI: Tensor, weight_EOI: Tensor) -> bool:
     aligned = all(width * x_RI.element_size() % 16 == 0 for width in weight_EOI.shape[1:])
     there = x_RI.device.type == "cpu" or (
         x_RI.device.type == "cuda" and torch.cuda.get_device_capability(x_RI.device) >= (8, 0))
-    traced = torch.compiler.is_compiling() or _is_shape_only(x_RI)
+    traced = torch.compiler.is_compiling() or is_shape_only(x_RI)
     known = x_RI.dtype == torch.bfloat16 if traced else x_RI.dtype in (torch.float32, torch.bfloat16, torch.float16)
     return there and aligned and known and len(x_RI) > 0
 
 
-def _is_shape_only(x: Tensor) -> bool:
+def is_shape_only(x: Tensor) -> bool:
+    """Whether x has no numbers, as in a plan."""
     return x.device.type == "meta" or isinstance(x, FakeTensor)
 
 

@@ -25,6 +25,8 @@ from dougong.runtime.layout import COPIES, Axis
 from dougong.runtime.mesh import SHARDS, Mesh
 from dougong.runtime.parts import local
 
+_LARGE = 1 << 20      # numbers from which a gradient travels by itself, not in a copy beside others
+
 
 class CopiedGradients:
     """Gradients of a model of which every process along `COPIES` holds all: DDP sums them while the backward runs.
@@ -158,8 +160,8 @@ def put_back(model: nn.Module) -> None:
 
 
 class GradientSums:
-    """Sums that no wrapper takes: after the last micro-batch, the gradients of some parameters over one group,
-    all in one message."""
+    """Sums that no wrapper takes: after the last micro-batch, the gradients of some parameters over one group; small
+    ones in one message, each large one where it lies."""
 
     def __init__(self, names: Sequence[str], group: Any) -> None:
         self.names, self.group = list(names), group
@@ -169,7 +171,14 @@ class GradientSums:
         gradients = [local(p.grad) for p in wanted if p.grad is not None]
         if not gradients or self.group is None:
             return
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat, group=self.group)
-        torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in
-                                         zip(flat.split([g.numel() for g in gradients]), gradients)])
+        small = []
+        for gradient in gradients:
+            if gradient.numel() >= _LARGE and gradient.is_contiguous():
+                dist.all_reduce(gradient, group=self.group)
+            else:
+                small.append(gradient)
+        if small:
+            flat = torch.cat([gradient.flatten() for gradient in small])
+            dist.all_reduce(flat, group=self.group)
+            torch._foreach_copy_(small, [part.view_as(gradient) for part, gradient in
+                                         zip(flat.split([g.numel() for g in small]), small)])

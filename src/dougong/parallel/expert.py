@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from dougong.core.errors import ConfigError
-from dougong.nn.moe import Exchange, Experts, MoE, take_rows
+from dougong.nn.moe import Exchange, Experts, MoE, is_shape_only, take_rows
 from dougong.runtime.mesh import Mesh
 
 
@@ -69,7 +69,10 @@ def exchange(group: Any, size: int) -> Exchange:
                             ends_E: Int[Tensor, "E"]) -> Float[Tensor, "R D"]:
         sent_E = ends_E.diff(prepend=ends_E.new_zeros(1)).long()
         come_Pe = collectives.all_to_all_single(sent_E, None, None, group).view(size, -1)     # from P, for my experts
-        sent, come = torch.stack([sent_E.view(size, -1).sum(1), come_Pe.sum(1)]).tolist()
+        if is_shape_only(rows_RD):      # as many to each: what a plan assumes
+            sent = come = [len(rows_RD) // size] * size
+        else:
+            sent, come = torch.stack([sent_E.view(size, -1).sum(1), come_Pe.sum(1)]).tolist()
         arrived_AD = collectives.all_to_all_single_autograd(rows_RD, come, sent, group)
         order_A, place_A = _by_expert(come_Pe, sum(come))
         mine_AD = take_rows(arrived_AD, order_A, place_A, 1)

@@ -1,5 +1,6 @@
 """Which layout: every sensible product of axes is tried by arithmetic, ranked by tokens per second, and explained."""
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -104,29 +105,30 @@ def _shared(processes: int) -> Machine:
 
 
 def candidates(work: Work, counts: Counts, machine: Machine, devices: int) -> Iterator[LayoutConfig]:
-    """Products of the axes: tensor inside a host, context for long rows, pipeline up to the layers, and what is left
-    over for the data: copies, parts, or parts within a host and copies of it."""
+    """Products of the axes: tensor inside a host, context for long rows, pipeline up to the layers, experts where there
+    are some, and what is left over for the data: copies, parts, or parts within a host and copies of it."""
     contexts = [n for n in _powers(16, devices) if n == 1 or work.context >= _LONG_CONTEXT]
-    for tensor in _powers(machine.host_devices, devices):
-        for context in contexts:
+    mixture = counts.layer_experts > 0
+    experts = _powers(counts.section.feed_forward.num_experts, devices) if mixture else [1]
+    for tensor in [1] if mixture else _powers(machine.host_devices, devices):
+        for context, expert in itertools.product(contexts, experts):
             for pipeline in _powers(min(64, counts.layers), devices):
-                inner = tensor * context * pipeline
-                if devices % inner:
-                    continue
-                yield from _over_data(work, devices // inner, tensor, context, pipeline, machine)
+                inner = LayoutConfig(tensor=tensor, context=context, expert=expert, pipeline=pipeline)
+                if devices % inner.processes == 0:
+                    yield from _over_data(work, devices // inner.processes, inner, machine)
 
 
-def _over_data(work: Work, data: int, tensor: int, context: int, pipeline: int,
-               machine: Machine) -> Iterator[LayoutConfig]:
-    schedules = ["1f1b", "interleaved" if work.compile else "interleaved_zb"] if pipeline > 1 else ["1f1b"]
-    shards = {1, data, *(n for n in _powers(data, data) if n * tensor * context in (machine.host_devices, 64, 512))}
+def _over_data(work: Work, data: int, inner: LayoutConfig, machine: Machine) -> Iterator[LayoutConfig]:
+    schedules = ["1f1b", "interleaved" if work.compile else "interleaved_zb"] if inner.pipeline > 1 else ["1f1b"]
+    near = inner.size("tensor", "context", "expert")
+    shards = {1, data, *(n for n in _powers(data, data) if n * near in (machine.host_devices, 64, 512))}
     for shard in sorted(shards):
         # a pipeline's stages hold their weights for the step: gathering them for each micro-batch would not be hidden
-        ways = () if shard * context == 1 else ("step",) if pipeline > 1 else ("layer", "step")
-        for gathered in ways or ("layer",):
-            for schedule in schedules:
-                yield LayoutConfig(replicate=data // shard, shard=shard, context=context, tensor=tensor,
-                                   pipeline=pipeline, schedule=schedule, gathered=gathered)   # type: ignore[arg-type]
+        alone = shard * inner.size("context", "expert") == 1
+        ways = () if alone else ("step",) if inner.pipeline > 1 else ("layer", "step")
+        for gathered, schedule in itertools.product(ways or ("layer",), schedules):
+            yield replace(inner, replicate=data // shard, shard=shard, schedule=schedule,   # type: ignore[arg-type]
+                          gathered=gathered)                                                # type: ignore[arg-type]
 
 
 def _powers(most: int, devices: int) -> list[int]:
@@ -285,6 +287,8 @@ def _purpose(layout: LayoutConfig) -> str:
         words.append(f"each product shared by {layout.tensor} neighbours")
     if layout.context > 1:
         words.append(f"rows cut into {layout.context} stretches")
+    if layout.expert > 1:
+        words.append(f"experts in {layout.expert} places")
     if layout.pipeline > 1:
         each = " two stages each," if layout.schedule in SEVERAL_STAGES else ""
         words.append(f"layers in {layout.pipeline} places ({layout.schedule},{each} passed on)".replace(",)", ")"))

@@ -66,6 +66,12 @@ class Counts:
         return sum(n for part, n in self.parameters["by_part"].items() if part.startswith("stack")) / self.layers
 
     @cached_property
+    def layer_experts(self) -> float:
+        """Of those, what `expert` divides: 0 without a mixture of experts."""
+        section = self.section.feed_forward
+        return 3.0 * section.num_experts * section.width(self.dim) * self.dim if section.kind == "moe" else 0.0
+
+    @cached_property
     def layer_whole(self) -> float:
         """Of those, what `tensor` does not divide: norms and scalars."""
         small = sum(n for part, n in self.parameters["by_part"].items()

@@ -59,6 +59,14 @@ def layer_parameters(counts: Counts, tensor: int) -> float:
     return (counts.layer_parameters - counts.layer_whole) / tensor + counts.layer_whole
 
 
+def gathered_parameters(counts: Counts, layout: LayoutConfig) -> float:
+    """Of one layer, what a process has whole while it computes. Of its experts it never has the others' at hand, nor
+    are its own gathered where they lie over no other axis."""
+    experts = counts.layer_experts / layout.expert
+    apart = layout.expert > 1 and layout.size("shard", "context") == 1
+    return layer_parameters(counts, layout.tensor) - counts.layer_experts + (0.0 if apart else experts)
+
+
 def end_parameters(counts: Counts, layout: LayoutConfig, *, first: bool) -> float:
     """Of stem and head as far as a process of the first (or last) stage has them."""
     ends = counts.end_parameters
@@ -89,7 +97,10 @@ def kept_per_row(counts: Counts, layout: LayoutConfig, mode: str) -> Line:
     if layout.context > 1 and layout.context_method == "all_to_all" and mode != "full":
         heads, groups, width = counts.section.attention.heads(counts.dim)     # as exchanged, beside as computed
         row += counts.context * (heads + 2 * groups) * width / tensor * counts.itemsize
-    casts = 0.0 if layout.size(*SHARDS) > 1 else outside.fixed + inside.fixed / tensor
+    casts = outside.fixed + inside.fixed / tensor
+    if layout.size(*SHARDS) > 1:      # FSDP's copies are, but experts that it does not gather are cast as they are used
+        apart = layout.expert > 1 and layout.size("shard", "context") == 1 and counts.itemsize < FP32
+        casts = counts.layer_experts / layout.expert * counts.itemsize if apart else 0.0
     return Line(casts, row / layout.context)
 
 
@@ -153,7 +164,7 @@ def _gathered(counts: Counts, layout: LayoutConfig, split: Split, micro_batches:
     """
     if split.shards == 1:
         return 0.0, 0.0, 0.0
-    layer, ends = layer_parameters(counts, split.tensor), end_parameters(counts, layout, first=first)
+    layer, ends = gathered_parameters(counts, layout), end_parameters(counts, layout, first=first)
     size, whole = counts.itemsize, layout.gathered == "step"
     weights = (split.layers if whole else 2) * layer * size + ends * FP32
     waiting = split.layers * layer * FP32 if whole and micro_batches > 1 else 0.0

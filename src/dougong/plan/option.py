@@ -116,7 +116,7 @@ def optimizer_seconds(work: Work, counts: Counts, layout: LayoutConfig, machine:
     held = held_parameters(counts, layout, first=True) / Split.of(layout, counts.layers).shards
     seconds = held * FP32 * OPTIMIZER_PASSES.get(work.optim.kind, 7) / machine.memory_bytes_per_s
     if work.optim.kind == "muon":
-        matrices = counts.layer_parameters * counts.layers / layout.size("pipeline", "shard", "context", "tensor")
+        matrices = counts.layer_parameters * counts.layers / (layout.processes / layout.size("replicate"))
         seconds += MUON_FLOPS_PER_ELEMENT * counts.dim * matrices / (0.5 * machine.peak(work.precision))
     return seconds
 

@@ -14,6 +14,7 @@ from dougong.runtime.layout import AXES, Axis, LayoutConfig
 from dougong.runtime.mesh import SHARDS
 
 _BUCKET = 25 * 2**20      # DDP's
+_STACKS = 3               # of a layer's experts: gate, up, down; summed one by one where FSDP does not hold them
 BUS_EFFICIENCY = 0.8
 """share of a link that large collectives reach (NCCL's tests on DGX hosts: 75-90 %)"""
 
@@ -35,9 +36,13 @@ def traffic(counts: Counts, layout: LayoutConfig, machine: Machine, mode: str, m
             micro_batches: int) -> list[Traffic]:
     """Every axis above 1."""
     split = Split.of(layout, counts.layers)
-    layer = layer_parameters(counts, split.tensor)
     ends = end_parameters(counts, layout, first=True)
-    weights, found = split.layers * layer, []
+    weights, experts, found = split.layers * layer_parameters(counts, split.tensor), 0.0, []
+    groups = split.layers       # that FSDP gathers, and sums, one by one
+    if layout.expert > 1:       # a process's experts lie over the other axes alone
+        experts = split.layers * counts.layer_experts
+        weights -= experts
+        groups *= 2 if layout.size("shard", "context") > 1 else 1
 
     def add(axes: tuple[Axis, ...], what: str, number: float, size: float, *, hidden: bool) -> None:
         link, name = _link(layout, machine, axes)
@@ -48,15 +53,17 @@ def traffic(counts: Counts, layout: LayoutConfig, machine: Machine, mode: str, m
     if (n := split.shards) > 1:
         times = micro_batches if layout.gathered == "layer" else 1
         gathers = 2 * times if layout.gathered == "layer" else 1
-        share = (n - 1) / n
-        add(SHARDS, "weights gathered", split.layers * gathers + times,
-            share * (weights * counts.itemsize * gathers + ends * FP32 * times), hidden=True)
-        add(SHARDS, "gradients summed, each to its owner", (split.layers + 1) * times,
-            share * (weights + ends) * FP32 * times, hidden=True)
+        share, m = (n - 1) / n, layout.size("shard", "context")
+        own = experts / layout.expert * (m - 1) / m
+        add(SHARDS, "weights gathered", groups * gathers + times,
+            (share * weights + own) * counts.itemsize * gathers + share * ends * FP32 * times, hidden=True)
+        add(SHARDS, "gradients summed, each to its owner", (groups + 1) * times,
+            (share * (weights + ends) + own) * FP32 * times, hidden=True)
     if (n := layout.size("replicate")) > 1:
-        size = (weights + ends) / split.shards * FP32
+        size = (weights + experts + ends) / split.shards * FP32
         alone = layout.size("replicate") == layout.processes        # DDP sends buckets, FSDP2 each layer by itself
-        add(("replicate",), "gradients summed", math.ceil(size / _BUCKET) if alone else split.layers + 1,
+        messages = groups + 1 + (_STACKS * split.layers if experts and groups == split.layers else 0)
+        add(("replicate",), "gradients summed", math.ceil(size / _BUCKET) if alone else messages,
             2 * (n - 1) / n * size, hidden=True)
     if (n := layout.tensor) > 1:
         passes = 2 + (mode == "full")
@@ -72,6 +79,11 @@ def traffic(counts: Counts, layout: LayoutConfig, machine: Machine, mode: str, m
         passes = 2 + (mode == "full")
         add(("context",), "heads for tokens" if layout.context_method == "all_to_all" else "keys and values gathered",
             2 * passes * split.layers * micro_batches, size * passes * split.layers * micro_batches, hidden=False)
+    if (n := layout.expert) > 1:
+        rows = counts.stream_bytes / layout.context * micro_rows * counts.section.feed_forward.top_k
+        passes = 2 + (mode == "full")
+        add(("expert",), "tokens sent to their experts and back", (3 * passes - 1) * split.layers * micro_batches,
+            2 * passes * (n - 1) / n * rows * split.layers * micro_batches, hidden=False)
     if layout.pipeline > 1:
         stream = counts.stream_bytes / layout.context * micro_rows
         each = split.stages // layout.pipeline

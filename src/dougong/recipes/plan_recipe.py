@@ -6,7 +6,7 @@ from typing import Any
 from dougong.core.config import replace, to_dict
 from dougong.core.errors import ConfigError
 from dougong.models import count
-from dougong.plan.choose import Ranking, nothing_fits, rank
+from dougong.plan.choose import Ranking, explain, nothing_fits, rank
 from dougong.plan.counts import ITEMSIZE, Counts
 from dougong.plan.machine import Machine
 from dougong.plan.memory import DEVICE_BYTES, FRAGMENTATION, HOW
@@ -84,6 +84,7 @@ def _confirmed(work: Work, ranking: Ranking) -> tuple[Ranking, dict[str, Any]]:
         first = best.pop(0)
         others.insert(0, change(first, refused=f"the simulation needs {needed / 2**30:.0f} GiB, the arithmetic "
                                                f"{first.memory_bytes / 2**30:.0f}"))
+    best, others = ([change(option, reason=explain(option, best[0])) for option in found] for found in (best, others))
     return Ranking(best, others, ranking.considered), simulated
 
 

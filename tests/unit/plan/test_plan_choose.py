@@ -6,6 +6,7 @@ import pytest
 
 from dougong.core.errors import ConfigError
 from dougong.models.families.llama import LlamaConfig
+from dougong.models.families.qwen3_moe import Qwen3MoEConfig
 from dougong.objectives.causal_lm import CausalLMConfig
 from dougong.optim import OPTIMIZERS
 from dougong.plan import choose, choose_layout
@@ -41,6 +42,21 @@ def test_what_does_not_fit_one_device_is_divided():
     assert not copies.fits and "does not fit" in copies.reason
     speeds = [option.tokens_per_s for option in ranking.best]
     assert speeds[0] >= 0.97 * max(speeds)
+
+
+def test_experts_are_divided_where_they_do_not_fit_and_never_beside_tensor():
+    mixture = Qwen3MoEConfig(vocab_size=32_000, context=2048, dim=2048, num_layers=8, num_heads=16, num_kv_heads=4,
+                             head_dim=128, num_experts=64, top_k=2, ffn_dim=1024)
+    ranking = rank(work(mixture, rows=64), machine("h100"), 8, keep=10)
+    tried = [option.layout for option in [*ranking.best, *ranking.others]]
+    assert all(layout.tensor == 1 for layout in tried) and {layout.expert for layout in tried} > {1}
+    option = next(o for o in ranking.best if o.layout.expert > 1)
+    assert f"experts in {option.layout.expert} places" in option.reason and option.refused is None
+    sent = next(t for t in option.traffic if t.axis == "expert" and "experts" in t.what)
+    rows = 2048 * 2 * option.micro_rows * option.micro_batches         # tokens that a process sends, twice each way
+    share, passes = 1 - 1 / option.layout.expert, 3 if option.checkpoint == "full" else 2
+    assert sent.bytes == pytest.approx(2 * passes * rows * 2048 * 2 * 8 * share) and not sent.hidden
+    assert not any(o.layout.expert > 1 for o in rank(work(), machine("h100"), 8).others)
 
 
 def test_refusals_are_those_of_the_rooms_below():
