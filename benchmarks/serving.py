@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import json
 import multiprocessing
+import os
 import platform
 import statistics
 import subprocess
@@ -25,20 +26,22 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")     # as the command does, before torch is loaded
+
 import torch
 
 from dougong import __version__
 from dougong.data.tokenizer import BytesConfig
 from dougong.generate import Engine
 from dougong.models.families.qwen3 import Qwen3Config
-from dougong.runtime.device import Runtime, machine_facts, usable_cores
+from dougong.runtime.device import Runtime, RuntimeConfig, machine_facts, usable_cores
 from dougong.serve.app import create_app
 from dougong.serve.model import ServedModel
 from dougong.serve.server import Server, bind
 from dougong.serve.settings import ServeConfig
 
 CONTEXT = 1536
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def build(small: bool) -> torch.nn.Module:
@@ -84,11 +87,10 @@ def _in_process(url: str, prompts: list[str], tokens: int, seed: int) -> dict:
     return asyncio.run(_crowd(url, prompts, tokens, seed))
 
 
-def serve(model: torch.nn.Module, threads: int, dtype: torch.dtype) -> tuple[Server, str, ServedModel]:
+def serve(model: torch.nn.Module, threads: int, precision: str) -> tuple[Server, str, ServedModel]:
     config = ServeConfig(port=0)
-    torch.set_num_threads(threads)
-    served = ServedModel("model", Engine(model, Runtime(dtype=dtype, threads=threads)),
-                         BytesConfig().build(), config)
+    runtime = Runtime.start(RuntimeConfig(device="cpu", precision=precision, threads=threads))   # type: ignore[arg-type]
+    served = ServedModel("model", Engine(model, runtime), BytesConfig().build(), config)
     listener = bind(config)
     server = Server(create_app([served], config), config)
     threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True).start()
@@ -130,18 +132,16 @@ def prefixes(url: str, rounds: int) -> dict[str, object]:
 
 
 def overhead(url: str, served: ServedModel, tokens: int) -> dict[str, float]:
-    """At 16 rows: what a step costs beside the engine's reading (the model's own work), HTTP and text included."""
-    engine, inside, depth = served.engine, [0.0], [0]
+    """At 16 rows: what goes by beside the engine's reading (the model's own work), HTTP and text included: of all the
+    time that 16 clients wait, arrival, prompts and end included, and between two steps that write 16 tokens."""
+    engine, steps = served.engine, []
 
     def timed(read: Callable) -> Callable:
-        def outer(*arguments: Any, **more: Any) -> Any:
+        def outer(tokens_BT: Any, *more: Any) -> Any:
             begin = time.perf_counter()
-            depth[0] += 1
-            try:
-                return read(*arguments, **more)
-            finally:
-                depth[0] -= 1
-                inside[0] += 0.0 if depth[0] else time.perf_counter() - begin
+            logits = read(tokens_BT, *more)
+            steps.append((tuple(tokens_BT.shape), begin, time.perf_counter()))
+            return logits
 
         return outer
 
@@ -150,12 +150,20 @@ def overhead(url: str, served: ServedModel, tokens: int) -> dict[str, float]:
         told = crowd(url, [f"over{i:03d}".ljust(63, "x") for i in range(16)], tokens, 7)
     finally:
         del engine.read, engine.read_each
-    seconds = 16 * tokens / told["tokens_per_s"]
-    return {"seconds": seconds, "in_model_s": inside[0], "beside_the_model": seconds / inside[0] - 1}
+    seconds, inside = 16 * tokens / told["tokens_per_s"], sum(end - begin for _, begin, end in steps)
+    both = [(later[1] - end, end - begin) for (shape, begin, end), later in zip(steps, steps[1:])
+            if shape == later[0] == (16, 1)]
+    gap, step = (statistics.median(times) for times in zip(*both))
+    return {"seconds": seconds, "in_model_s": inside, "beside_the_model": seconds / inside - 1,
+            "step_s": step, "between_steps_s": gap, "of_a_step": gap / step}
 
 
-def start() -> dict[str, float]:
-    """Seconds from the command to its first answer, with a run of a few steps."""
+def start(rounds: int = 5) -> dict[str, Any]:
+    """Seconds from the command to its first answer, with a run of a few steps; and what `import torch` alone takes.
+
+    Python keeps its bytecode, as it does unless told otherwise: the first start writes it and is not counted.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     with tempfile.TemporaryDirectory() as folder:
         texts = Path(folder) / "texts"
         texts.mkdir()
@@ -165,23 +173,35 @@ def start() -> dict[str, float]:
         subprocess.run([sys.executable, "-m", "dougong", "train", "first", "--run", str(run), f"data.path={texts}",
                         "model.dim=64", "model.num_layers=2", "tokenizer=bytes", "train.minutes=null", "train.steps=2",
                         "train.rows=2", "train.micro_rows=2", "runtime.device=cpu"], check=True, capture_output=True)
-        begin = time.perf_counter()
-        process = subprocess.Popen([sys.executable, "-m", "dougong", "serve", str(run), "--port", "0"],
-                                   stdout=subprocess.PIPE, text=True)
-        try:
-            assert process.stdout is not None
-            url = process.stdout.readline().split(" at ")[1].split()[0]
-            while True:
-                try:
-                    reply = httpx.post(url + "/v1/completions", json={"prompt": "a", "max_tokens": 1}, timeout=30)
-                    break
-                except httpx.ConnectError:
-                    time.sleep(0.005)
-            assert reply.status_code == 200
-            return {"first_answer_s": time.perf_counter() - begin}
-        finally:
-            process.terminate()
-            process.wait()
+        environment["PYTHONPYCACHEPREFIX"] = str(Path(folder) / "bytecode")
+        command = [sys.executable, "-m", "dougong", "serve", str(run), "--port", "0"]
+        served, imported = [], []
+        for _ in range(rounds + 1):
+            served.append(_first_answer(command, environment))
+            begin = time.perf_counter()
+            subprocess.run([sys.executable, "-c", "import torch"], check=True, env=environment)
+            imported.append(time.perf_counter() - begin)
+    return {"first_answer_s": statistics.median(served[1:]), "each_s": served[1:],
+            "import_torch_s": statistics.median(imported[1:])}
+
+
+def _first_answer(command: list[str], environment: dict[str, str]) -> float:
+    begin = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert process.stdout is not None
+        url = process.stdout.readline().split(" at ")[1].split()[0]
+        while True:
+            try:
+                reply = httpx.post(url + "/v1/completions", json={"prompt": "a", "max_tokens": 1}, timeout=30)
+                break
+            except httpx.ConnectError:
+                time.sleep(0.005)
+        assert reply.status_code == 200
+        return time.perf_counter() - begin
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def main() -> None:
@@ -189,7 +209,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a model of 1M parameters, fewer tokens and rounds")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--threads", type=int, default=usable_cores())
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16",
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16",
                         help="fp32 is the faster where the processor has no bf16 instructions")
     options = parser.parse_args()
     tokens, rounds = (32, 2) if options.quick else (96, 5)
@@ -197,9 +217,10 @@ def main() -> None:
     versions = {"dougong": __version__, "torch": torch.__version__, "python": platform.python_version()}
     command = " ".join(["python", "benchmarks/serving.py", *sys.argv[1:]])
     print(f"{machine['processor']}, {options.threads} threads; {versions}\n{command}")
-    results: dict = {"start": start()}
-    print(f"first answer {results['start']['first_answer_s']:.2f} s after the command")
-    server, url, served = serve(build(options.quick), options.threads, DTYPES[options.dtype])
+    results: dict = {"start": start(2 if options.quick else 5)}
+    print(f"first answer {results['start']['first_answer_s']:.2f} s after the command, of which `import torch` takes "
+          f"{results['start']['import_torch_s']:.2f}")
+    server, url, served = serve(build(options.quick), options.threads, options.dtype)
     results["clients"] = clients(url, tokens, rounds)
     for number, speeds in results["clients"]["tokens_per_s"].items():
         first = results["clients"]["first_token_s"][number]
@@ -211,7 +232,9 @@ def main() -> None:
     told = results["prefixes"]["ratio"]
     print(f"{'prefix: cold / warm':<24}{told['median']:6.2f}×  ({told['low']:.2f} to {told['high']:.2f})")
     results["overhead"] = overhead(url, served, tokens)
-    print(f"beside the model at 16 rows: {results['overhead']['beside_the_model']:.1%}")
+    told = results["overhead"]
+    print(f"beside the model at 16 rows: {told['beside_the_model']:.1%} of all; between two steps of "
+          f"{1000 * told['step_s']:.1f} ms {1000 * told['between_steps_s']:.1f}: {told['of_a_step']:.1%}")
     server.should_exit = True
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
