@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ def overhead(url: str, served: ServedModel, tokens: int) -> dict[str, float]:
     finally:
         del engine.read, engine.read_each
     seconds, inside = 16 * tokens / told["tokens_per_s"], sum(end - begin for _, begin, end in steps)
-    both = [(later[1] - end, end - begin) for (shape, begin, end), later in zip(steps, steps[1:])
+    both = [(later[1] - end, end - begin) for (shape, begin, end), later in pairwise(steps)
             if shape == later[0] == (16, 1)]
     gap, step = (statistics.median(times) for times in zip(*both))
     return {"seconds": seconds, "in_model_s": inside, "beside_the_model": seconds / inside - 1,

@@ -54,7 +54,7 @@ def product(x_BI, matrix, scale, bias, form, group=32, threads=2) -> torch.Tenso
 
 
 @needed
-@pytest.mark.parametrize("texts", [1, 2, 3, 7, 16])
+@pytest.mark.parametrize("texts", [1, 2, 3, 7, 16, 32])
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("outputs", "inputs"), [(1, 64), (7, 192), (300, 256), (515, 1040)])
