@@ -16,6 +16,8 @@ _hook = install_import_hook(
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from dougong.runtime.device import end_team  # noqa: E402
+
 torch.set_num_threads(1)
 _MANY_STEPS = ("distributed", "unit/adapt", "unit/cli", "unit/plan", "unit/recipes", "unit/report", "unit/serve",
                "unit/generate/test_engine.py", "unit/generate/test_scheduler.py", "unit/generate/test_draft_model.py",
@@ -33,3 +35,11 @@ def _shapes(request):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Whatever a recipe of the test before has set; a fork would not take further threads along."""
+    if torch.get_num_threads() > 1:
+        end_team()
+        torch.set_num_threads(1)
