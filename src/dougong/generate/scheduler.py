@@ -12,16 +12,14 @@ import torch
 from torch import Tensor
 
 from dougong.core.errors import ConfigError
+from dougong.generate.choosing import choose_each, log_probabilities_of
 from dougong.generate.draft_model import Drafted, DraftModel
 from dougong.generate.drafts import Ahead, Guess, NGrams
 from dougong.generate.engine import Engine, Finish, Token, sample_seed
 from dougong.generate.lanes import BLOCK, Lane, Reading, width_for
 from dougong.generate.prefixes import Prefixes
 from dougong.generate.request import Request, Row
-from dougong.generate.sampling import NOT_FINITE, Draws, SamplingConfig, accept, log_probabilities, pick, probabilities
-
-Choice = int | str
-"""a chosen token, or why there is none"""
+from dougong.generate.sampling import Draws
 
 
 class Scheduler:
@@ -30,9 +28,8 @@ class Scheduler:
     `max_rows` write at a time. `cache_tokens` bounds the keys and values held, unused columns included (while rows move
     or prompts are being read, up to twice as much may be allocated). `chunk` tokens of prompts are read per step at
     most, so a long prompt delays the others' next token by one chunk's time. `vocab_size`: ids from it on are never
-    chosen.
-    Requests that `speculate` are guessed by `draft`, a smaller model of the same tokenizer, else by what repeats in
-    their text; at most `guessing` of them at a time, as each advances at its own pace, which many pay for.
+    chosen. Requests that `speculate` are guessed by `draft`, a smaller model of the same tokenizer, else by what
+    repeats in their text; at most `guessing` of them at a time, as each advances at its own pace, which many pay for.
     """
 
     def __init__(self, engine: Engine, *, max_rows: int = 16, cache_tokens: int = 16384, chunk: int = 256,
@@ -372,8 +369,8 @@ class Scheduler:
         """The next token of each row, and what becomes of the row. `drawn`: what a draft drew for the one row, and
         from which law."""
         logits_NV = logits_NV[:, :self.vocab_size].float()
-        choices = self._choose(rows, logits_NV, drawn)
-        told = self._log_probabilities(rows, choices, logits_NV)
+        choices = choose_each(rows, logits_NV, drawn)
+        told = log_probabilities_of(rows, choices, logits_NV)
         tokens = []
         for n, (row, choice) in enumerate(zip(rows, choices)):
             if isinstance(choice, int):
@@ -384,53 +381,6 @@ class Scheduler:
             if token.finish is not None:
                 self._end(row, keep=token.finish != "error")
         return tokens
-
-    def _choose(self, rows: Sequence[Row], logits_NV: Tensor, drawn: tuple[int, Tensor] | None) -> list[Choice]:
-        """Rows of one kind of sampling are chosen in one go; every operation treats its rows one by one."""
-        top_N, best_N = logits_NV.max(-1)
-        choices: list[Choice] = list(best_N.tolist())
-        kinds: dict[tuple, list[int]] = {}
-        changed: dict[int, Tensor] = {}
-        for n, (row, finite) in enumerate(zip(rows, top_N.isfinite().tolist())):
-            if not finite:
-                choices[n] = NOT_FINITE
-                continue
-            if row.adjusts:
-                try:
-                    changed[n] = row.adjusted(logits_NV[n:n + 1])
-                except Exception as error:   # somebody's constraint; the others go on
-                    choices[n] = f"{type(error).__name__}: {error}"
-                    continue
-            sampling = row.request.sampling
-            if sampling.temperature or row.adjusts:
-                kind = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
-                kinds.setdefault(kind, []).append(n)
-        for members in kinds.values():
-            sampling: SamplingConfig = rows[members[0]].request.sampling
-            whole = not changed and len(members) == len(rows)
-            x_NV = logits_NV if whole else torch.cat([changed.get(n, logits_NV[n:n + 1]) for n in members])
-            if drawn is not None:
-                draws = rows[members[0]].draws
-                choices[members[0]] = accept(probabilities(x_NV, sampling)[0], drawn[1], drawn[0],
-                                             (draws.next(), draws.next()))
-                continue
-            uniforms = [rows[n].draws.next() for n in members] if sampling.temperature else None
-            for n, id in zip(members, pick(x_NV, sampling, uniforms).tolist()):
-                choices[n] = id
-        return choices
-
-    def _log_probabilities(self, rows: Sequence[Row], choices: Sequence[Choice], logits_NV: Tensor,
-                           ) -> dict[int, tuple[float, list[tuple[int, float]]]]:
-        """For rows that ask: the log-probability of the choice, and the most likely tokens with theirs."""
-        asking: dict[int, list[int]] = {}
-        for n, (row, choice) in enumerate(zip(rows, choices)):
-            if row.request.sampling.logprobs is not None and isinstance(choice, int):
-                asking.setdefault(row.request.sampling.logprobs, []).append(n)
-        told = {}
-        for count, members in asking.items():
-            ids_N = torch.tensor([choices[n] for n in members], device=logits_NV.device)
-            told |= zip(members, zip(*log_probabilities(logits_NV[members], ids_N, count)))
-        return told
 
     def _write(self, row: Row, id: int, told: tuple[float | None, list[tuple[int, float]] | None]) -> Token:
         try:

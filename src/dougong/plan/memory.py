@@ -59,12 +59,16 @@ def layer_parameters(counts: Counts, tensor: int) -> float:
     return (counts.layer_parameters - counts.layer_whole) / tensor + counts.layer_whole
 
 
+def experts_apart(layout: LayoutConfig) -> bool:
+    """Whether a process's experts lie over no other axis, so that FSDP neither gathers nor divides them."""
+    return layout.expert > 1 and layout.size("shard", "context") == 1
+
+
 def gathered_parameters(counts: Counts, layout: LayoutConfig) -> float:
     """Of one layer, what a process has whole while it computes. Of its experts it never has the others' at hand, nor
     are its own gathered where they lie over no other axis."""
-    experts = counts.layer_experts / layout.expert
-    apart = layout.expert > 1 and layout.size("shard", "context") == 1
-    return layer_parameters(counts, layout.tensor) - counts.layer_experts + (0.0 if apart else experts)
+    own = 0.0 if experts_apart(layout) else counts.layer_experts / layout.expert
+    return layer_parameters(counts, layout.tensor) - counts.layer_experts + own
 
 
 def end_parameters(counts: Counts, layout: LayoutConfig, *, first: bool) -> float:
@@ -99,8 +103,8 @@ def kept_per_row(counts: Counts, layout: LayoutConfig, mode: str) -> Line:
         row += counts.context * (heads + 2 * groups) * width / tensor * counts.itemsize
     casts = outside.fixed + inside.fixed / tensor
     if layout.size(*SHARDS) > 1:      # FSDP's copies are, but experts that it does not gather are cast as they are used
-        apart = layout.expert > 1 and layout.size("shard", "context") == 1 and counts.itemsize < FP32
-        casts = counts.layer_experts / layout.expert * counts.itemsize if apart else 0.0
+        cast = experts_apart(layout) and counts.itemsize < FP32
+        casts = counts.layer_experts / layout.expert * counts.itemsize if cast else 0.0
     return Line(casts, row / layout.context)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from dougong.plan.counts import Counts
 from dougong.plan.machine import Machine
-from dougong.plan.memory import FP32, Split, end_parameters, layer_parameters
+from dougong.plan.memory import FP32, Split, end_parameters, experts_apart, layer_parameters
 from dougong.runtime.layout import AXES, Axis, LayoutConfig
 from dougong.runtime.mesh import SHARDS
 
@@ -42,7 +42,7 @@ def traffic(counts: Counts, layout: LayoutConfig, machine: Machine, mode: str, m
     if layout.expert > 1:       # a process's experts lie over the other axes alone
         experts = split.layers * counts.layer_experts
         weights -= experts
-        groups *= 2 if layout.size("shard", "context") > 1 else 1
+        groups *= 1 if experts_apart(layout) else 2
 
     def add(axes: tuple[Axis, ...], what: str, number: float, size: float, *, hidden: bool) -> None:
         link, name = _link(layout, machine, axes)
@@ -62,7 +62,7 @@ def traffic(counts: Counts, layout: LayoutConfig, machine: Machine, mode: str, m
     if (n := layout.size("replicate")) > 1:
         size = (weights + experts + ends) / split.shards * FP32
         alone = layout.size("replicate") == layout.processes        # DDP sends buckets, FSDP2 each layer by itself
-        messages = groups + 1 + (_STACKS * split.layers if experts and groups == split.layers else 0)
+        messages = groups + 1 + (_STACKS * split.layers if experts_apart(layout) else 0)
         add(("replicate",), "gradients summed", math.ceil(size / _BUCKET) if alone else messages,
             2 * (n - 1) / n * size, hidden=True)
     if (n := layout.tensor) > 1:

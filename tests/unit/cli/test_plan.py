@@ -5,7 +5,10 @@ import json
 from typer.testing import CliRunner
 
 from dougong.cli.main import app
+from dougong.core.config import from_dict
 from dougong.core.errors import ConfigError
+from dougong.recipes import plan_recipe
+from dougong.runtime.layout import LayoutConfig
 
 SMALL = ["size=null", "tokenizer.vocab_size=512", "model.context=128", "model.dim=64", "model.num_layers=2",
          "model.num_heads=2", "model.num_kv_heads=2", "model.head_dim=32", "model.ffn_dim=128", "train.rows=16",
@@ -30,6 +33,23 @@ def test_a_plan_for_gpus_prints_draws_and_gives_json(tmp_path):
         text = text.replace(harmless, "")
     assert "http" not in text       # the page loads nothing
     assert "Memory, layout by layout" in text and "各布局的内存" in text
+
+
+def test_a_layout_that_the_simulation_refuses_loses_its_place_with_the_reason(monkeypatch):
+    def simulated(work, option):
+        return {"peak_bytes": 2**50 if option.layout == first else 1.0, "arithmetic_bytes": 1.0, "collectives": 0,
+                "seconds": 0.0, "messages": {}, "message_bytes": {}}
+
+    gpus = ["--gpus", "8", "--gpu", "h100", "--json"]
+    before = json.loads(plan(*gpus, "--no-simulate").stdout.splitlines()[-1])
+    first = from_dict(LayoutConfig, before["best"][0]["layout"])
+    monkeypatch.setattr(plan_recipe, "_simulated", simulated)
+    after = json.loads(plan(*gpus).stdout.splitlines()[-1])
+    assert after["best"][0]["name"] == before["best"][1]["name"]
+    assert after["others"][0]["name"] == before["best"][0]["name"]
+    assert after["others"][0]["reason"].startswith("the simulation needs 10485")
+    assert "than the best" not in after["best"][0]["reason"]
+    assert "than the best" in before["best"][1]["reason"], "or this shows nothing"
 
 
 def test_a_plan_for_this_machine_counts_one_step_exactly():

@@ -64,6 +64,16 @@ def test_rows_keep_their_keys_while_others_come_and_go(seed):
         assert all(len(held) <= max(2 * rows, rows * 3 // 2 + 1) for held in lane.keys.values())
 
 
+def test_who_is_expected_finds_place():
+    lane = one(1, 5, 128)
+    lane.join(one(2, 3, 128), expected=3)
+    held = dict(lane.keys)
+    for name in (3, 4, 5):
+        lane.join(one(name, name, 128))
+    check(lane)
+    assert all(lane.keys[layer] is held[layer] and len(held[layer]) == 5 for layer in held), "grown again"
+
+
 def test_a_dropped_row_leaves_nothing_behind():
     lane = one(1, 5, 128)
     lane.join(one(2, 3, 128))

@@ -7,7 +7,7 @@ from tiny_models import CONTEXT, VOCABULARY, build
 
 from dougong.core.errors import ConfigError
 from dougong.generate import Engine, Request, SamplingConfig, Scheduler
-from dougong.generate.lanes import BLOCK
+from dougong.generate.lanes import BLOCK, Lane
 
 GREEDY = SamplingConfig(temperature=0, max_tokens=20)
 CONFIGS = [GREEDY, SamplingConfig(max_tokens=12, seed=3),
@@ -168,6 +168,19 @@ def test_short_prompts_are_read_side_by_side(model):
     assert prompts[:4] == [(4, 22), (1, 3), (2, CONTEXT), (1, 22)], prompts
     assert texts == [alone(engine, request) for request in requests]
     check_nothing_is_left(scheduler)
+
+
+@pytest.mark.parametrize("length", [20, 90])
+def test_rows_that_come_or_grow_together_are_given_place_once(monkeypatch, length):
+    """From the prompts' own lanes into one, and later together into a wider one."""
+    engine, grown = Engine(build("qwen3", context=512)), []
+    resize = Lane._resize
+    monkeypatch.setattr(Lane, "_resize", lambda lane, store, layer, like, rows: (
+        grown.append(rows) if rows > len(store.get(layer, ())) else None, resize(lane, store, layer, like, rows)))
+    requests = [Request([i + 1] * length, SamplingConfig(max_tokens=60, seed=i)) for i in range(8)]
+    texts = run(Scheduler(engine, chunk=1024), [(0, request) for request in requests])
+    assert grown == [8] * (2 * 3 * (1 if length == 20 else 2)), "keys and values of three layers"
+    assert texts == [alone(engine, request) for request in requests]
 
 
 def test_padding_reaches_no_place_beyond_the_context():

@@ -97,3 +97,11 @@ def test_a_tokenizer_that_does_not_match_the_embedding_names_both(tmp_path, monk
     monkeypatch.setattr("dougong.recipes.open_run.open_run", lambda path, checkpoint: run)
     with pytest.raises(CheckpointError, match=r"run: the tokenizer \(.*run\) has 300 entries.*vocab_size\) 257 rows"):
         ServedModel.open(tmp_path / "run", ServeConfig())
+
+
+def test_whoever_loads_a_model_leaves_the_cores_to_its_runner(monkeypatch):
+    """What `end_team` does is tested in tests/unit/runtime."""
+    ended = []
+    monkeypatch.setattr("dougong.serve.model.end_team", lambda: ended.append(True))
+    tiny_model(ServeConfig(port=0))
+    assert ended == [True]
