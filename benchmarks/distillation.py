@@ -31,6 +31,9 @@ PACKAGES = ("asyncio", "collections", "concurrent", "ctypes", "email", "http", "
             "logging", "multiprocessing", "tkinter", "unittest", "urllib", "xml")
 FIXED = ["train.minutes=null", "train.trackers=[]", "sample.prompts=[]", "evaluate.baselines=false",
          "evaluate.split=validation", "runtime.precision=fp32", "runtime.threads=1", "runtime.compile=false"]
+SHAPES = {   # widths, layers and heads given, so that the figures outlive changes of the size dial
+    "1M": (160, 3, 2, 1, 64, 448), "300K": (96, 2, 3, 3, 32, 256), "100K": (64, 2, 2, 1, 32, 192),
+    "60K": (64, 2, 2, 1, 32, 192)}
 SETTINGS: dict[str, dict[str, Any]] = {
     "full": {"teacher": "1M", "student": "300K", "vocabulary": 1024, "teacher_steps": 1500, "student_steps": 600,
              "rows": 32, "bytes": 200_000, "scored_bytes": 400_000},
@@ -40,6 +43,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
               "rows": 8, "bytes": 30_000, "scored_bytes": 20_000}}
 TAUGHT = ["objective.hard=0", "objective.temperature=1"]
 TEACHER_IS = {"all the text": "objective.top_k=null", "little text": "objective.top_k=64"}
+
+
+def shape(size: str) -> list[str]:
+    """Overrides that make a model of this size."""
+    names = ("dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_dim")
+    return [f"size={size}", "model.previous_token_head=false",
+            *(f"model.{name}={value}" for name, value in zip(names, SHAPES[size], strict=True))]
 
 
 def library(folder: Path) -> Path:
@@ -90,7 +100,7 @@ def trained(name: str, path: Path, overrides: list[str]) -> float:
 def compare(folder: Path, name: str, text: Path, teacher: Path, plan: dict[str, Any], documents: list[Any],
             best: dict[str, Any], *, seeds: int, taught: list[str]) -> dict[str, Any]:
     """Students alone and taught on one text, seed by seed."""
-    common = [f"size={plan['student']}", f"data.path={text}", f"model.vocab_size={plan['vocabulary']}",
+    common = [*shape(plan["student"]), f"data.path={text}", f"model.vocab_size={plan['vocabulary']}",
               "model.context=128", f"train.rows={plan['rows']}", f"train.steps={plan['student_steps']}",
               f"evaluate.tokens={plan['scored_bytes'] // 3}", "data.split.fractions=[0.9,0.1,0.0]"]
     alone_is = ["objective={kind: causal_lm}", "tokenizer.kind=file", f"tokenizer.path={teacher / 'tokenizer'}"]
@@ -129,7 +139,7 @@ def main() -> None:
         teacher = Path(options.teacher).absolute() if options.teacher else folder / "teacher"
         if not options.teacher:
             seconds = trained("first", teacher, [
-                f"size={plan['teacher']}", f"data.path={library(folder / 'library')}", "model.context=128",
+                *shape(plan["teacher"]), f"data.path={library(folder / 'library')}", "model.context=128",
                 f"tokenizer.vocab_size={plan['vocabulary']}", f"train.steps={plan['teacher_steps']}",
                 f"train.rows={plan['rows']}", f"evaluate.tokens={plan['scored_bytes'] // 3}"])
             print(f"teacher: {plan['teacher_steps']} steps in {seconds / 60:.1f} minutes", flush=True)

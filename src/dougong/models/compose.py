@@ -17,7 +17,8 @@ from dougong.nn.attention import AttentionConfig, Cache
 from dougong.nn.feed_forward import SwiGLUConfig
 from dougong.nn.init import ZEROS, Init, Initialised, matrix
 from dougong.nn.norm import RMSNormConfig
-from dougong.nn.position import RoPEConfig, Span
+from dougong.nn.position import RoPE, RoPEConfig, Span
+from dougong.nn.previous_token import begin_with_previous_token
 from dougong.nn.ranges import Count, NotNegative, Positive, Probability
 from dougong.nn.residual import PlainResidualConfig
 
@@ -74,6 +75,8 @@ class DecoderConfig:
     zero"""
     head_std: NotNegative | None = None
     """std of an untied head at the start; null: as the other matrices; 0: every token equally likely"""
+    previous_token_head: bool = False
+    """the first layer's first key head begins by looking at the token before (`nn.previous_token`); with rope"""
 
     def decoder(self) -> "DecoderConfig":
         return self
@@ -135,6 +138,12 @@ class Decoder(Initialised):
         head_std = section.init_std if section.head_std is None else section.head_std
         self.head = (TiedHead(self.stem.tokens, soft_cap=section.soft_cap) if section.tied else
                      Head(section.dim, section.vocab_size, soft_cap=section.soft_cap, init=matrix(head_std)))
+        if section.previous_token_head:
+            if not isinstance(self.position, RoPE) or section.norm_placement != "pre":
+                raise ConfigError(f"previous_token_head with position.kind={section.position.kind} and norm_placement="
+                                  f"{section.norm_placement}: it needs rope, and norms before the attention. "
+                                  "Try previous_token_head=false.")
+            begin_with_previous_token(self.stem.tokens, self.stack["0"].attention, self.position.theta)
 
     def hidden(self, tokens_BT: Int[Tensor, "B T"], *, segment_BT: Int[Tensor, "B row"] | None = None,
                cache: Cache | None = None, carry: Carry | None = None) -> Float[Tensor, "B T D"]:

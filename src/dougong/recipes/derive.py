@@ -292,8 +292,9 @@ def _about(kind: str, shape: dict[str, Any], vocabulary: int) -> int:
 
 
 def _proportions(kind: str, dim: int, layers: int) -> dict[str, int]:
-    """Heads and feed-forward at one width. Heads are as wide as published ones, 128, from a width of 192 on."""
-    head_dim = 128 if dim >= 192 else 64 if dim >= 128 else 32
+    """Heads and feed-forward at one width. Heads are as wide as published ones, 128, from a width of 192 on, and 64
+    below: narrow ones learn to copy later (docs/log.md)."""
+    head_dim = 128 if dim >= 192 else 64
     num_heads = max(2, round(dim / head_dim))
     if kind in ("gpt2", "nano"):   # here a head's width is dim / num_heads
         head_dim = max(h for h in (32, 48, 64, 80, 96, 128) if dim % h == 0 and h <= max(64, head_dim // 2))

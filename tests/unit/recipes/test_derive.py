@@ -35,6 +35,18 @@ def test_the_exact_count_is_near_the_size(family, size):
     assert 20 <= model.dim / model.num_layers <= 160, "a usual proportion"
 
 
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+@pytest.mark.parametrize("size", ["100K", "315K", "681K", "1.3M", "2M"])
+def test_small_models_have_heads_wide_enough_to_learn_to_copy(family, size):
+    model = resolved(f"model={family}", f"size={size}")[0].model
+    assert model.num_heads >= 2 and model.head_dim >= 64 and model.num_heads * model.head_dim >= model.dim
+
+
+def test_the_first_model_begins_with_a_head_that_looks_back():
+    assert resolved()[0].model.previous_token_head
+    assert not hasattr(resolved("model.kind=llama")[0].model, "previous_token_head")
+
+
 @pytest.mark.parametrize("model", [["model=qwen3_moe"], ["model=nano", "model.feed_forward=moe"]])
 def test_the_dial_knows_no_experts_and_says_so(model):
     with pytest.raises(ConfigError, match=r"experts.*Leave size out"):

@@ -51,6 +51,9 @@ class Qwen3Config:
     """of what each half of a layer adds; not in Hugging Face's model; used in training only"""
     init_std: NotNegative = 0.02
     """`initializer_range`"""
+    previous_token_head: bool = False
+    """the first layer's first key head begins by looking at the token before: small models then learn to copy in half
+    the steps or fewer (`nn.previous_token`)"""
 
     def decoder(self) -> "DecoderConfig":
         from dougong.models.compose import DecoderConfig
@@ -69,7 +72,8 @@ class Qwen3Config:
             feed_forward=SwiGLUConfig(ffn_dim=self.ffn_dim),
             norm=RMSNormConfig(eps=self.norm_eps), window=self.window, window_pattern=self._window_pattern(),
             tied=self.tied, embedding_dropout=self.embedding_dropout, dropout=self.dropout,
-            init_std=self.init_std, embedding_std=self.init_std or 0.02)
+            init_std=self.init_std, embedding_std=self.init_std or 0.02,
+            previous_token_head=self.previous_token_head)
 
     def _window_pattern(self) -> str:
         if self.window is None or self.num_layers is None:

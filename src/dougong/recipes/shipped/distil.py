@@ -17,7 +17,7 @@ def distil() -> Recipe:
         about="a small model taught by a larger one: give objective.teacher=RUN (5 minutes)",
         size="500K",
         data=TextData(),
-        model=Qwen3Config(),
+        model=Qwen3Config(previous_token_head=True),
         objective=DistilConfig(),
         optim=MuonConfig(),
         schedule=WSDConfig(warmup=0.02, decay=0.65),

@@ -25,7 +25,7 @@ def first() -> Recipe:
         size="2M",
         data=TextData(),
         tokenizer=BpeConfig(),
-        model=Qwen3Config(),
+        model=Qwen3Config(previous_token_head=True),
         objective=CausalLMConfig(),
         optim=MuonConfig(),
         schedule=WSDConfig(warmup=0.02, decay=0.65),
