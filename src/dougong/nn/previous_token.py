@@ -14,6 +14,7 @@ all tokens: q and k, with a turn of one position between them. Under RoPE their 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -23,29 +24,23 @@ from dougong.nn.embedding import Embedding
 from dougong.nn.init import Init
 
 STRENGTH = 4.0
-"""the part that is the same for all tokens, against the one drawn: of a query or key's length"""
+"""length of a query's or key's part that is the same for all tokens, against the part drawn"""
+SHARPNESS = 1.6
+"""first scale of the channels used, where queries and keys have a norm with scales"""
 _LONGEST = 16
 """tokens to a whole turn of the slowest pair used: slower ones hardly tell neighbours apart"""
 
 
-@dataclass(frozen=True)
-class Moved:
-    """Another rule's values, moved by fixed ones."""
-
-    rule: Init
-    by: Callable[[Tensor], Tensor]
-    """from what the rule drew, to what is added"""
-
-    def __call__(self, parameter: Tensor, generator: Generator) -> None:
-        self.rule(parameter, generator)
-        parameter.add_(self.by(parameter))
-
-
 def begin_with_previous_token(tokens: Embedding, attention: Attention, theta: float) -> None:
-    """Changes rules of first values, and nothing else: those of the embedding, and of the first query and key head."""
-    tokens.init["weight"] = Moved(tokens.init["weight"], lambda drawn: drawn.std() * direction(drawn.shape[1]))
-    for matrix, positions in ((attention.query, 0.0), (attention.key, 1.0)):
-        matrix.init["weight"] = Moved(matrix.init["weight"], _SameForAll(attention.head_dim, theta, positions))
+    """Changes rules of first values, and nothing else: the embedding's, those of the first query and key head, and the
+    scales of that attention's queries and keys."""
+    pairs = FastPairs(attention.head_dim, theta)
+    _move(tokens, lambda drawn: drawn.std() * direction(drawn.shape[1]))
+    _move(attention.query, lambda drawn: pairs.same_for_all(drawn, positions=0))
+    _move(attention.key, lambda drawn: pairs.same_for_all(drawn, positions=1))
+    for norm in (attention.query_norm, attention.key_norm):
+        if getattr(norm, "weight", None) is not None:
+            _move(norm, lambda drawn: (SHARPNESS - 1) * pairs.used.repeat(2))
 
 
 def direction(dim: int) -> Tensor:
@@ -54,19 +49,47 @@ def direction(dim: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _SameForAll:
-    """(rows, D) that answers m with one vector of the first head, turned by so many positions."""
+class FastPairs:
+    """The pairs of a head's channels that RoPE turns fast enough to tell neighbouring tokens apart."""
 
     head_dim: int
     theta: float
-    positions: float
 
-    def __call__(self, drawn: Tensor) -> Tensor:
-        half, dim = self.head_dim // 2, drawn.shape[1]
-        angles = self.theta ** (-torch.arange(half) / half)            # of each pair, from one token to the next
-        angles = angles[angles >= 2 * math.pi / _LONGEST]
+    @property
+    def angles(self) -> Tensor:
+        """(H/2,): what each pair turns by from one token to the next."""
+        half = self.head_dim // 2
+        return self.theta ** (-torch.arange(half) / half)
+
+    @property
+    def used(self) -> Tensor:
+        """(H/2,): 1 for a fast pair, else 0."""
+        return (self.angles >= 2 * math.pi / _LONGEST).float()
+
+    def turned(self, positions: int) -> Tensor:
+        """(H,): one in each fast pair, turned by so many positions."""
+        turn = positions * self.angles
+        return torch.cat([turn.cos() * self.used, turn.sin() * self.used])
+
+    def same_for_all(self, drawn: Tensor, *, positions: int) -> Tensor:
+        """(rows, D) like the weight drawn: answers m with that vector, in the first head's rows."""
         vector = torch.zeros(drawn.shape[0])
-        vector[: len(angles)] = torch.cos(self.positions * angles)
-        vector[half : half + len(angles)] = torch.sin(self.positions * angles)
-        length = STRENGTH * drawn.std() * math.sqrt(self.head_dim / len(angles))
-        return length * torch.outer(vector, direction(dim) / math.sqrt(dim))
+        vector[: self.head_dim] = self.turned(positions)
+        length = STRENGTH * drawn.std() * math.sqrt(self.head_dim)
+        return length * torch.outer(vector / vector.norm(), direction(drawn.shape[1]) / math.sqrt(drawn.shape[1]))
+
+
+@dataclass(frozen=True)
+class _Moved:
+    """Another rule's values, moved by something fixed or made from them."""
+
+    rule: Init
+    by: Callable[[Tensor], Tensor]
+
+    def __call__(self, parameter: Tensor, generator: Generator) -> None:
+        self.rule(parameter, generator)
+        parameter.add_(self.by(parameter))
+
+
+def _move(part: Any, by: Callable[[Tensor], Tensor]) -> None:
+    part.init["weight"] = _Moved(part.init["weight"], by)
