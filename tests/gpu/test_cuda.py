@@ -14,7 +14,7 @@ from dougong.train.step import take_step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 CONFIG = Qwen3Config(vocab_size=97, context=64, dim=64, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=32,
-                     ffn_dim=128)
+                     ffn_dim=128, previous_token_head=True)
 
 
 def random_batch(*, rows: int, context: int, vocab_size: int) -> Batch:

@@ -87,8 +87,9 @@ class _Moved:
     by: Callable[[Tensor], Tensor]
 
     def __call__(self, parameter: Tensor, generator: Generator) -> None:
-        self.rule(parameter, generator)
-        parameter.add_(self.by(parameter))
+        drawn = torch.empty(parameter.shape)        # in float32 on the CPU, so that every device gets the same
+        self.rule(drawn, generator)
+        parameter.copy_(drawn + self.by(drawn))
 
 
 def _move(part: Any, by: Callable[[Tensor], Tensor]) -> None:
