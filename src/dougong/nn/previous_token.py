@@ -14,6 +14,7 @@ all tokens: q and k, with a turn of one position between them. Under RoPE their 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,54 +35,51 @@ _LONGEST = 16
 def begin_with_previous_token(tokens: Embedding, attention: Attention, theta: float) -> None:
     """Changes rules of first values, and nothing else: the embedding's, those of the first query and key head, and the
     scales of that attention's queries and keys."""
-    pairs = FastPairs(attention.head_dim, theta)
-    _move(tokens, lambda drawn: drawn.std() * direction(drawn.shape[1]))
-    _move(attention.query, lambda drawn: pairs.same_for_all(drawn, positions=0))
-    _move(attention.key, lambda drawn: pairs.same_for_all(drawn, positions=1))
+    head = {"head_dim": attention.head_dim, "theta": theta}
+    _move(tokens, _shared)
+    _move(attention.query, partial(_same_for_all, positions=0, **head))
+    _move(attention.key, partial(_same_for_all, positions=1, **head))
     for norm in (attention.query_norm, attention.key_norm):
         if getattr(norm, "weight", None) is not None:
-            _move(norm, lambda drawn: (SHARPNESS - 1) * pairs.used.repeat(2))
+            _move(norm, partial(_sharper, theta=theta))
 
 
-def direction(dim: int) -> Tensor:
+def _direction(dim: int) -> Tensor:
     """m, (D,): ±1 in turn, which neither RMSNorm nor LayerNorm takes out."""
     return 1.0 - 2.0 * (torch.arange(dim) % 2)
 
 
-@dataclass(frozen=True)
-class FastPairs:
-    """The pairs of a head's channels that RoPE turns fast enough to tell neighbouring tokens apart."""
+def _shared(drawn: Tensor) -> Tensor:
+    """(D,): m, as large as what is drawn for a token."""
+    return drawn.std() * _direction(drawn.shape[1])
 
-    head_dim: int
-    theta: float
 
-    @property
-    def angles(self) -> Tensor:
-        """(H/2,): what each pair turns by from one token to the next."""
-        half = self.head_dim // 2
-        return self.theta ** (-torch.arange(half) / half)
+def _same_for_all(drawn: Tensor, *, positions: int, head_dim: int, theta: float) -> Tensor:
+    """(rows, D): answers m in the first head's rows with one in each fast pair, turned by so many positions."""
+    half, turns = head_dim // 2, positions * _fast_pairs(head_dim, theta)
+    vector = torch.zeros(drawn.shape[0])
+    vector[:len(turns)], vector[half:half + len(turns)] = turns.cos(), turns.sin()
+    length = STRENGTH * drawn.std() * math.sqrt(head_dim / len(turns))
+    return length * torch.outer(vector, _direction(drawn.shape[1]) / math.sqrt(drawn.shape[1]))
 
-    @property
-    def used(self) -> Tensor:
-        """(H/2,): 1 for a fast pair, else 0."""
-        return (self.angles >= 2 * math.pi / _LONGEST).float()
 
-    def turned(self, positions: int) -> Tensor:
-        """(H,): one in each fast pair, turned by so many positions."""
-        turn = positions * self.angles
-        return torch.cat([turn.cos() * self.used, turn.sin() * self.used])
+def _sharper(drawn: Tensor, *, theta: float) -> Tensor:
+    """(H,): what makes the scales of the fast pairs `SHARPNESS`."""
+    fast = torch.zeros(2, len(drawn) // 2)
+    fast[:, :len(_fast_pairs(len(drawn), theta))] = SHARPNESS - 1
+    return fast.flatten()
 
-    def same_for_all(self, drawn: Tensor, *, positions: int) -> Tensor:
-        """(rows, D) like the weight drawn: answers m with that vector, in the first head's rows."""
-        vector = torch.zeros(drawn.shape[0])
-        vector[: self.head_dim] = self.turned(positions)
-        length = STRENGTH * drawn.std() * math.sqrt(self.head_dim)
-        return length * torch.outer(vector / vector.norm(), direction(drawn.shape[1]) / math.sqrt(drawn.shape[1]))
+
+def _fast_pairs(head_dim: int, theta: float) -> Tensor:
+    """What RoPE turns each pair by from one token to the next, of those that tell neighbours apart: the first ones."""
+    half = head_dim // 2
+    angles = theta ** (-torch.arange(half) / half)
+    return angles[angles >= 2 * math.pi / _LONGEST]
 
 
 @dataclass(frozen=True)
 class _Moved:
-    """Another rule's values, moved by something fixed or made from them."""
+    """Another rule's values, moved by what follows from them."""
 
     rule: Init
     by: Callable[[Tensor], Tensor]

@@ -52,8 +52,8 @@ class Qwen3Config:
     init_std: NotNegative = 0.02
     """`initializer_range`"""
     previous_token_head: bool = False
-    """the first layer's first key head begins by looking at the token before: small models then learn to copy in half
-    the steps or fewer (`nn.previous_token`)"""
+    """the first layer's first key head begins by looking at the token before: small models then learn to copy much
+    sooner (`nn.previous_token`)"""
 
     def decoder(self) -> "DecoderConfig":
         from dougong.models.compose import DecoderConfig
