@@ -1,4 +1,5 @@
-"""`dougong show`: the resolved recipe, every derived number with its reason, and the difference from its base."""
+"""`dougong show`: the resolved recipe, every derived number with its reason, and the difference from its base; of a
+journey, its stages."""
 
 from typing import Annotated
 
@@ -8,12 +9,12 @@ from dougong.cli.output import Json, Overrides, console, emit
 
 
 def show(
-    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name or a .yaml file.")] = "first",
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe's or journey's name, or a .yaml file.")] = "first",
     overrides: Overrides = None,
     json_schema: Annotated[bool, typer.Option("--json-schema", help="Print the JSON schema for editors.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Print a recipe as it would run, and where it differs from its base."""
+    """Print a recipe as it would run and where it differs from its base, or a journey's stages."""
     import json
 
     from rich.syntax import Syntax
@@ -22,14 +23,21 @@ def show(
     from dougong.core.config import difference, dump_yaml, to_dict
     from dougong.core.config import json_schema as schema_of
     from dougong.recipes.derive import resolve
+    from dougong.recipes.journey import is_journey, load_journey
     from dougong.recipes.recipe import Recipe, load_recipe
 
     if json_schema:
         print(json.dumps(schema_of(Recipe), ensure_ascii=False))
         return
+    out = console(as_json)
+    if is_journey(recipe):
+        journey = load_journey(recipe, overrides)
+        out.print(Syntax(dump_yaml(journey), "yaml", background_color="default"))
+        out.print("A stage's changes lie over its recipe; `dougong show RECIPE` has the rest.", style="dim")
+        emit({"journey": to_dict(journey)}, as_json)
+        return
     asked, base = load_recipe(recipe, overrides)
     resolved, derived = resolve(asked)
-    out = console(as_json)
     out.print(Syntax(dump_yaml(resolved), "yaml", background_color="default"))
     if derived:
         grid = Grid("derived", "value", "why", box=None, header_style="bold", pad_edge=False)

@@ -78,6 +78,18 @@ def test_show_prints_what_differs_from_the_base_and_why_the_rest_is_so():
     assert dougong("show", "first", "--json").json["changed"] == {}
 
 
+def test_everything_that_recipes_lists_can_be_shown():
+    listed = dougong("recipes", "--json").json
+    for one in [*listed["recipes"], *listed["journeys"]]:
+        shown = dougong("show", one["name"])
+        assert shown.code == 0 or "Name one" in shown.err, shown.err      # some begin from a model that one has to name
+    stages = dougong("show", "assistant", "sft.train.minutes=1", "--json").json["journey"]["stages"]
+    assert list(stages) == ["pretrain", "sft", "practise", "compress"]
+    assert stages["sft"]["changes"]["train"] == {"minutes": 1}
+    refused = dougong("show", "assistant", "stf.train.minutes=1")
+    assert refused.code == 2 and "sft" in refused.err
+
+
 def test_the_schema_for_editors_holds_every_kind():
     schema = json.loads(dougong("show", "--json-schema").out)
     text = json.dumps(schema)
