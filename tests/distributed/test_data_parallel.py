@@ -8,9 +8,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from dougong.core.errors import ConfigError
+from dougong.data.batch import Batch
 from dougong.models import FAMILIES
+from dougong.models.heads import add_value_head
 from dougong.objectives import OBJECTIVES
 from dougong.objectives.causal_lm import CausalLMConfig
+from dougong.objectives.classify_text import ClassifyTextConfig
 from dougong.optim.build import MuonConfig
 from dougong.parallel.parallelize import check_divisible, parallelize
 from dougong.runtime.device import Runtime
@@ -31,6 +34,34 @@ UNTIED = Case(model=decoder(tied=False, vocab_size=97, num_layers=3), checkpoint
     (MUON, LayoutConfig(replicate=2, shard=2, tensor=2)),
 ], ids=lambda value: str(value) if isinstance(value, LayoutConfig) else "")
 def test_rows_divided(case, layout):
+    check(reference(case), run_processes(layout.processes, divided, case, layout))
+
+
+class _Judged:
+    """A model config whose models have a value head of three outputs."""
+
+    vocab_size = PACKED.model.vocab_size
+
+    def build(self):
+        model = PACKED.model.build()
+        add_value_head(model, 3)
+        return model
+
+
+class _Texts(Case):
+    """Texts of several lengths, each of one of three classes."""
+
+    def batch(self, step):
+        tokens = super().batch(step)["tokens"]
+        draw = torch.Generator().manual_seed(step)
+        return Batch(tokens=tokens, places=torch.randint(2, self.T, (self.rows,), generator=draw),
+                     labels=torch.randint(3, (self.rows,), generator=draw))
+
+
+@pytest.mark.parametrize("layout", [
+    LayoutConfig(replicate=2), LayoutConfig(shard=2), LayoutConfig(replicate=2, shard=2)], ids=str)
+def test_a_head_that_judges_texts(layout):
+    case = _Texts(model=_Judged(), objective=ClassifyTextConfig(), micro_batches=2)
     check(reference(case), run_processes(layout.processes, divided, case, layout))
 
 

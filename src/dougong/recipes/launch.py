@@ -9,10 +9,11 @@ from dougong.core.config import replace
 from dougong.core.errors import ConfigError
 from dougong.core.files import write_text
 from dougong.core.run import RunDirectory
+from dougong.objectives.objective import batch_fields, token_fields
 from dougong.recipes.derive import Derived
 from dougong.recipes.recipe import Recipe
-from dougong.runtime.layout import AutoLayoutConfig, LayoutConfig
-from dougong.runtime.processes import launched, process_rank
+from dougong.runtime.layout import DATA, AutoLayoutConfig, LayoutConfig
+from dougong.runtime.processes import from_first, launched, process_rank
 
 _LAUNCH = ".launch"
 
@@ -27,14 +28,16 @@ def lay_out(recipe: Recipe, asked: LayoutConfig | AutoLayoutConfig | None = None
     if isinstance(wanted, AutoLayoutConfig):
         from dougong.plan import choose_layout
 
-        layout, reason = choose_layout(recipe.model, recipe.train, recipe.runtime, recipe.optim, processes)
+        # by process 0's machine: hosts that differ would choose differently
+        layout, reason = from_first(choose_layout(recipe.model, recipe.train, recipe.runtime, recipe.optim, processes)
+                                    if process_rank() == 0 else None)
         layout = layout.on(processes)
         derived = [Derived("layout", str(layout), reason)]
     else:
         layout = wanted.on(processes)
         derived = [] if processes == 1 or wanted.replicate else \
             [Derived("layout.replicate", layout.replicate, f"{processes} processes; the layout is {layout}")]
-    if (reason := why_not(recipe, layout)) is not None:
+    if (reason := why_not(recipe, layout, begun=asked is not None)) is not None:
         raise ConfigError(f"the layout {layout} does not fit this recipe: {reason}")
     return layout, derived
 
@@ -49,19 +52,31 @@ def nearest(layout: LayoutConfig | AutoLayoutConfig, processes: int) -> LayoutCo
     return replace(layout, replicate=None, shard=math.gcd(layout.shard, processes // fixed))
 
 
-def why_not(recipe: Recipe, layout: LayoutConfig) -> str | None:
-    """Why a recipe cannot be trained under a layout, with the nearest that works; None if it can."""
+def why_not(recipe: Recipe, layout: LayoutConfig, *, begun: bool = False) -> str | None:
+    """Why a recipe cannot be trained under a layout, with the nearest that works; None if it can. A run that has
+    `begun` keeps its rows."""
     if layout.processes == 1:
         return None
     model, train = recipe.model, recipe.train
     divided = [axis for axis in ("pipeline", "tensor", "context", "expert") if layout.size(axis) > 1]
     if divided and not hasattr(model, "decoder"):
         return f"only a decoder can be divided along {divided[0]}, not {model.kind}. Try layout.{divided[0]}=1."
-    if train.rows is not None and train.rows % layout.size("replicate", "shard", "expert"):
-        copies = layout.size("replicate", "shard", "expert")
+    if divided and not token_fields(1, 1).items() <= batch_fields(recipe.objective, 1, 1).items():
+        return (f"objective.kind={recipe.objective.kind} judges texts as wholes: processes may share its rows, not the "
+                f"parts of one along {divided[0]}. Try layout.replicate or layout.shard.")
+    if train.rows is not None and train.rows % (copies := layout.size(*DATA)):
         return (f"train.rows={train.rows} cannot be shared by {copies} processes equally. "
-                f"Try train.rows={max(1, round(train.rows / copies)) * copies}.")
+                + (_numbers_that_fit(train.rows, layout) if begun else
+                   f"Try train.rows={max(1, round(train.rows / copies)) * copies}."))
     return next((reason for reason in _reasons(recipe, layout) if reason), None)
+
+
+def _numbers_that_fit(rows: int, layout: LayoutConfig) -> str:
+    """The order of the samples hangs on the rows of a step, so it is the launch that has to change."""
+    copies, each = layout.size(*DATA), layout.processes // layout.size(*DATA)
+    fit = [n for n in range(1, rows + 1) if rows % n == 0]
+    near = [max((n for n in fit if n < copies)), *[n for n in fit if n > copies][:1]]
+    return f"The run keeps its rows, so launch it with {' or '.join(str(n * each) for n in near)} processes."
 
 
 def _reasons(recipe: Recipe, layout: LayoutConfig) -> Any:
@@ -88,8 +103,8 @@ def _reasons(recipe: Recipe, layout: LayoutConfig) -> Any:
 
 def micro_batches(recipe: Recipe, layout: LayoutConfig) -> int:
     """Micro-batches of one process in a step: by `train.micro_rows`, else two for each pipeline stage."""
-    rows = (recipe.train.rows or layout.size("replicate", "shard", "expert")) // layout.size(
-        "replicate", "shard", "expert")
+    copies = layout.size(*DATA)
+    rows = (recipe.train.rows or copies) // copies
     if recipe.train.micro_rows is not None:
         return max(1, -(-rows // recipe.train.micro_rows))
     if layout.pipeline == 1:

@@ -28,8 +28,8 @@ _SHAPES = {"dpo": "pairs", "ipo": "pairs", "orpo": "pairs", "kto": "singles", "r
 
 def check_pairs(recipe: Recipe, corpus: Any, objective: Objective, model: nn.Module,
                 runtime: Runtime) -> tuple[Objective, Any]:
-    """Refuses data and layouts that an objective over judged replies cannot read; it needs nothing else."""
-    kind, mesh = recipe.objective.kind, runtime.mesh
+    """Refuses data that an objective over judged replies cannot read; it needs nothing else."""
+    kind = recipe.objective.kind
     if recipe.data.kind != "preferences":
         raise ConfigError(f"objective.kind={kind} learns from judged replies, and data.kind={recipe.data.kind} has "
                           "none.\nTry data.kind=preferences data.path=pairs.jsonl.")
@@ -38,9 +38,6 @@ def check_pairs(recipe: Recipe, corpus: Any, objective: Objective, model: nn.Mod
                   "Try objective.kind=kto.")
         raise ConfigError(f"objective.kind={kind} reads {_SHAPES[kind]}, and {recipe.data.path} holds {corpus.shape}.\n"
                           f"{advice}")
-    if mesh.size("pipeline", "context", "tensor", "expert") > 1:
-        raise ConfigError(f"objective.kind={kind} shares rows between processes (layout.replicate, layout.shard), not "
-                          f"the layers, matrices or tokens of one, as {mesh.layout} would.")
     return objective, corpus
 
 

@@ -9,7 +9,7 @@ from dougong.core.errors import ConfigError
 from dougong.objectives.objective import Objective
 from dougong.recipes import array_scores
 from dougong.recipes.companions import accompany
-from dougong.recipes.held_out import held_out
+from dougong.recipes.held_out import held_out, held_out_together
 from dougong.recipes.recipe import Recipe
 from dougong.runtime.device import Runtime
 
@@ -27,7 +27,7 @@ def quick_score(recipe: Recipe, corpus: Any, runtime: Runtime, *, objective: Obj
     if recipe.is_language_model and recipe.data.kind == "text":
         return _language_model(recipe, corpus, runtime, divided, poll)
     if recipe.is_language_model:
-        return _rows(recipe, corpus, runtime, objective, poll) if held_out_splits(corpus) and divided is None else None
+        return _rows(recipe, corpus, runtime, objective, divided, poll) if held_out_splits(corpus) else None
     return _SCORES.get(recipe.objective.kind, lambda *_: None)(recipe, corpus, runtime)
 
 
@@ -157,14 +157,21 @@ def _language_model(recipe: Recipe, corpus: Any, runtime: Runtime, divided: Any,
     return measure if divided is None else measure_together
 
 
-def _rows(recipe: Recipe, corpus: Any, runtime: Runtime, objective: Objective | None,
+def _rows(recipe: Recipe, corpus: Any, runtime: Runtime, objective: Any, divided: Any,
           poll: Callable[[], None]) -> Score | None:
     split = "validation" if "validation" in held_out_splits(corpus) else "test"
+    limits = {"most_tokens": recipe.evaluate.tokens, "poll": poll}
 
     def measure(model: nn.Module) -> dict[str, Any]:
-        return _on_rows(recipe, corpus, runtime, objective, model, split, most_tokens=recipe.evaluate.tokens, poll=poll)
+        return _on_rows(recipe, corpus, runtime, objective, model, split, **limits)
 
-    return measure
+    def measure_together(_model: nn.Module) -> dict[str, Any]:
+        rows = (recipe.train.rows or 1) // runtime.mesh.data_size
+        return held_out_together(divided.losses, objective, corpus.batches(split, rows=rows), runtime, rows=rows,
+                                 **limits)
+
+    alone = divided is None or hasattr(corpus, "score")     # what scores models itself has the whole one everywhere
+    return measure if alone else measure_together
 
 
 def _on_rows(recipe: Recipe, corpus: Any, runtime: Runtime, objective: Any, model: nn.Module, split: str,

@@ -106,6 +106,8 @@ def resume_run(path: Path, *, layout: LayoutConfig | AutoLayoutConfig | None = N
     with explained_disk_errors(f"the run {path}"), contextlib.ExitStack() as held:
         recipe, recorded = recipe_from_run(directory.recipe)
         recipe = with_own_tokenizer(recipe, recorded, directory)
+        if layout is not None and _stages(layout) != _stages(recipe.layout):    # rows at once are its micro-batches
+            recipe = replace(recipe, train=replace(recipe.train, micro_rows=None))
         join(recipe.runtime.device or best_device())
         if process_rank() == 0:
             held.enter_context(lock(directory.lock, owner="dougong train"))
@@ -119,6 +121,10 @@ def resume_run(path: Path, *, layout: LayoutConfig | AutoLayoutConfig | None = N
         runtime = Runtime.start(runtime_here(recipe.runtime),
                                 lay_out(recipe, layout or nearest(recipe.layout, launched()))[0])
         return _train(directory, recipe, corpus, [], runtime, resumed=latest_valid(directory, runtime.mesh))
+
+
+def _stages(layout: LayoutConfig | AutoLayoutConfig) -> int | None:
+    return None if isinstance(layout, AutoLayoutConfig) else layout.pipeline
 
 
 def _already_done(directory: RunDirectory) -> Finished | None:

@@ -1,0 +1,40 @@
+"""Which layouts a recipe is refused under, and with what advice."""
+
+import pytest
+
+from dougong.core.config import replace
+from dougong.objectives import OBJECTIVES
+from dougong.recipes.derive import resolve
+from dougong.recipes.launch import why_not
+from dougong.recipes.recipe import load_recipe
+from dougong.runtime.layout import LayoutConfig
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return resolve(load_recipe("first", ["train.rows=704", "size=1M", "model.context=64", "train.minutes=null",
+                                         "train.steps=2"])[0])[0]
+
+
+@pytest.mark.parametrize("axis", ["tensor", "context", "pipeline"])
+@pytest.mark.parametrize("kind", ["dpo", "ipo", "kto", "orpo", "reward", "classify_text"])
+def test_what_judges_whole_texts_is_not_cut_along_them(recipe, kind, axis):
+    judging = replace(recipe, objective=OBJECTIVES[kind]())
+    reason = why_not(judging, LayoutConfig(replicate=1, **{axis: 2}))
+    assert f"objective.kind={kind}" in reason and f"along {axis}" in reason
+    assert why_not(judging, LayoutConfig(replicate=2)) is None
+    assert why_not(judging, LayoutConfig(shard=2)) is None
+
+
+@pytest.mark.parametrize("axis", ["tensor", "context", "pipeline"])
+def test_a_target_for_each_token_may_be(recipe, axis):
+    assert why_not(recipe, LayoutConfig(replicate=1, **{axis: 2})) is None
+
+
+def test_rows_that_cannot_be_shared_change_before_the_run_and_the_launch_after_it(recipe):
+    layout = LayoutConfig(replicate=12, tensor=2)
+    assert "Try train.rows=708." in why_not(recipe, layout)
+    reason = why_not(recipe, layout, begun=True)
+    assert "launch it with 22 or 32 processes" in reason and "train.rows=708" not in reason
+    assert why_not(recipe, LayoutConfig(replicate=11, tensor=2), begun=True) is None
+    assert "launch it with 1408 processes" in why_not(recipe, LayoutConfig(replicate=705, tensor=2), begun=True)
