@@ -79,8 +79,17 @@ def explain(run: RunDirectory) -> Why:
     """Reads events.jsonl and the logs of the other processes beside it."""
     logs = {0: read_events(run.events)}
     for path in sorted(run.path.glob("events-rank-*.jsonl")):
-        logs[_rank_of(path)] = read_events(path)
+        logs[_rank_of(path)] = _counted_alike(read_events(path), logs[0])
     return Why(run.path.name, where_time_went(logs), what_went_wrong(logs))
+
+
+def _counted_alike(events: list[dict[str, Any]], first: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Another process's events with the attempts that process 0 counts: a run resumed on more processes is the first
+    attempt of those that are new."""
+    begun = {event["attempt"]: event["time"] for event in first if event["event"] == "start"}
+    alike = {event["attempt"]: min(begun, key=lambda own: abs(begun[own] - event["time"]), default=event["attempt"])
+             for event in events if event["event"] == "start"}
+    return [{**event, "attempt": alike.get(event["attempt"], event["attempt"])} for event in events]
 
 
 def _rank_of(path: Path) -> int:
@@ -106,8 +115,8 @@ def _slow_sentences(slow: Slow | None) -> list[Text]:
         found.append(say("why_slower" if slow.late_s > slow.early_s else "why_faster",
                          early=numbers.duration(slow.early_s), late=numbers.duration(slow.late_s)))
     if slow.outliers:
-        cost = sum(one.seconds - slow.step_s for one in slow.outliers)
-        found.append(say("why_slow_steps", n=len(slow.outliers) + slow.more_outliers, time=numbers.duration(cost)))
+        found.append(say("why_slow_steps", n=len(slow.outliers) + slow.more_outliers,
+                         time=numbers.duration(slow.outliers_cost_s)))
     head = say("why_computing" if found else "why_nothing_slow", share=computing, step=step)
     if data < _WORTH_A_WORD and (slow.straggler or {}).get("phase") != "data":
         found.append(say("why_not_input_bound", share=numbers.percent(data, 1)))

@@ -1,6 +1,7 @@
 """Where the time of a run went: by phase, by process, over time, and in single slow steps. Numbers only."""
 
 import statistics
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,9 +20,10 @@ _LISTED = 12
 
 @dataclass(frozen=True)
 class SlowStep:
-    """One step, or the mean of those that one event sums up. `rank` is None with one process."""
+    """One step, or the mean of the `steps` that one event sums up. `rank` is None with one process."""
 
     step: int
+    steps: int
     seconds: float
     times: float
     phase: str
@@ -32,7 +34,8 @@ class SlowStep:
 class Slow:
     """`phases`: seconds of process 0 over the whole run, largest first; `ranks`: mean seconds a step by phase, of the
     processes of the last attempt; `straggler`: {rank, late_s, phase, share, others_wait_s}; `early_s` and `late_s`:
-    median seconds of the first and last quarter."""
+    median seconds of the first and last quarter; `outliers_cost_s`: what all slow steps, listed or not, took beyond the
+    median."""
 
     steps: int
     step_s: float
@@ -43,6 +46,7 @@ class Slow:
     late_s: float
     outliers: list[SlowStep] = field(default_factory=list)
     more_outliers: int = 0
+    outliers_cost_s: float = 0.0
     mfu: float | None = None
 
     @property
@@ -58,11 +62,16 @@ class Slow:
 
 @dataclass(frozen=True)
 class _Span:
-    """The steps that one event sums up: mean seconds by phase."""
+    """The steps that one event sums up: mean seconds by phase. `place`, the same for all processes: the attempt, how
+    often it had gone back, and the last step."""
 
-    step: int
+    place: tuple[int, int, int]
     steps: int
     phases: dict[str, float]
+
+    @property
+    def step(self) -> int:
+        return self.place[-1]
 
     @property
     def seconds(self) -> float:
@@ -75,9 +84,11 @@ def where_time_went(logs: dict[int, list[dict[str, Any]]]) -> Slow | None:
     if not first:
         return None
     began = max((event["time"] for event in logs[0] if event["event"] == "start"), default=0.0)
-    now = {rank: found for rank, events in sorted(logs.items())
-           if (found := _spans([event for event in events if event["time"] >= began]))} or {0: first}
+    now = {rank: _spans([event for event in events if event["event"] == "start" or event["time"] >= began])
+           for rank, events in sorted(logs.items())}
+    now = {rank: own for rank, own in now.items() if own} or {0: first}
     seconds = [span.seconds for span in first]
+    usual = statistics.median(seconds)
     quarter = max(1, len(seconds) // 4)
     ranks = {rank: _mean(own) for rank, own in now.items()}
     outliers = _outliers({**now, 0: first})
@@ -86,27 +97,32 @@ def where_time_went(logs: dict[int, list[dict[str, Any]]]) -> Slow | None:
     for span in first:
         for phase, mean in span.phases.items():
             total[phase] = total.get(phase, 0.0) + mean * span.steps
-    return Slow(steps=sum(span.steps for span in first), step_s=statistics.median(seconds),
+    return Slow(steps=sum(span.steps for span in first), step_s=usual,
                 phases=dict(sorted(total.items(), key=lambda item: -item[1])), ranks=ranks,
-                straggler=_straggler(ranks, statistics.median(seconds)),
+                straggler=_straggler(ranks, usual),
                 early_s=statistics.median(seconds[1:quarter + 1] or seconds),
                 late_s=statistics.median(seconds[-quarter:]),
                 outliers=outliers[:_LISTED], more_outliers=max(0, len(outliers) - _LISTED),
+                outliers_cost_s=sum((one.seconds - usual) * one.steps for one in outliers),
                 mfu=statistics.median(mfus) if mfus else None)
 
 
 def _spans(events: list[dict[str, Any]]) -> list[_Span]:
-    found, before = [], {}
+    found, before, rewinds = [], {}, Counter[int]()
     for event in events:
-        if event["event"] == "start" and is_number(event.get("step")):
-            before[event["attempt"]] = event["step"]
-        if event["event"] != "step" or not isinstance(event.get("phases"), dict) or not is_number(event.get("step")):
+        if not is_number(event.get("step")):
             continue
-        last = before.get(event["attempt"], event["step"] - 1)
-        steps = max(1, event["step"] - last)
-        before[event["attempt"]] = event["step"]
-        phases = {name: value / steps for name, value in event["phases"].items() if is_number(value)}
-        found.append(_Span(event["step"], steps, phases))
+        kind, attempt, step = event["event"], event["attempt"], event["step"]
+        if kind == "start":
+            before[attempt] = step
+        elif kind == "rewind":      # the time of steps not told before it comes with the first that is told after it
+            before[attempt] = event["to_step"] - (step - before.get(attempt, step))
+            rewinds[attempt] += 1
+        elif kind == "step" and isinstance(event.get("phases"), dict):
+            steps = max(1, step - before.get(attempt, step - 1))
+            before[attempt] = step
+            phases = {name: value / steps for name, value in event["phases"].items() if is_number(value)}
+            found.append(_Span((attempt, rewinds[attempt], step), steps, phases))
     return found
 
 
@@ -141,16 +157,16 @@ def _outliers(spans: dict[int, list[_Span]]) -> list[SlowStep]:
     """Steps of SLOW_TIMES the median, each with the phase (and process) that took most more than usual."""
     usual = {rank: {phase: statistics.median([span.phases.get(phase, 0.0) for span in own]) for phase in IN_STEP}
              for rank, own in spans.items()}
-    by_step = {rank: {span.step: span for span in own} for rank, own in spans.items()}
+    by_place = {rank: {span.place: span for span in own} for rank, own in spans.items()}
     median = statistics.median(span.seconds for span in spans[0])
     found = []
     for span in spans[0]:
         if median and span.seconds >= SLOW_TIMES * median:
-            here = [(by_step[rank][span.step].phases.get(phase, 0.0) - usual[rank][phase], phase, rank)
-                    for rank in spans if span.step in by_step[rank] for phase in IN_STEP]
+            here = [(own[span.place].phases.get(phase, 0.0) - usual[rank][phase], phase, rank)
+                    for rank, own in by_place.items() if span.place in own for phase in IN_STEP]
             own = [one for one in here if one[1] not in _WAITING] or here
             longest = max(own)
             cause = longest if longest[0] >= 0.3 * (span.seconds - median) else max(here)
-            found.append(SlowStep(span.step, span.seconds, span.seconds / median, cause[1],
+            found.append(SlowStep(span.step, span.steps, span.seconds, span.seconds / median, cause[1],
                                   cause[2] if len(spans) > 1 else None))
     return sorted(found, key=lambda one: -one.seconds)

@@ -3,6 +3,7 @@
 import math
 import statistics
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from dougong.report.numbers import is_number
@@ -11,6 +12,9 @@ from dougong.train.spikes import Spikes
 
 _GREW = 3.0
 """a layer has grown when its gradient norm is this many times its own median"""
+_TROUBLES = ("skip", "fault")
+_SAME = ("event", "attempt", "step", "batch")
+"""in which the events agree that several processes write of one step"""
 
 
 @dataclass(frozen=True)
@@ -61,15 +65,15 @@ class Spiked:
 def what_went_wrong(logs: dict[int, list[dict[str, Any]]]) -> Spiked:
     """From the events of every process."""
     first = logs.get(0, [])
-    histories = {event["step"]: event for event in first if event["event"] == "spike" and is_number(event.get("step"))}
+    told = {rank: [event for event in events if event["event"] in _TROUBLES] for rank, events in logs.items()}
     troubles = []
-    for event in first:
-        if event["event"] in ("skip", "fault") and is_number(event.get("step")):
-            rows, ranks = _by_rank(logs, event)
-            history = histories.get(event["step"])
+    for event, after in pairwise([*first, {}]):
+        if event["event"] in _TROUBLES and is_number(event.get("step")):
+            rows, ranks = _by_rank(told, event)
             troubles.append(Trouble(
                 event["event"], event["step"], str(event.get("reason") or (event.get("fault") or {}).get("reason", "")),
-                event.get("batch"), event.get("verdict"), rows, first_to_grow(history) if history else None, ranks))
+                event.get("batch"), event.get("verdict"), rows,
+                first_to_grow(after) if after.get("event") == "spike" else None, ranks))
     known = {trouble.step for trouble in troubles}
     troubles += [leap for leap in _leaps(first) if leap.step not in known]
     return Spiked(sorted(troubles, key=lambda one: one.step), _fields(first, "rewind"), _hangs(logs))
@@ -93,17 +97,17 @@ def first_to_grow(history: dict[str, Any]) -> Layer | None:
     return Layer(name, steps[place], -growth if math.isfinite(growth) else None, together)
 
 
-def _by_rank(logs: dict[int, list[dict[str, Any]]], event: dict[str, Any]) -> tuple[list[dict[str, Any]], list[int]]:
-    """Suspicious rows of all processes, the worst first, and the processes whose own loss changed."""
+def _by_rank(told: dict[int, list[dict[str, Any]]], event: dict[str, Any]) -> tuple[list[dict[str, Any]], list[int]]:
+    """Suspicious rows of all processes, the worst first, and the processes whose own loss changed. A run that went back
+    may take the same step on the same batch again; of those each process's nearest in time counts."""
     rows, ranks = [], []
-    for rank, events in logs.items():
-        for other in events:
-            if other["event"] == event["event"] and other.get("step") == event["step"] and \
-                    (rank or other is event):
-                rows += [{**row, "rank": rank} for row in other.get("rows", [])]
-                if (other.get("fault") or {}).get("here"):
-                    ranks.append(rank)
-    return sorted(rows, key=lambda row: -row["loss"] if is_number(row.get("loss")) else -math.inf), sorted(set(ranks))
+    for rank, events in told.items():
+        same = [other for other in events if all(other.get(name) == event.get(name) for name in _SAME)]
+        own = min(same, key=lambda other: abs(other["time"] - event["time"]), default={}) if rank else event
+        rows += [{**row, "rank": rank} for row in own.get("rows", [])]
+        if (own.get("fault") or {}).get("here"):
+            ranks.append(rank)
+    return sorted(rows, key=lambda row: -row["loss"] if is_number(row.get("loss")) else -math.inf), sorted(ranks)
 
 
 def _stands_out(row: dict[str, Any]) -> bool:

@@ -40,8 +40,9 @@ class StepMeter:
     """Turns steps into `step`, `skip`, `fault` and `spike` events; one `step` event sums up `every` steps.
 
     Loss and metrics are means over the weight of the steps summed up (skipped ones excluded), `grad_norm` is
-    the mean of theirs, `phases` the seconds of all of them. MFU = flops_per_token × tokens/s ÷ the measured peak; null
-    where either is unknown. `layers` come every `layers_every` steps, and with a leap those of the steps before.
+    the mean of theirs, `phases` the seconds of all. Where all were skipped no event is written, and their time comes
+    with the next. MFU = flops_per_token × tokens/s ÷ the measured peak; null where either is unknown. `layers` come
+    every `layers_every` steps, and with a leap those of the steps before.
     """
 
     def __init__(self, reporter: Reporter, *, every: int = 1, total_steps: int, device: torch.device,
@@ -75,11 +76,12 @@ class StepMeter:
             window[name] = window.get(name, 0) + value
 
     def _write(self, result: StepResult) -> None:
-        state, window, phases = result.state, result.state.window, _seconds(self._phases)
+        state, window = result.state, result.state.window
         state.window = {}
-        self._phases.clear()
         if not window.get("steps"):
             return
+        phases = _seconds(self._phases)
+        self._phases.clear()
         speed = window["tokens"] / window["seconds"]
         mfu = speed * self.flops_per_token / self.peak if self.flops_per_token and self.peak else None
         metrics = {name.removeprefix("metric."): value / window["weight"]

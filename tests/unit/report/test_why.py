@@ -81,6 +81,19 @@ def test_a_resumed_run_counts_each_attempts_steps_from_its_start(run):
     assert why.slow.steps == 14
 
 
+def test_a_run_that_went_back_counts_every_step_it_did(run):
+    def tens(*numbers):
+        return [step(n, phases={name: 10 * value for name, value in USUAL.items()}) for n in numbers]
+
+    went = event("rewind", step=130, to_step=100, first_batch=115, last_batch=129)
+    slow = run([start(), *tens(*range(10, 140, 10)), went, *tens(*range(110, 300, 10))]).slow
+    assert slow.steps == 320 and slow.step_s == pytest.approx(0.1) and not slow.outliers
+    halfway = {**went, "step": 127}     # the time of steps 121 to 127 comes with that of 101 to 110
+    more = step(110, phases={name: 17 * value for name, value in USUAL.items()})
+    slow = run([start(), *tens(*range(10, 130, 10)), halfway, more, *tens(120, 130)]).slow
+    assert slow.steps == 157 and slow.step_s == pytest.approx(0.1) and not slow.outliers
+
+
 def rank_log(numbers, **phases):
     return [event("step", step=n, phases={**USUAL, **phases}) for n in numbers]
 
@@ -120,6 +133,32 @@ def test_a_slow_step_is_listed_with_what_it_waited_for(run):
     assert (alone.step, alone.phase, alone.rank) == (9, "gc", None)
 
 
+def test_a_slow_step_done_again_is_blamed_on_what_it_waited_for_then(run):
+    def log(slow, late):
+        return [start(), *(step(n, phases={late: 0.9} if slow and n == 17 else {}) for n in range(1, 21)),
+                event("rewind", step=20, to_step=10), *(step(n) for n in range(11, 31))]
+
+    (slow,) = run(log(True, "wait"), log(True, "forward")).slow.outliers
+    assert (slow.step, slow.phase, slow.rank) == (17, "forward", 1)
+    once = [start(), *(step(n, phases={"gc": 0.5} if n == 9 else {}) for n in range(1, 11))]
+    (slow,) = run([*once, start(8, 2), *(step(n, 2) for n in range(9, 31))]).slow.outliers
+    assert (slow.step, slow.phase) == (9, "gc")
+
+
+def test_the_cost_of_slow_steps_is_that_of_all_listed_or_not(run):
+    why = run([start(), *(step(n, phases={"data": 1.002} if n > 70 else {}) for n in range(1, 101))])
+    assert len(why.slow.outliers) == 12 and why.slow.more_outliers == 18
+    assert "or more: 30. Together they cost 30 s" in sentences(why).replace("\u202f", " ")
+    fives = [step(n, phases={**{name: 5 * value for name, value in USUAL.items()}, **({"gc": 2.0} if n == 50 else {})})
+             for n in range(5, 105, 5)]
+    assert run([start(), *fives]).slow.outliers_cost_s == pytest.approx(2.0)
+
+
+def test_a_process_that_began_a_moment_earlier_is_no_straggler(run):
+    tens = step(10, phases={name: 10 * value for name, value in USUAL.items()})
+    assert run([start(), tens], [{**start(), "time": 998.9}, tens]).slow.straggler is None
+
+
 def test_a_run_that_becomes_slower_is_told(run):
     events = [start(), *(step(n, phases={"backward": 0.06 if n < 20 else 0.12}) for n in range(1, 41))]
     assert "became slower: 100 ms in the first quarter, 160 ms" in sentences(run(events)).replace("\u202f", " ")
@@ -150,6 +189,43 @@ def test_bad_data_are_told_from_a_bad_machine_with_batch_documents_and_layer(run
     cells = [[cell.en for cell in row] for row in why.trouble_table()[1]]
     assert cells[0][3] == "data or weights (came back)" and cells[2][3].startswith("machine of process 1")
     assert cells[1][4] == "stack.1 at step 19, 9 × its usual norm" and "good.txt" not in str(cells)
+
+
+def bad(batch, document, attempt=1, **fields):
+    rows = [{"row": 0, "loss": None, "median": 3.1, "documents": [document]}]
+    return event("skip", step=12, attempt=attempt, reason="the loss is nan", batch=batch, rows=rows, **fields)
+
+
+def test_a_step_done_again_shows_the_documents_of_its_own_batch(run):
+    back = event("rewind", step=20, to_step=10)
+    norms = {"a": [1.0, 1.0, 9.0], "b": [1.0, 1.0, 1.0]}
+    leapt = event("spike", step=12, steps=[10, 11, 12], layers=norms)
+    others = event("spike", step=12, steps=[10, 11, 12], layers={"a": norms["b"], "b": norms["a"]})
+    first = [start(), bad(11, "a.txt"), leapt, back, bad(21, "c.txt"), others]
+    one, two = run(first, [start(), bad(11, "b.txt"), back, bad(21, "d.txt")]).spiked.troubles
+    assert (one.documents, two.documents) == (["a.txt", "b.txt"], ["c.txt", "d.txt"])
+    assert (one.layer.name, two.layer.name) == ("a", "b")
+
+
+def faulty(attempt, time, here):
+    return event("fault", step=25, batch=24, attempt=attempt, fault={"reason": "the loss is inf", "here": here},
+                 verdict="transient", time=time)
+
+
+def test_a_fault_is_that_of_the_process_that_had_it_then_though_the_batch_came_again(run):
+    def log(*here):
+        return [start(), faulty(1, 1001.0, here[0]), event("rewind", step=30, to_step=20),
+                faulty(1, 1002.0, here[1]), {**start(20, 2), "time": 1003.0}, faulty(2, 1004.0, here[2])]
+
+    found = run(log(False, False, False), log(True, False, True), log(False, True, False)).spiked.troubles
+    assert [fault.ranks for fault in found] == [[1], [2], [1]]
+
+
+def test_a_process_that_came_later_is_matched_though_it_counts_fewer_attempts(run):
+    first = [start(), bad(11, "a.txt", time=1001.0), {**start(10, 2), "time": 1010.0},
+             bad(11, "a.txt", attempt=2, time=1011.0)]
+    alone, both = run(first, [{**start(10), "time": 1009.9}, bad(11, "b.txt", time=1011.1)]).spiked.troubles
+    assert (alone.documents, both.documents) == (["a.txt"], ["a.txt", "b.txt"])
 
 
 def test_the_layer_that_grew_first_even_when_all_became_no_number():
