@@ -75,7 +75,7 @@ def _numbers_that_fit(rows: int, layout: LayoutConfig) -> str:
     """The order of the samples hangs on the rows of a step, so it is the launch that has to change."""
     copies, each = layout.size(*DATA), layout.processes // layout.size(*DATA)
     fit = [n for n in range(1, rows + 1) if rows % n == 0]
-    near = [max((n for n in fit if n < copies)), *[n for n in fit if n > copies][:1]]
+    near = [max(n for n in fit if n < copies), *[n for n in fit if n > copies][:1]]
     return f"The run keeps its rows, so launch it with {' or '.join(str(n * each) for n in near)} processes."
 
 
