@@ -105,7 +105,7 @@ def problems(path: Path, mesh: Mesh | None = None) -> list[str]:
 
 class Checkpointer:
     """Writes checkpoints in the background, one at a time, and removes those that are no longer kept: all but the last
-    `keep_last`, the best, and every `keep_every`-th step.
+    `keep_last`, the best, every `keep_every`-th step, and while steps leap the last one before each of them.
 
     `save` copies the state (training may go on at once); `poll` returns finished saves and raises the error
     of a failed one; `wait` does so after the running one has ended. Processes of a mesh make one each, save at the
@@ -129,7 +129,8 @@ class Checkpointer:
         finished = self.wait()
         snapshot = self._writer.snapshot(state)
         self.last_step = state.step
-        self._thread = threading.Thread(target=self._work, args=(snapshot, reason), name="checkpoint")
+        self._thread = threading.Thread(target=self._work, name="checkpoint",
+                                        args=(snapshot, reason, state.spikes.leaps))
         self._thread.start()
         return finished
 
@@ -154,18 +155,24 @@ class Checkpointer:
         """Whether a checkpoint of this step is of those never removed."""
         return self.keep_every is not None and step % self.keep_every == 0
 
-    def _work(self, snapshot: Any, reason: str) -> None:
+    def has_loss(self, step: int) -> bool:
+        """Whether this step's checkpoint says that it was the best."""
+        return self._peers.from_first(lambda: step in losses(self.run))
+
+    def _work(self, snapshot: Any, reason: str, leaps: list[int]) -> None:
         try:
             self._finished.append(self._writer.write(snapshot, reason))
             if self._peers.first:
-                self._prune()
+                self._prune(leaps)
         except BaseException as error:
             self._finished.append(error)
 
-    def _prune(self) -> None:
+    def _prune(self, leaps: list[int]) -> None:
         steps = self.run.checkpoint_steps()
         whole = [step for step in steps if read_manifest(self.run.checkpoint(step))]
         kept = set(whole[-self.keep_last:]) | {step for step in whole if self.keeps(step)}
+        for leap in leaps:
+            kept.update([step for step in whole if step < leap][-1:])
         if self.keep_best:
             kept.update(best_first(losses(self.run))[:1])
         for step in steps:

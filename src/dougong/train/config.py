@@ -73,7 +73,7 @@ class TrainConfig:
     checkpoint_every: Count | None = None
     """steps; derived: about a minute of training"""
     keep_last: Count = 2
-    """checkpoints kept besides the best"""
+    """checkpoints kept besides the best, and besides those that leaps may make training go back to"""
     keep_every: Count | None = None
     """steps between checkpoints that are saved and never removed; None: there are none"""
     keep_best: bool = True

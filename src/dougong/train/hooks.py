@@ -138,10 +138,15 @@ class SaveCheckpoints:
         self.reporter, self.checkpointer = reporter, checkpointer
         self.every, self.total_steps = every, total_steps
 
+    def start(self, state: TrainState) -> None:
+        """An evaluation that was made up for may have found the best: it was saved before anyone knew."""
+        if self._is_best(state) and not self.checkpointer.has_loss(state.step):
+            self._tell(self.checkpointer.save(state, "best"))
+
     def __call__(self, result: StepResult) -> None:
         state = result.state
         self._tell(self.checkpointer.poll())
-        best = self.checkpointer.keep_best and state.best is not None and state.best["step"] == result.step
+        best = self._is_best(state)
         if best or result.step % self.every == 0 or self.checkpointer.keeps(result.step):
             self._tell(self.checkpointer.save(state, "best" if best else "interval"))
 
@@ -150,6 +155,9 @@ class SaveCheckpoints:
         if state.step and self.checkpointer.last_step != state.step:
             self._tell(self.checkpointer.save(state, "interrupt" if state.stop == "interrupted" else "last"))
             self._tell(self.checkpointer.wait())
+
+    def _is_best(self, state: TrainState) -> bool:
+        return self.checkpointer.keep_best and state.best is not None and state.best["step"] == state.step
 
     def _tell(self, saved: Sequence[Saved]) -> None:
         for one in saved:

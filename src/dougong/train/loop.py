@@ -70,6 +70,7 @@ def fit(state: TrainState, objective: Objective, runtime: Runtime, config: Train
             yield result
             if state.skips > config.max_skips:
                 raise _diverged(result, directory)
+    clock.step_seconds.clear()      # no measure of what comes now: a way back, or the last save
 
 
 def _together(weight: float, asked_to_stop: bool, mesh: Mesh) -> tuple[float, bool]:
@@ -85,8 +86,9 @@ def _count(state: TrainState, result: StepResult, number: int | None) -> None:
     state.tokens += result.tokens
     state.skips = state.skips + 1 if result.skipped else 0
     result.number = number
-    state.spikes.add(result.loss, result.grad_norm, step=state.step, batch=number, skipped=bool(result.skipped))
-    state.rewind = state.spikes.persistent(state.step) if result.skipped else None
+    leapt = result.skipped not in (None, NO_WEIGHT)
+    state.spikes.add(result.loss, result.grad_norm, step=state.step, batch=number, skipped=leapt)
+    state.rewind = state.spikes.persistent() if leapt else None
 
 
 def _diverged(result: StepResult, directory: Path | None) -> DougongError:

@@ -51,25 +51,29 @@ class Spikes:
         return None
 
     def add(self, loss: float, norm: float, *, step: int, batch: int | None, skipped: bool) -> None:
-        """Takes in a step that has been judged; `batch` is its number in the loader's order."""
+        """Takes in a step that has been judged, and `skipped` for its loss or gradient or not; `batch` is its number in
+        the loader's order."""
         if self.config is None:
             return
-        if skipped and batch is not None:
-            self._leaps = [*self._leaps, [step, batch]][-self.config.rewind_within:]
+        self._leaps = [leap for leap in self._leaps if leap[0] > step - self.config.rewind_within]
+        if skipped and batch is not None and self.config.rewind_after is not None:
+            self._leaps.append([step, batch])
         if math.isfinite(loss) and math.isfinite(norm):
             values = [min(value, limit) for value, limit in zip((loss, norm), self.limits())]
             self._losses = [*self._losses, values[0]][-self.config.window:]
             self._norms = [*self._norms, values[1]][-self.config.window:]
 
-    def persistent(self, step: int) -> "Rewind | None":
-        """The way back, if there are too many leaps among the steps up to `step`."""
-        if self.config is None or self.config.rewind_after is None:
+    @property
+    def leaps(self) -> list[int]:
+        """The steps (counted from 1) before any of which training may have to go back."""
+        return [step for step, _ in self._leaps]
+
+    def persistent(self) -> "Rewind | None":
+        """The way back, if there are too many leaps of late."""
+        if self.config is None or self.config.rewind_after is None or len(self._leaps) < self.config.rewind_after:
             return None
-        recent = [leap for leap in self._leaps if leap[0] > step - self.config.rewind_within]
-        if len(recent) < self.config.rewind_after:
-            return None
-        return Rewind(step=recent[0][0], first=min(batch for _, batch in recent),
-                      last=max(batch for _, batch in recent) + 1, leaps=len(recent))
+        batches = [batch for _, batch in self._leaps]
+        return Rewind(step=self.leaps[0], first=min(batches), last=max(batches) + 1, leaps=len(batches))
 
     def next_allowed(self, loader: Any) -> int | None:
         """Moves a loader behind banned batches; the number of the batch that comes next, where its batches have one."""

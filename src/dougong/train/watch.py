@@ -6,7 +6,8 @@ or files in the run's directory). One that has not moved for its limit looks at 
 and over its own limit or silent, is named with its stack, and every process leaves, so that torchrun starts them again.
 
 Limits have two phases: whatever has never been finished (the first step, the first evaluation) may take as long as a
-start may; later 10 times the median step, or the longest such phase, and never less than a minute.
+start may; later 10 times the median step, or the longest such phase, and never less than a minute. A save, and what
+follows the last step, may have to wait for a disk: as long as a start, always.
 """
 
 import faulthandler
@@ -114,7 +115,8 @@ class Watch:
         """How long the present phase may take."""
         phase, steps = self.clock.phase, list(self.clock.step_seconds)
         if phase in BETWEEN_STEPS and phase != "other":
-            longest = self.clock.longest.get(phase)
+            # most saves only copy, and now and then one waits for the disk: the earlier ones are no measure of it
+            longest = None if phase == "checkpoint" else self.clock.longest.get(phase)
             return self.start_s if longest is None else max(self.floor_s, _TIMES * longest)
         return max(self.floor_s, _TIMES * statistics.median(steps)) if steps else self.start_s
 

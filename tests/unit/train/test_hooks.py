@@ -9,8 +9,14 @@ from tiny_training import OBJECTIVE, RUNTIME, assert_same, flat, tiny_config, ti
 
 from dougong.core.events import EventLog, read_events
 from dougong.core.run import RunDirectory
-from dougong.train.checkpoint import Checkpointer, best_valid, latest_valid, load_checkpoint
-from dougong.train.hooks import Evaluate, Hooks, Sample, SaveCheckpoints, stop_on_signals
+from dougong.train.checkpoint import (
+    Checkpointer,
+    best_valid,
+    latest_valid,
+    load_checkpoint,
+    load_model_tensors,
+)
+from dougong.train.hooks import Evaluate, Hooks, Interrupted, Sample, SaveCheckpoints, stop_on_signals
 from dougong.train.loop import fit
 from dougong.train.metrics import Reporter, StepMeter
 
@@ -73,6 +79,32 @@ def test_the_best_is_kept_and_a_nan_is_never_the_best(tmp_path):
     assert best_valid(watch.run).step == 6 and latest_valid(watch.run).step == 12
     assert {(e["step"], e["reason"]) for e in watch.events("checkpoint")} == {
         (4, "best"), (5, "interval"), (6, "best"), (10, "interval"), (12, "last")}
+
+
+def test_stopped_during_the_evaluation_that_is_the_best_and_resumed_keeps_that_checkpoint(tmp_path):
+    def until_stopped():
+        yield from (5.0, 4.0)
+        raise Interrupted
+
+    whole = Watch(tmp_path / "whole", [5.0, 4.0, 1.0, 3.0, 3.0, 2.0])
+    whole.train(tiny_state(steps=12))
+    stopped = Watch(tmp_path / "stopped", until_stopped()).train(tiny_state(steps=12))
+    assert (stopped.step, stopped.stop, stopped.best["step"]) == (6, "interrupted", 4)
+    resumed, state = Watch(tmp_path / "stopped", [1.0, 3.0, 3.0, 2.0]), tiny_state(steps=12, seed=5)
+    load_checkpoint(latest_valid(resumed.run).path, state)
+    resumed.train(state)
+    assert best_valid(resumed.run).step == state.best["step"] == 6
+    assert resumed.run.checkpoint_steps() == whole.run.checkpoint_steps() == [6, 10, 12]
+    assert_same(load_model_tensors(best_valid(resumed.run).path, weights="ema"),
+                load_model_tensors(best_valid(whole.run).path, weights="ema"))
+
+
+def test_a_best_checkpoint_that_is_resumed_is_not_written_again(tmp_path):
+    Watch(tmp_path, [3.0, 2.0], steps=4).train(tiny_state(steps=12))
+    again, state = Watch(tmp_path, [2.5] * 4), tiny_state(steps=12)
+    load_checkpoint(best_valid(again.run).path, state)
+    again.train(state)
+    assert [e["step"] for e in again.events("checkpoint") if e["reason"] == "best"] == [2, 4]
 
 
 def test_patience_ends_training_and_stays_ended_after_a_resume(tmp_path):

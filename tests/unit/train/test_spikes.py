@@ -23,11 +23,12 @@ QUICK = SpikeConfig(window=8, sigmas=6.0, times=2.0, rewind_after=3, rewind_with
 
 
 class Numbered(CountingLoader):
-    """Batches with numbers, whose rows have names; `wild` ones carry a hundred times the weight in one row's loss."""
+    """Batches with numbers, whose rows have names; `wild` ones carry a hundred times the weight in one row's loss,
+    `empty` ones no weight."""
 
-    def __init__(self, *args, wild=(), **named):
+    def __init__(self, *args, wild=(), empty=(), **named):
         super().__init__(*args, **named)
-        self.wild = set(wild)
+        self.wild, self.empty = set(wild), set(empty)
 
     number = property(lambda self: self.position)
 
@@ -43,6 +44,8 @@ class Numbered(CountingLoader):
                 weight = batch["weight"].clone()
                 weight[2] = -500.0 * weight[2].clamp(min=1)    # a huge gradient the wrong way
                 batch = Batch(**{**batch, "weight": weight})
+            if self.position - 1 in self.empty:
+                batch = Batch(**{**batch, "weight": torch.zeros_like(batch["weight"])})
             yield batch
 
 
@@ -57,9 +60,9 @@ STEADY = Steady.__new__(Steady)
 STEADY.__dict__.update(OBJECTIVE.__dict__)
 
 
-def state_with(*, wild=(), steps=40, optimizer=None, spoil=(), seed=1):
+def state_with(*, wild=(), empty=(), steps=40, optimizer=None, spoil=(), seed=1):
     state = tiny_state(steps=steps, dropout=0.2, optimizer=optimizer, seed=seed)
-    state.loader = Numbered(wild=wild, spoil=spoil)
+    state.loader = Numbered(wild=wild, empty=empty, spoil=spoil)
     return state
 
 
@@ -214,7 +217,7 @@ def test_looking_for_the_cause_changes_nothing():
 
 def train_with_going_back(state, run, settings, *, save_every=4):
     """What a caller of `fit` does."""
-    checkpointer, seen, went = Checkpointer(run, keep_last=4), [], []
+    checkpointer, seen, went = Checkpointer(run), [], []
     while True:
         for result in fit(state, STEADY, RUNTIME, settings, directory=run.path):
             seen.append((result.step, result.number, bool(result.skipped)))
@@ -243,6 +246,15 @@ def test_when_leaps_persist_training_goes_back_and_passes_over_their_batches(tmp
                 {k: v for k, v in flat(clean).items() if not k.startswith("rng")})
 
 
+def test_checkpoints_that_training_may_have_to_go_back_to_are_kept_as_long_as_it_may(tmp_path):
+    run, leaping = RunDirectory(tmp_path), range(101, 130, 4)
+    state = state_with(wild={step - 1 for step in leaping}, steps=140)
+    seen, (event,) = train_with_going_back(state, run, tiny_config(140, spikes=SpikeConfig()), save_every=14)
+    assert [step for step, _, skipped in seen if skipped] == list(leaping)
+    assert (event["step"], event["first_leap"], event["checkpoint"]) == (129, 101, "step-000098")
+    assert state.step == 140 and run.checkpoint_steps() == [126, 140]
+
+
 def test_a_crash_after_going_back_does_not_forget_it(tmp_path):
     run, state = RunDirectory(tmp_path), state_with(wild={21, 22, 24})
     checkpointer = Checkpointer(run, keep_last=9)
@@ -267,3 +279,10 @@ def test_going_back_ends_with_a_reason(tmp_path):
         train_with_going_back(state, run, few)
     with pytest.raises(DougongError, match="no whole checkpoint"):
         train_with_going_back(state_with(wild={12, 13, 14}), RunDirectory(tmp_path / "empty"), config(), save_every=99)
+
+
+def test_batches_of_no_weight_are_no_leaps():
+    empty = range(10, 24, 2)
+    state = state_with(empty=empty)
+    skipped = [result.number for result in fit(state, OBJECTIVE, RUNTIME, config(24)) if result.skipped]
+    assert skipped == list(empty) and state.step == 24 and state.rewind is None

@@ -8,8 +8,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed.processes import run_processes
+from tiny_training import OBJECTIVE, RUNTIME, tiny_config, tiny_state
 
+from dougong.core.events import EventLog
+from dougong.core.run import RunDirectory
+from dougong.train import checkpoint
+from dougong.train.checkpoint import Checkpointer
+from dougong.train.config import SpikeConfig
+from dougong.train.hooks import Hooks, SaveCheckpoints
+from dougong.train.loop import fit
+from dougong.train.metrics import Reporter
 from dougong.train.phases import Clock
+from dougong.train.rewind import go_back
+from dougong.train.spikes import Rewind
 from dougong.train.watch import EXIT_HUNG, FolderBoard, StoreBoard, Watch, _waits
 
 STEPS = 6
@@ -91,6 +102,57 @@ def test_limits_are_generous_until_a_phase_is_known_and_then_follow_it():
         assert watch.limit_s() == 1800
     with clock("evaluation"):
         assert watch.limit_s() == 60
+
+
+def saving(folder, clock, *, every, total_steps):
+    """The hook that saves, in a directory of its own, and what it saves with."""
+    run = RunDirectory(folder)
+    checkpointer = Checkpointer(run)
+    return checkpointer, SaveCheckpoints(Reporter(EventLog(run.events)), checkpointer, every=every,
+                                         total_steps=total_steps)
+
+
+def test_a_disk_may_be_slow_at_every_save_and_on_the_way_back(tmp_path, monkeypatch):
+    """However fast the steps and the copies before were."""
+    clock, state, limits = Clock(), tiny_state(steps=6), {}
+    watch = Watch(clock, FolderBoard(tmp_path), rank=0, size=1, directory=tmp_path, start_s=1800)
+    checkpointer, save = saving(tmp_path, clock, every=2, total_steps=6)
+
+    def wait(moment, real=checkpointer.wait):
+        limits[moment] = watch.limit_s()
+        return real()
+
+    hooks = Hooks(state, [save], clock)
+    for result in fit(state, OBJECTIVE, RUNTIME, tiny_config(6), clock=clock):
+        monkeypatch.setattr(checkpointer, "wait", lambda: wait(f"save at step {state.step}"))
+        hooks.run(result)
+    state.spikes.config, state.rewind = SpikeConfig(), Rewind(step=5, first=4, last=5, leaps=1)
+    monkeypatch.setattr(checkpointer, "wait", lambda: wait("way back"))
+    assert go_back(state, checkpointer)["to_step"] == 4
+    monkeypatch.setattr(checkpointer, "wait", lambda: wait("finish"))
+    hooks.finish(state)
+    assert limits.keys() >= {"save at step 4", "save at step 6", "way back", "finish"}
+    assert set(limits.values()) == {1800}, limits
+
+
+def test_a_process_that_waits_for_its_slow_disk_is_no_hang(tmp_path):
+    def work(folder):
+        rank, clock, state = dist.get_rank(), Clock(), tiny_state()
+        if rank == 1:
+            publish = checkpoint.publish
+            checkpoint.publish = lambda *given, **named: (time.sleep(1.3), publish(*given, **named))
+        _, save = saving(folder / f"{rank}", clock, every=2, total_steps=4)
+        with Watch(clock, StoreBoard(), rank=rank, size=2, directory=folder, floor_s=0.8, start_s=20.0,
+                   interval_s=0.05):
+            hooks = Hooks(state, [save], clock)
+            for result in fit(state, OBJECTIVE, RUNTIME, tiny_config(4), clock=clock):
+                hooks.run(result)
+                with clock("wait"):
+                    dist.all_reduce(torch.ones(1))
+            hooks.finish(state)
+        return RunDirectory(folder / f"{rank}").checkpoint_steps()
+
+    assert run_processes(2, work, tmp_path) == [[2, 4], [2, 4]]
 
 
 def test_of_two_at_the_same_place_the_one_that_waits_is_not_guilty():
