@@ -10,7 +10,7 @@ from dougong.plan.counts import Counts
 from dougong.plan.machine import Machine, here
 from dougong.plan.option import Option, describe, evaluate
 from dougong.plan.schedule import SEVERAL_STAGES
-from dougong.plan.work import CHECKPOINTING, Work
+from dougong.plan.work import AS_SETTING, CHECKPOINTING, Work
 from dougong.runtime.layout import DATA, LayoutConfig
 
 _FILLED = 8
@@ -54,9 +54,16 @@ def rank(work: Work, machine: Machine, devices: int, *, counts: Counts | None = 
     ranked = _ranked([option for option in by_family.values() if option.fits])
     failed = sorted((option for option in by_family.values() if not option.fits),
                     key=lambda o: (o.complexity, o.memory_bytes))
-    return Ranking([replace(option, reason=explain(option, ranked[0])) for option in ranked[:keep]],
-                   [replace(option, reason=explain(option, ranked[0] if ranked else None))
-                    for option in [*ranked[keep:], *failed]], len(options))
+    said = [_said(option, work, ranked[0] if ranked else None) for option in [*ranked, *failed]]
+    best = said[:len(ranked)][:keep]
+    return Ranking(best, said[len(best):], len(options))
+
+
+def _said(option: Option, work: Work, best: Option | None) -> Option:
+    """With its reason, and a pipeline with its micro-batches: training, not told, makes two of them for each stage."""
+    told = option.layout.pipeline > 1 and option.micro_rows and work.micro_rows is None
+    micro = (f"train.micro_rows={option.micro_rows}",) if told else ()
+    return replace(option, changes=(*option.changes, *micro), reason=explain(option, best))
 
 
 def choose_layout(model: Any, train: Any, runtime: Any, optim: Any, processes: int) -> tuple[LayoutConfig, str]:
@@ -119,7 +126,9 @@ def candidates(work: Work, counts: Counts, machine: Machine, devices: int) -> It
 
 
 def _over_data(work: Work, data: int, inner: LayoutConfig, machine: Machine) -> Iterator[LayoutConfig]:
-    schedules = ["1f1b", "interleaved" if work.compile else "interleaved_zb"] if inner.pipeline > 1 else ["1f1b"]
+    schedules = ["1f1b"]
+    if inner.pipeline > 1:      # zero bubbles take neither compiled layers nor selective checkpointing
+        schedules += ["interleaved"] if work.compile else ["interleaved", "interleaved_zb"]
     near = inner.size("tensor", "context", "expert")
     shards = {1, data, *(n for n in _powers(data, data) if n * near in (machine.host_devices, 64, 512))}
     for shard in sorted(shards):
@@ -154,11 +163,12 @@ def refusal(work: Work, layout: LayoutConfig) -> str | None:
     return reason.splitlines()[0] if reason else None
 
 
-def pipeline_refusal(work: Work, layout: LayoutConfig, micro_batches: int) -> str | None:
+def pipeline_refusal(work: Work, layout: LayoutConfig, micro_batches: int, checkpoint: str) -> str | None:
     """Why the layers cannot be passed through so; None if they can."""
     from dougong.parallel.stages import why_not_pipeline
 
-    if reason := why_not_pipeline(work.model, layout, micro_batches, compile=work.compile):
+    if reason := why_not_pipeline(work.model, layout, micro_batches, compile=work.compile,
+                                  checkpoint_activations=checkpoint):
         return reason.splitlines()[0]
     if layout.pipeline > 1 and micro_batches < layout.pipeline:
         return f"{micro_batches} micro-batches leave {layout.pipeline} stages mostly waiting"
@@ -168,19 +178,19 @@ def pipeline_refusal(work: Work, layout: LayoutConfig, micro_batches: int) -> st
 def _ways(work: Work, counts: Counts, layout: LayoutConfig, machine: Machine, modes: Iterable[str]) -> list[Option]:
     """The best micro-batch for each mode of checkpointing; a refused layout as one option that says why."""
     reason = refusal(work, layout)
+    most = work.rows // layout.size(*DATA) // (work.micro_rows or 1)
     found = []
     for mode in modes:
         ways = [] if reason else list(_micro_batches(work, counts, layout, machine, mode))
         if not ways:
-            why = reason or "its schedule cannot take any number of micro-batches of this step"
+            why = reason or pipeline_refusal(work, layout, most, mode) or \
+                "its schedule cannot take any number of micro-batches of this step"
             found.append(_refused(layout, mode, machine, why))
             continue
         best = ways[0]
         for way in ways[1:]:
             best = way if _better(way, best) else best
-        change = () if mode == work.checkpoint else \
-            (f"train.gradient_checkpointing={'true' if mode == 'full' else mode}",)
-        found.append(replace(best, changes=change))
+        found.append(replace(best, changes=() if mode == work.checkpoint else (AS_SETTING[mode],)))
     return found
 
 
@@ -193,7 +203,7 @@ def _micro_batches(work: Work, counts: Counts, layout: LayoutConfig, machine: Ma
         sizes = [n for n in sizes if rows // n <= _FILLED * layout.pipeline]
     last, fitting = None, 0
     for size in sizes:
-        if rows % size or pipeline_refusal(work, layout, rows // size):
+        if rows % size or pipeline_refusal(work, layout, rows // size, mode):
             continue
         try:
             option = evaluate(work, counts, layout, machine, checkpoint=mode, micro_rows=size)

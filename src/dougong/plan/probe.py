@@ -19,10 +19,11 @@ BUDGET_S = 40.0
 
 def measured(work: Work, option: Option, machine: Machine, *, steps: int = STEPS,
              budget_s: float = BUDGET_S) -> Machine | None:
-    """The machine with the efficiency that `steps` real steps reach, in one process; None where they would take longer
-    than `budget_s` or do not fit. The median counts, after a few steps to warm up."""
+    """The machine with the efficiency that `steps` real steps of the option reach, in one process; None where they
+    would take longer than `budget_s` or do not fit. The median counts, after a few steps to warm up."""
     if not option.fits or option.step_seconds * WARM > budget_s:
         return None
+    work = replace(work, checkpoint=option.checkpoint)
     seconds = step_times(work, option.micro_rows, steps=steps, budget_s=budget_s)
     if len(seconds) < WARM:
         return None

@@ -39,3 +39,5 @@ class Work:
 
 CHECKPOINTING = {False: "none", True: "full", "selective": "selective"}
 """`train.gradient_checkpointing` -> `Work.checkpoint`"""
+AS_SETTING = {mode: f"train.gradient_checkpointing={str(value).lower()}" for value, mode in CHECKPOINTING.items()}
+"""`Work.checkpoint` -> what the recipe is told"""

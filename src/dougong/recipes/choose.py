@@ -6,6 +6,7 @@ trains small models here on the user's own text and the user's own curve decides
 """
 
 import math
+import shlex
 from dataclasses import replace as change
 from typing import Any
 
@@ -73,12 +74,25 @@ def plan_budget(*, budget: str, data: str | None = None, memory_for_serving: str
     plan = {"budget": _budget_facts(money), "data": text.to_dict(),
             "serving": None if serving is None else to_dict(serving), "recipe": name, **plan}
     plan["overrides"] = [*([f"data.path={text.path}"] if text.path else []), *plan["overrides"]]
-    plan["command"] = " ".join(["dougong train", name, *given, *plan["overrides"]])
+    plan["command"] = shlex.join([*_launch(money), "train", name, *given, *plan["overrides"]])
     if out is not None:
         from dougong.recipes.show_choice import print_choice
 
         print_choice(plan, out)
     return plan
+
+
+def _launch(money: Budget) -> list[str]:
+    """What starts one process for each device: once, or on every host alike, HOST being one that all of them reach."""
+    devices, hosts = money.devices, money.machine.hosts(money.devices)
+    if devices == 1:
+        return ["dougong"]
+    while devices % hosts:      # as many on each
+        hosts += 1
+    each = f"--nproc-per-node {devices // hosts}"
+    how = f"--standalone {each}" if hosts == 1 else \
+        f"--nnodes {hosts} {each} --rdzv-backend c10d --rdzv-endpoint HOST:PORT"
+    return f"torchrun {how} -m dougong".split()
 
 
 def _base(name: str, overrides: list[str], text: Text) -> Recipe:
@@ -152,17 +166,19 @@ def _layout(base: Recipe, best: Option, rows: int, money: Budget, precision: str
         return None
     from dougong.plan.choose import rank
     from dougong.plan.option import describe
-    from dougong.plan.work import Work
+    from dougong.plan.work import CHECKPOINTING, Work
 
-    model = best.shape.model
+    model, train, device = best.shape.model, base.train, money.machine.device
+    compiled = device == "cuda" if base.runtime.compile is None else base.runtime.compile
     work = Work(model=model, objective=base.objective, optim=base.optim, rows=rows, context=model.context, steps=1,
-                precision=precision, device=money.machine.device)
+                precision=precision, device=device, checkpoint=CHECKPOINTING[train.gradient_checkpointing],
+                micro_rows=train.micro_rows, ema=train.ema is not None, compile=compiled)
     chosen = rank(work, money.machine, money.devices, keep=1).chosen
     if chosen is None:
         return None
     values = to_dict(chosen.layout)
-    default = to_dict(type(chosen.layout)())
-    given = [f"layout.{key}={value}" for key, value in values.items() if value != default[key]]
+    asked = to_dict(base.layout)
+    given = [f"layout.{key}={value}" for key, value in values.items() if asked.get(key) != value]
     return {"name": describe(chosen.layout), "reason": chosen.reason, "tokens_per_s": chosen.tokens_per_s,
             "memory_bytes": chosen.memory_bytes, "values": values, "overrides": [*given, *chosen.changes]}
 

@@ -10,7 +10,7 @@ from dougong.plan.choose import Ranking, explain, nothing_fits, rank
 from dougong.plan.counts import ITEMSIZE, Counts
 from dougong.plan.machine import Machine
 from dougong.plan.memory import DEVICE_BYTES, FRAGMENTATION, HOW
-from dougong.plan.option import Option, bill
+from dougong.plan.option import Option, bill, step_seconds
 from dougong.plan.probe import measured
 from dougong.plan.step import step_memory
 from dougong.plan.work import CHECKPOINTING, Work
@@ -48,6 +48,8 @@ def plan_recipe(asked: Recipe, machine: Machine, devices: int, *, probe: bool = 
     ranking = rank(work, machine, devices, counts=counts)
     if pinned is not None:
         ranking = _with_asked(ranking, rank(work, machine, devices, counts=counts, pinned=pinned, changes=False))
+    if devices == 1:
+        ranking = _counted_exactly(work, counts, machine, ranking)
     if ranking.chosen is None:
         raise ConfigError(f"{recipe.name} does not fit {devices} x {machine.name}.\n"
                           + nothing_fits(work, machine, devices, ranking))
@@ -57,14 +59,9 @@ def plan_recipe(asked: Recipe, machine: Machine, devices: int, *, probe: bool = 
         faster = measured(work, ranking.chosen, machine)
         if faster is not None:
             machine = faster
-            ranking = rank(work, machine, devices, counts=counts, pinned=ranking.chosen.layout, changes=False)
-    chosen = ranking.chosen
-    assert chosen is not None
+            ranking = _timed_again(work, counts, machine, ranking)
     if work.steps == 0:     # a time budget: as many steps as fit it
-        work = change(work, steps=max(10, round((recipe.train.minutes or 1) * 60 / chosen.step_seconds)))
-    if chosen.layout.processes == 1:
-        chosen = _counted_exactly(work, chosen)
-        ranking = Ranking([chosen, *ranking.best[1:]], ranking.others, ranking.considered)
+        work = change(work, steps=max(10, round((recipe.train.minutes or 1) * 60 / ranking.best[0].step_seconds)))
     simulated = None
     if simulate and devices > 1:
         if progress:
@@ -88,14 +85,39 @@ def _confirmed(work: Work, ranking: Ranking) -> tuple[Ranking, dict[str, Any]]:
     return Ranking(best, others, ranking.considered), simulated
 
 
-def _counted_exactly(work: Work, option: Option) -> Option:
-    """One process needs no model of its memory: its whole step is counted on the meta device."""
+def _counted_exactly(work: Work, counts: Counts, machine: Machine, ranking: Ranking) -> Ranking:
+    """One process needs no model of its memory: its whole step is counted on the meta device. Where that exceeds what
+    the arithmetic let pass, the best of what it holds for smaller is counted, until one fits or none is left."""
+    arithmetic, counted = ranking, ranking.others
+    while arithmetic.best:
+        option = arithmetic.best[0]
+        exact = change(option, memory=_exact_memory(work, option), capacity=machine.memory_bytes)
+        if exact.fits:
+            return Ranking([exact, *ranking.best[1:]], ranking.others, ranking.considered)
+        counted = [change(exact, reason=explain(exact, None))]
+        smaller = replace(machine, memory_bytes=option.memory_bytes - 1)
+        arithmetic = rank(work, smaller, 1, counts=counts, pinned=option.layout)
+    return Ranking([], counted, ranking.considered)
+
+
+def _exact_memory(work: Work, option: Option) -> dict[str, float]:
     step = change(work, checkpoint=option.checkpoint).step(micro_rows=option.micro_rows,
                                                            micro_batches=min(2, option.micro_batches))
     counted = {kind: held for kind, held in step_memory(step).kinds.items() if held}
     if work.device == "cuda":
         counted["allowance"] = DEVICE_BYTES + FRAGMENTATION * sum(counted.values())
-    return change(option, memory=counted)
+    return counted
+
+
+def _timed_again(work: Work, counts: Counts, machine: Machine, ranking: Ranking) -> Ranking:
+    """The same options in the time that they take on a machine whose speed is now known."""
+    best = []
+    for option in ranking.best:
+        seconds, _ = step_seconds(work, counts, option.layout, machine, option.checkpoint, option.micro_rows,
+                                  option.micro_batches, option.bubble)
+        best.append(change(option, seconds=seconds, tokens_per_s=work.tokens_per_step / sum(seconds.values())))
+    return Ranking([change(option, reason=explain(option, best[0])) for option in best], ranking.others,
+                   ranking.considered)
 
 
 def _simulated(work: Work, option: Option) -> dict[str, Any]:

@@ -24,7 +24,8 @@ def print_choice(plan: dict[str, Any], out: Any) -> None:
     out.print(_curve(plan), "")
     if plan["others"]:
         out.print(_others(plan["others"]), "")
-    out.print("Train it:", style="bold")
+    where = ", on each host" if "--nnodes" in plan["command"] else ""
+    out.print(f"Train it{where}:", style="bold")
     out.print(f"  {_escaped(plan['command'])}", soft_wrap=True)
 
 

@@ -58,9 +58,11 @@ def _time(plan: dict[str, Any], option: dict[str, Any], out: Any) -> None:
 
 
 def _ranking(plan: dict[str, Any], out: Any) -> None:
+    from rich.table import Column
     from rich.table import Table as Grid
 
-    grid = Grid("", "layout", "GiB", "tokens/s", "time", "why", box=None, header_style="bold", pad_edge=False)
+    why = Column("why", overflow="fold")    # a setting is to be copied: never cut short
+    grid = Grid("", "layout", "GiB", "tokens/s", "time", why, box=None, header_style="bold", pad_edge=False)
     for place, option in enumerate(plan["best"], 1):
         grid.add_row(str(place), option["name"], f"{option['memory_bytes'] / 2**30:,.1f}",
                      f"{option['tokens_per_s']:,.0f}", span(option["bill"]["days"]),

@@ -1,10 +1,14 @@
 """`plan --budget`: the choice by law, its refusals below the laws' range, and the choice by small runs."""
 
 import itertools
+import shlex
+from io import StringIO
 from random import Random
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
+from torch.distributed.run import get_args_parser
 
 from dougong.core.errors import ConfigError
 from dougong.models import count
@@ -13,9 +17,12 @@ from dougong.plan.curve import effective_tokens
 from dougong.plan.laws import CHINCHILLA
 from dougong.plan.machine import machine
 from dougong.recipes import small_runs
-from dougong.recipes.choose import plan_budget
+from dougong.recipes.choose import _launch, plan_budget
 from dougong.recipes.derive import fit_to_data, parse_size, resolve
+from dougong.recipes.launch import why_not
 from dougong.recipes.recipe import load_recipe
+from dougong.recipes.show_choice import print_choice
+from dougong.report.budget_page import render_budget
 
 HERE = ["runtime.device=cpu", "runtime.precision=fp32", "runtime.threads=1"]
 
@@ -53,7 +60,38 @@ def test_the_overrides_make_the_chosen_recipe(three_days):
     assert recipe.layout.size("shard", "replicate", "tensor", "pipeline", "context") == 8
     read = recipe.train.steps * recipe.train.rows * recipe.model.context
     assert read == pytest.approx(three_days["choice"]["tokens"], rel=0.01)
-    assert three_days["command"].startswith("dougong train first size=")
+    assert three_days["command"].startswith("torchrun --standalone --nproc-per-node 8 -m dougong train first size=")
+
+
+def launched(words):
+    """How many processes torchrun starts, and the overrides it hands to `dougong train first`."""
+    assert words[0] == "torchrun"
+    launch = get_args_parser().parse_args(words[1:])
+    assert launch.standalone or (launch.rdzv_backend, launch.rdzv_endpoint) == ("c10d", "HOST:PORT")
+    assert launch.module and launch.training_script == "dougong"
+    hosts = 1 if launch.standalone else int(launch.nnodes)
+    return hosts, int(launch.nproc_per_node), launch.training_script_args
+
+
+@pytest.mark.parametrize(("devices", "kind", "hosts", "each"), [
+    (8, "h200", 1, 8), (64, "h200", 8, 8), (12, "h200", 2, 6), (4, "rtx3090", 2, 2)])
+def test_every_device_gets_a_process_and_every_host_as_many(devices, kind, hosts, each):
+    assert launched(_launch(Budget(devices, machine(kind), 60.0))) == (hosts, each, [])
+
+
+def test_training_accepts_the_command_for_several_devices(three_days):
+    overrides = ["layout=auto", "data.split.fractions=[0.9,0.1,0]", "train.gradient_checkpointing=true"]
+    for plan, given in ((three_days, []), (plan_budget(budget="4 rtx3090 x 40 weeks", overrides=overrides), overrides)):
+        hosts, each, words = launched(shlex.split(plan["command"]))
+        assert words == ["train", "first", *given, *plan["overrides"]]
+        recipe = resolve(load_recipe("first", [*words[2:], *HERE])[0])[0]
+        assert recipe.layout.on(hosts * each) == recipe.layout and why_not(recipe, recipe.layout) is None
+
+
+def test_terminal_and_page_show_the_command_whole(three_days):
+    terminal = StringIO()
+    print_choice(three_days, Console(file=terminal, width=80))
+    assert three_days["command"] in terminal.getvalue() and three_days["command"] in render_budget(three_days)
 
 
 def test_every_number_has_a_source_and_those_outside_a_range_say_so(three_days):
@@ -94,9 +132,12 @@ def test_above_the_laws_a_loss_is_marked():
 
 
 def test_time_here_stays_time(tmp_path):
-    (tmp_path / "a.txt").write_text("some text of mine\n" * 2000)
-    plan = plan_budget(budget="here x 30 min", data=str(tmp_path))
-    assert "train.minutes=30" in plan["overrides"] and f"data.path={tmp_path}" in plan["overrides"]
+    texts = tmp_path / "my texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text("some text of mine\n" * 2000)
+    plan = plan_budget(budget="here x 30 min", data=str(texts))
+    assert "train.minutes=30" in plan["overrides"] and f"data.path={texts}" in plan["overrides"]
+    assert shlex.split(plan["command"]) == ["dougong", "train", "first", *plan["overrides"]]
     assert plan["choice"]["epochs"] > 100
 
 

@@ -1,0 +1,106 @@
+"""`dougong plan RECIPE`: what it measures is what it chose, what it chose fits, and what it advises can be trained."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from dougong.core.config import replace
+from dougong.core.errors import ConfigError
+from dougong.plan import probe
+from dougong.plan.machine import machine
+from dougong.recipes import plan_recipe as module
+from dougong.recipes.launch import why_not
+from dougong.recipes.plan_recipe import plan_recipe
+from dougong.recipes.recipe import load_recipe
+
+SMALL = ["size=null", "tokenizer.vocab_size=512", "model.context=128", "model.dim=64", "model.num_layers=2",
+         "model.num_heads=2", "model.num_kv_heads=2", "model.head_dim=32", "model.ffn_dim=128", "train.rows=16",
+         "train.steps=100", "runtime.device=cpu", "runtime.precision=fp32", "runtime.threads=1"]
+FULL_ONE_ROW, SELECTIVE_ONE_ROW = 2.52, 3.33
+"""MiB of a step of SMALL by arithmetic"""
+NONE_16_ROWS, NONE_16_ROWS_EXACTLY = 32.26, 32.30
+
+
+def cpu(mib, name="small"):
+    return replace(machine("h200"), name=name, device="cpu", memory_bytes=mib * 2**20)
+
+
+def asked(*overrides):
+    return load_recipe("first", [*SMALL, *overrides])[0]
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """What the probe times; each step takes a fifth of a second."""
+    found = []
+
+    def step_times(work, micro_rows, **_):
+        found.append((work.checkpoint, micro_rows))
+        return [0.2] * 20
+
+    monkeypatch.setattr(probe, "step_times", step_times)
+    return found
+
+
+@pytest.mark.parametrize(("mib", "recipe", "chosen", "change"), [
+    (1000, "true", "none", "false"), (1000, "false", "none", None),
+    ((FULL_ONE_ROW + SELECTIVE_ONE_ROW) / 2, "false", "full", "true")])
+def test_the_probe_times_the_way_of_checkpointing_that_was_chosen(timed, mib, recipe, chosen, change):
+    plan = plan_recipe(asked(f"train.gradient_checkpointing={recipe}"), cpu(mib, "here"), 1)
+    best = plan["best"][0]
+    assert timed == [(chosen, best["micro_rows"])] and best["checkpoint"] == chosen
+    assert best["changes"] == ([] if change is None else [f"train.gradient_checkpointing={change}"])
+    assert best["step_seconds"] == pytest.approx(0.2), "the option takes what its steps took"
+    assert plan["machine"]["efficiency_source"].startswith("20 real steps")
+
+
+def test_where_the_exact_count_does_not_fit_the_next_smaller_micro_batch_is_planned():
+    between = (NONE_16_ROWS + NONE_16_ROWS_EXACTLY) / 2
+    for mib, rows in ((between, 8), (NONE_16_ROWS_EXACTLY + 0.1, 16)):
+        best = plan_recipe(asked(), cpu(mib), 1)["best"][0]
+        assert (best["micro_rows"], best["checkpoint"], best["fits"]) == (rows, "none", True)
+        assert best["capacity_bytes"] == mib * 2**20 and best["bill"]["days"] > 0
+
+
+def test_where_the_micro_batch_is_given_the_next_way_of_checkpointing_is_planned():
+    between = (NONE_16_ROWS + NONE_16_ROWS_EXACTLY) / 2
+    best = plan_recipe(asked("train.micro_rows=16"), cpu(between), 1)["best"][0]
+    assert best["micro_rows"] == 16 and best["changes"] == ["train.gradient_checkpointing=selective"]
+
+
+def test_where_no_exact_count_fits_nothing_fits(monkeypatch):
+    monkeypatch.setattr(module, "step_memory", lambda step: SimpleNamespace(kinds={"weights": 2.0**31}))
+    with pytest.raises(ConfigError, match=r"does not fit 1 x small.\nThe nearest, one process, needs 2.0 GiB"):
+        plan_recipe(asked(), cpu(1000), 1)
+
+
+EIGHT = ["model.num_layers=8", "model.dim=256", "model.num_heads=8", "model.num_kv_heads=8"]
+WIDE = ["model.num_layers=16", "model.dim=2048", "model.num_heads=16", "model.num_kv_heads=16", "model.head_dim=128",
+        "model.ffn_dim=8192", "model.context=4096", "tokenizer.vocab_size=32768"]
+EXPERTS = ["model=qwen3_moe", "model.num_experts=8", "model.top_k=2", "optim=adamw"]
+
+
+@pytest.mark.parametrize(("overrides", "gib"), [
+    ([*EIGHT, "train.rows=18"], 10),
+    ([*EIGHT, "train.rows=64", "train.gradient_checkpointing=true"], 10),
+    ([*EIGHT, "train.rows=64", *EXPERTS], 10),
+    ([*WIDE, "train.rows=64", "train.gradient_checkpointing=selective", "runtime.compile=false"], 15.6)],
+    ids=["odd rows", "more kept than asked", "experts", "zero bubbles beside selective checkpointing"])
+def test_training_accepts_every_layout_and_change_that_a_plan_prints(overrides, gib):
+    gpu = replace(machine("h200"), memory_bytes=gib * 2**30)
+    plan = plan_recipe(asked(*overrides, "runtime.precision=bf16"), gpu, 8, simulate=False)
+    printed = [option for option in [*plan["best"], *plan["others"]] if option["fits"]]
+    assert any(option["layout"]["pipeline"] > 1 for option in printed)
+    for option in printed:
+        layout = [f"layout.{key}={value}" for key, value in option["layout"].items()]
+        recipe, _ = module._elsewhere(asked(*overrides, *layout, *option["changes"]), gpu, 8)
+        assert recipe.layout.on(8) == recipe.layout
+        assert why_not(recipe, recipe.layout) is None, option["name"]
+
+
+def test_a_layout_of_ones_own_that_training_refuses_is_refused_for_the_same_reason():
+    own = ["layout.pipeline=4", "layout.schedule=interleaved_zb", "train.gradient_checkpointing=selective"]
+    recipe = asked(*EIGHT, "train.rows=64", "runtime.compile=false", *own)
+    refused = plan_recipe(recipe, machine("h200"), 8, simulate=False)["others"][0]
+    assert (refused["layout"]["pipeline"], refused["layout"]["schedule"]) == (4, "interleaved_zb")
+    assert "which selective checkpointing does not allow" in refused["refused"]
