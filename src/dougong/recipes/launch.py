@@ -102,14 +102,17 @@ def _reasons(recipe: Recipe, layout: LayoutConfig) -> Any:
 
 
 def micro_batches(recipe: Recipe, layout: LayoutConfig) -> int:
-    """Micro-batches of one process in a step: by `train.micro_rows`, else two for each pipeline stage."""
+    """Micro-batches of one process in a step: by `train.micro_rows`, else up to two for each pipeline stage, and one at
+    least where the rows allow it."""
     copies = layout.size(*DATA)
     rows = (recipe.train.rows or copies) // copies
     if recipe.train.micro_rows is not None:
         return max(1, -(-rows // recipe.train.micro_rows))
     if layout.pipeline == 1:
         return 1
-    return next(number for number in range(min(rows, 2 * layout.pipeline), 0, -1) if rows % number == 0)
+    equal = [number for number in range(1, rows + 1) if rows % number == 0]
+    enough = [number for number in equal if number >= layout.pipeline] or equal[-1:]
+    return max((number for number in enough if number <= 2 * layout.pipeline), default=enough[0])
 
 
 def remember_launch(directory: RunDirectory) -> None:

@@ -21,7 +21,6 @@ from dougong.runtime.device import RuntimeConfig
 from dougong.runtime.layout import LayoutConfig
 
 _UNKNOWN_VOCABULARY = 256
-_SIMULATIONS = 4      # seconds each, also for a model of 405B
 ASSUMPTIONS = (
     "activations are those of eager mode; torch.compile usually keeps fewer",
     "stages and processes are equally fast; stragglers, restarts, evaluations and checkpoints are not in the time",
@@ -71,9 +70,9 @@ def plan_recipe(asked: Recipe, machine: Machine, devices: int, *, probe: bool = 
 
 
 def _confirmed(work: Work, ranking: Ranking) -> tuple[Ranking, dict[str, Any]]:
-    """The ranking with a first that fits by the simulation too, as far as a few tries find one, and what it found."""
+    """The ranking with a first that fits by the simulation too, if any does, and what it found."""
     best, others, simulated = list(ranking.best), list(ranking.others), {}
-    for _ in range(_SIMULATIONS):
+    while True:
         simulated = _simulated(work, best[0])
         needed = simulated["peak_bytes"] + best[0].memory.get("allowance", 0.0)
         if needed <= best[0].capacity or len(best) == 1:

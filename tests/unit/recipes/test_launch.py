@@ -5,7 +5,7 @@ import pytest
 from dougong.core.config import replace
 from dougong.objectives import OBJECTIVES
 from dougong.recipes.derive import resolve
-from dougong.recipes.launch import why_not
+from dougong.recipes.launch import micro_batches, why_not
 from dougong.recipes.recipe import load_recipe
 from dougong.runtime.layout import LayoutConfig
 
@@ -38,3 +38,10 @@ def test_rows_that_cannot_be_shared_change_before_the_run_and_the_launch_after_i
     assert "launch it with 22 or 32 processes" in reason and "train.rows=708" not in reason
     assert why_not(recipe, LayoutConfig(replicate=11, tensor=2), begun=True) is None
     assert "launch it with 1408 processes" in why_not(recipe, LayoutConfig(replicate=705, tensor=2), begun=True)
+
+
+@pytest.mark.parametrize(("rows", "stages", "expected"), [(16, 4, 8), (12, 4, 6), (9, 4, 9), (10, 4, 5), (7, 2, 7),
+                                                          (3, 4, 3), (1, 4, 1), (16, 1, 1)])
+def test_a_pipeline_has_a_micro_batch_for_each_stage_where_rows_allow(recipe, rows, stages, expected):
+    of_rows = replace(recipe, train=replace(recipe.train, rows=2 * rows, micro_rows=None))
+    assert micro_batches(of_rows, LayoutConfig(replicate=2, pipeline=stages)) == expected
