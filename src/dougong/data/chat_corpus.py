@@ -25,7 +25,7 @@ from dougong.data.pack import Fields, best_fit
 from dougong.data.split import SPLITS
 from dougong.data.tokenizer import Tokenizer
 
-FORMAT = 1
+FORMAT = 2
 _TEXTS = 200
 
 

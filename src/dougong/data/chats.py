@@ -165,7 +165,7 @@ class _Builder:
                     lines.write(line)
                     self._index.append((len(ids), len(conversation.text.encode()), len(line),
                                         int(np.count_nonzero(weight[1:]))))
-                    self._digests.append(digest(json.dumps(_asked(conversation), sort_keys=True)))
+                    self._digests.append(digest(_asked(conversation)))
                     self._splits.append(SPLITS.index(conversation.split) if conversation.split else -1)
                     self._sources.append(number)
         self._refuse_nothing(read, sources)
@@ -174,7 +174,7 @@ class _Builder:
     def _encoded(self, conversation: Conversation) -> tuple[np.ndarray, np.ndarray] | None:
         """Ids and weights; None for what is left out, which is counted."""
         if self.data.dedup:
-            key = digest(json.dumps([conversation.messages, conversation.tools], sort_keys=True))
+            key = digest([conversation.messages, conversation.tools])
             if (kept := self._seen.get(key)) is not None:
                 self.duplicates["documents"] += 1
                 self.duplicates["bytes"] += len(conversation.text.encode())

@@ -70,9 +70,22 @@ def conversation_of(record: Any, *, id: str, source: str) -> tuple[Conversation,
     if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
         raise NotText("tools that are no list of objects", type(tools).__name__)
     answer = record.get("answer") if shape != "question" else None
-    return Conversation(id=id, source=source, messages=spoken, tools=tuple(map(dict, tools)),
-                        skill=record["skill"] if isinstance(record.get("skill"), str) else None,
-                        answer=None if answer is None else str(answer)), shape
+    conversation = Conversation(id=id, source=source, messages=spoken, tools=tuple(map(dict, tools)),
+                                skill=record["skill"] if isinstance(record.get("skill"), str) else None,
+                                answer=None if answer is None else str(answer))
+    _check_writable(conversation)
+    return conversation, shape
+
+
+def _check_writable(conversation: Conversation) -> None:
+    """Raises NotText where it cannot be written as JSON in UTF-8: records can hold halves of surrogate pairs, Parquet
+    files dates."""
+    try:
+        json.dumps(conversation.to_dict(), ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise NotText("lone surrogate", f"after {error.object[:error.start][-20:]!r}") from None
+    except TypeError as error:
+        raise NotText("value that is not JSON", str(error)) from None
 
 
 def messages_of(value: Any, role: str) -> list[Any]:
@@ -91,7 +104,7 @@ def _messages(record: Mapping[str, Any]) -> tuple[str, list[Any]]:
     if record.get("conversations") is not None:
         return "conversations", [*system, *messages_of(record["conversations"], "user")]
     if record.get("instruction") is not None and record.get("output") is not None:
-        asked = [record["instruction"], record.get("input")]
+        asked = map(_text, (record["instruction"], record.get("input")))
         return "instruction", [*system, *messages_of("\n\n".join(part for part in asked if part), "user"),
                                *messages_of(record["output"], "assistant")]
     for asked, replied in _PAIRS:
@@ -114,6 +127,8 @@ def _message(message: Any) -> dict[str, Any]:
     calls = _parsed(message.get("tool_calls")) or ()
     if said.lower() == "function_call":
         calls, message = [_parsed(message.get("value"))], {"content": ""}
+    if not isinstance(calls, list | tuple):
+        raise NotText("tool calls that are no list", type(calls).__name__)
     if calls:
         kept["tool_calls"] = [_call(call) for call in calls]
     if message.get("train") is False or message.get("weight") == 0:     # OpenAI's key is weight
@@ -151,7 +166,7 @@ def _parsed(value: Any) -> Any:
         return value
     try:
         return json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return value
 
 
@@ -182,6 +197,9 @@ def conversations_in(records: Iterator[tuple[str, Any]], *, source: str, skipped
             conversation, shape = conversation_of(record, id=name, source=source)
         except NotText as problem:
             skipped.add(problem.reason, name, problem.where)
+            continue
+        except RecursionError:
+            skipped.add("value nested too deeply", name)
             continue
         if shapes is not None:
             shapes[shape] = shapes.get(shape, 0) + 1

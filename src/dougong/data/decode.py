@@ -8,12 +8,13 @@ import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from dougong.core.errors import ConfigError, MissingExtraError
 
 PIECE_BYTES = 16 << 20   # a larger file becomes several documents of about this size, so memory stays bounded
 COMPRESSED = (".gz", ".xz", ".zst")
+_ZSTD_BYTES = 1 << 13    # a frame of one repeated byte unfolds four bytes to 128 KiB
 # 32 before 16: its mark begins with 16's
 _MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
           (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
@@ -62,10 +63,39 @@ def open_bytes(path: Path) -> BinaryIO:
             import zstandard
         except ImportError:
             raise MissingExtraError("zstandard", "data", f"reading {path.name}") from None
-        # stream_reader may return fewer bytes than asked for; BufferedReader asks again
-        raw = zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), read_across_frames=True)  # noqa: SIM115
-        return io.BufferedReader(cast(io.RawIOBase, raw), 1 << 20)
+        return io.BufferedReader(_Frames(open(path, "rb"), zstandard.ZstdDecompressor()), 1 << 20)  # noqa: SIM115
     return open(path, "rb")
+
+
+class _Frames(io.RawIOBase):
+    """The frames of a .zst file as one stream. zstandard's own reader takes a frame that breaks off for the end of the
+    file; this one raises EOFError, as gzip's and lzma's do."""
+
+    def __init__(self, file: BinaryIO, decompressor: Any) -> None:
+        self._file, self._decompressor = file, decompressor
+        self._frame, self._rest, self._ready = None, b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            data = self._rest or self._file.read(_ZSTD_BYTES)
+            if not data:
+                if self._frame is not None:
+                    raise EOFError("the file ends within a frame")
+                return 0
+            self._frame = self._frame or self._decompressor.decompressobj()
+            self._ready, self._rest = memoryview(self._frame.decompress(data)), b""
+            if self._frame.eof:
+                self._rest, self._frame = self._frame.unused_data, None
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def damage() -> tuple[type[Exception], ...]:

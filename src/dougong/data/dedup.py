@@ -6,10 +6,12 @@ keys are found one slice of the key space at a time, so memory does not grow wit
 """
 
 import hashlib
+import json
 import unicodedata
 from collections.abc import Callable, Iterator
 from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import Field
@@ -40,10 +42,20 @@ class DedupConfig:
     """words (or Chinese characters, or signs) in a shingle"""
 
 
-def digest(text: str) -> bytes:
-    """16 bytes that are equal for texts equal up to white space and Unicode composition (NFC)."""
-    normal = " ".join(unicodedata.normalize("NFC", text).split())
-    return hashlib.blake2b(normal.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+def digest(value: Any) -> bytes:
+    """16 bytes that are equal for texts equal up to white space and Unicode composition (NFC), and for JSON values
+    whose texts are."""
+    normal = _normal(value)
+    text = normal if isinstance(normal, str) else json.dumps(normal, sort_keys=True)
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def _normal(value: Any) -> Any:
+    if isinstance(value, str):
+        return " ".join(unicodedata.normalize("NFC", value).split())
+    if isinstance(value, dict):
+        return {key: _normal(inner) for key, inner in value.items()}
+    return [_normal(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 # ---- shingles

@@ -66,6 +66,8 @@ def judged_in(records: Iterator[tuple[str, Any]], *, source: str, skipped: Skipp
             yield judged_of(record, id=name, source=source)
         except NotText as problem:
             skipped.add(problem.reason, name, problem.where)
+        except RecursionError:
+            skipped.add("value nested too deeply", name)
 
 
 def _pair(record: Mapping[str, Any], id: str, source: str) -> Judged:

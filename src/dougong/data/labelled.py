@@ -76,6 +76,8 @@ class _Texts:
                     self._add(record, place, data)
             except NotText as problem:
                 self.skipped.add(problem.reason, name, problem.where)
+            except OSError as error:
+                self.skipped.add("unreadable file", name, error.strerror or str(error))
         self.fingerprint = f"labelled {key_of([self.records])}"
 
     def _add(self, record: Any, place: str, data: LabelledData) -> None:
@@ -85,7 +87,12 @@ class _Texts:
         elif not isinstance(label, str | int):
             self.skipped.add("record without a label", place)
         else:
-            self.records.append((text, str(label)))
+            try:
+                f"{text}{label}".encode()
+            except UnicodeEncodeError as error:   # JSON can hold half of a surrogate pair
+                self.skipped.add("lone surrogate", place, f"character {error.start}")
+            else:
+                self.records.append((text, str(label)))
 
     def split(self, _name: str) -> "_Texts":
         return self

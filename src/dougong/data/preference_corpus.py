@@ -22,7 +22,7 @@ from dougong.data.pack import Fields
 from dougong.data.split import SPLITS
 from dougong.data.tokenizer import Tokenizer
 
-FORMAT = 1
+FORMAT = 2
 _MULTIPLE = 8     # lengths are rounded up to it, so that kernels see few shapes
 
 

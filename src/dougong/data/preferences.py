@@ -176,7 +176,7 @@ class _Builder:
         for number, judged in enumerate(records):
             if number % _TOLD_EVERY == 0:
                 report(number, len(records), "spelling replies")
-            key = digest(json.dumps([side.messages for side in judged.sides] + [judged.label], sort_keys=True))
+            key = digest([[side.messages for side in judged.sides], judged.label])
             if key in seen:
                 self._count_duplicate(judged, seen[key])
                 continue
@@ -185,9 +185,9 @@ class _Builder:
                 kept.append(judged)
                 encoded.append(sides)
         shape = self._shape(kept)
-        splits = self._divide(kept)
+        prompts, splits = self._divide(kept, least=2 if shape == "singles" else 1)
         if shape == "singles":
-            self._add_mismatched(kept, encoded, splits)
+            self._add_mismatched(kept, encoded, prompts, splits)
         self._write(kept, encoded, splits, shape)
 
     def _count_duplicate(self, judged: Judged, kept: str) -> None:
@@ -242,33 +242,31 @@ class _Builder:
                             "replies (for objective=kto).")
         return "pairs" if pairs else "singles"
 
-    def _divide(self, kept: list[Judged]) -> np.ndarray:
-        """The split of each record. Where the hash leaves a wanted part of few empty, by the order of their hashes."""
-        digests = np.frombuffer(b"".join(digest(json.dumps(judged.asked)) for judged in kept), "<u8").reshape(-1, 2)
-        chosen = by_hash(digests, self.data.fractions, self.seed)
-        wanted = [split for split, fraction in enumerate(self.data.fractions) if fraction]
-        if all((chosen == split).any() for split in wanted):
-            return chosen
-        groups, group_of = np.unique(digests, axis=0, return_inverse=True)
-        held = [max(1, round(len(groups) * fraction)) if fraction else 0 for fraction in self.data.fractions[1:]]
-        if sum(held) >= len(groups):
-            raise DataError(f"{len(groups)} different prompts are too few for the splits asked for. Try "
-                            "data.fractions=[1,0,0], or add some.")
-        of_group = np.zeros(len(groups), np.int8)
-        of_group[:held[0]], of_group[held[0]:sum(held)] = 1, 2
-        return of_group[group_of.ravel()]
+    def _divide(self, kept: list[Judged], *, least: int) -> tuple[np.ndarray, np.ndarray]:
+        """The number of each record's prompt, and its split. Where the hash leaves a wanted part fewer than `least`
+        prompts, they are divided by the order of their hashes."""
+        digests = np.frombuffer(b"".join(digest(judged.asked) for judged in kept), "<u8").reshape(-1, 2)
+        prompts, prompt_of = np.unique(digests, axis=0, return_inverse=True)
+        fractions, prompt_of = self.data.fractions, prompt_of.ravel()
+        chosen = by_hash(prompts, fractions, self.seed)
+        if any(fraction and (chosen == split).sum() < least for split, fraction in enumerate(fractions)):
+            held = [max(least, round(len(prompts) * fraction)) if fraction else 0 for fraction in fractions[1:]]
+            if len(prompts) - sum(held) < least:
+                raise DataError(f"{len(prompts)} different prompts are too few for the splits asked for"
+                                f"{', as KTO needs two in each' if least == 2 else ''}. Add some, or hold out less: "
+                                "data.fractions=[1,0,0].")
+            chosen = np.zeros(len(prompts), np.int8)
+            chosen[:held[0]], chosen[held[0]:sum(held)] = 1, 2
+        return prompt_of, chosen[prompt_of]
 
-    def _add_mismatched(self, kept: list[Judged], encoded: list[list[Encoded]], splits: np.ndarray) -> None:
-        """Beside each single reply that of the next record of its split, to the same prompt: what KTO estimates its
-        reference point from. Where that does not fit a row it is cut."""
+    def _add_mismatched(self, kept: list[Judged], encoded: list[list[Encoded]], prompts: np.ndarray,
+                        splits: np.ndarray) -> None:
+        """Beside each single reply one that was given to another prompt of its split, to the same prompt: what KTO
+        estimates its reference point from. Where that does not fit a row it is cut."""
         for split in range(len(SPLITS)):
-            members = np.flatnonzero(splits == split).tolist()
-            if len(members) == 1:
-                raise DataError(f"the split {SPLITS[split]!r} has a single reply, and KTO compares with others. Add "
-                                "some, or hold out less: data.fractions=[1,0,0].")
-            for place, number in enumerate(members):
-                other = kept[members[(place + 1) % len(members)]]
-                own = kept[number].sides[0]
+            members = np.flatnonzero(splits == split)
+            for number, another in zip(members, members[_to_other_prompts(prompts[members])]):
+                own, other = kept[number].sides[0], kept[another]
                 messages = (*own.messages[:kept[number].shared], *other.sides[0].messages[other.shared:])
                 ids, weight = self._spelled(Conversation(own.id, own.source, messages, own.tools), kept[number].shared)
                 encoded[number].append((ids[:self.context + 1], weight[:self.context + 1]))
@@ -298,3 +296,16 @@ class _Builder:
             "duplicates": {"searched": {"exact": True}, "exact": self.duplicates},
             "split": {"rule": "prompts", "sentence":
                       "Split by a hash of the prompt: the same prompt is always on the same side."}})
+
+
+def _to_other_prompts(prompts: np.ndarray) -> np.ndarray:
+    """For each of some replies the place of one to another prompt, of which there are at least two.
+
+    In the order of the prompts, the first reply to one gets the first behind all replies to it, the second the second:
+    where each prompt has as many replies, each reply is taken once.
+    """
+    order = np.argsort(prompts, kind="stable")
+    begin, end = (np.searchsorted(prompts[order], prompts[order], side) for side in ("left", "right"))
+    count, others = len(order), np.empty_like(order)
+    others[order] = order[(end + (np.arange(count) - begin) % (count - (end - begin))) % count]
+    return others

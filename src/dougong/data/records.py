@@ -44,7 +44,7 @@ def read_json_lines(path: Path, name: str, skipped: Skipped, *,
                 try:
                     if line.strip():
                         yield f"{name}:{number}", json.loads(line.decode(encoding or "utf-8-sig"))
-                except ValueError as error:   # of which UnicodeDecodeError is one
+                except (ValueError, RecursionError) as error:   # UnicodeDecodeError is a ValueError
                     skipped.add("broken JSON line", f"{name}:{number}", f"byte {start}: {error}")
                 start += len(line)
         except damage() as error:
@@ -53,16 +53,17 @@ def read_json_lines(path: Path, name: str, skipped: Skipped, *,
 
 def read_json(path: Path, name: str, skipped: Skipped) -> Iterator[tuple[str, Any]]:
     """Yields (`name:number`, value) of a file that holds one list; one of JSON lines is read as such."""
-    with open_bytes(path) as file:
-        head = file.read(256).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not head.startswith(b"["):
-        yield from read_json_lines(path, name, skipped)
-        return
     try:
         with open_bytes(path) as file:
-            values = json.loads(file.read().decode("utf-8-sig"))
-    except (ValueError, *damage()) as error:
+            head = file.read(256)
+            listed = head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+            values = json.loads((head + file.read()).decode("utf-8-sig")) if listed else []
+    except damage() as error:
+        raise NotText("damaged compressed file", str(error)) from None
+    except (ValueError, RecursionError) as error:
         raise NotText("broken JSON file", str(error)) from None
+    if not listed:
+        yield from read_json_lines(path, name, skipped)
     yield from ((f"{name}:{number}", value) for number, value in enumerate(values, 1))
 
 

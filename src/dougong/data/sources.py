@@ -95,9 +95,9 @@ class FilesSource(_PathSource):
     end).
 
     Inside a folder .jsonl and .parquet are read record by record (field `text`), and .gz, .xz and .zst of all
-    of these are decompressed. Byte-order marks and, in .py files, coding lines (PEP 263) win over `encoding`.
-    Binary and undecodable files, hidden ones, those that look like secrets and folders of installed packages
-    are skipped.
+    of these are decompressed (.parquet and .zst need the extra `data`). Byte-order marks and, in .py files,
+    coding lines (PEP 263) win over `encoding`. Binary and undecodable files, hidden ones, those that look like
+    secrets and folders of installed packages are skipped.
     """
 
     kind: Literal["files"] = "files"
@@ -114,10 +114,7 @@ class FilesSource(_PathSource):
         if suffix in JSON_LINES:
             yield from texts(read_json_lines(path, name, skipped, encoding=self.encoding), ["text"], skipped)
         elif suffix == ".parquet":
-            try:
-                yield from texts(read_parquet(path, name, ["text"]), ["text"], skipped)
-            except MissingExtraError:
-                raise NotText("Parquet file without pyarrow", "pip install 'dougong[data]'") from None
+            yield from texts(read_parquet(path, name, ["text"]), ["text"], skipped)
         else:
             for number, text in enumerate(read_text(path, encoding=self.encoding)):
                 yield (f"{name}#{number + 1}" if number else name), text
@@ -281,6 +278,8 @@ class PythonSource(Source):
                         yield Document(id=part, source=self.label, text=text)
             except NotText as problem:
                 skipped.add(problem.reason, name, problem.where)
+            except OSError as error:
+                skipped.add("unreadable file", name, error.strerror or str(error))
 
     def about(self) -> dict[str, Any]:
         return {"python": platform.python_version(), "implementation": platform.python_implementation(),

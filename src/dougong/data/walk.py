@@ -33,7 +33,8 @@ class Skipped:
         self._count[reason] = self._count.get(reason, 0) + 1
         examples = self._examples.setdefault(reason, [])
         if len(examples) < _EXAMPLES:
-            examples.append(f"{name} ({where})" if where else name)
+            shown = f"{name} ({where})" if where else name
+            examples.append(shown.encode(errors="backslashreplace").decode())   # of a record with half a surrogate pair
 
     def facts(self) -> dict[str, dict]:
         """`{reason: {"count": n, "examples": [name (where), …]}}`, the most frequent reason first."""
@@ -116,7 +117,7 @@ def _walk(folder: Path, root: Path, skipped: Skipped) -> Iterator[tuple[str, Pat
         return
     for entry in entries:
         path, name = Path(entry.path), _name(Path(entry.path), root)
-        if not entry.is_dir():
+        if not os.path.isdir(path):     # where a link leads round in a circle or is closed, entry.is_dir() raises
             if entry.name.startswith(".") and not looks_secret(entry.name):
                 skipped.add("hidden file", name)
             else:
@@ -125,7 +126,7 @@ def _walk(folder: Path, root: Path, skipped: Skipped) -> Iterator[tuple[str, Pat
             skipped.add("hidden folder", name)
         elif entry.is_symlink():
             skipped.add("link to a folder", name)
-        elif entry.name in _INSTALLED or (path / "pyvenv.cfg").is_file():
+        elif entry.name in _INSTALLED or os.path.isfile(path / "pyvenv.cfg"):
             skipped.add("folder of installed or generated files", name)
         else:
             yield from _walk(path, root, skipped)

@@ -112,6 +112,31 @@ def test_duplicates_go_and_the_same_question_is_on_one_side(prepare):
     assert {split for found in sides.values() for split in found} == {"train", "validation", "test"}
 
 
+@pytest.mark.parametrize("other", ["why \n\nthe caf\u00e9?\n", "why the cafe\u0301?"], ids=["space", "composition"])
+def test_white_space_and_composition_make_no_other_question(prepare, other):
+    plain = [f"{i}: why the caf\u00e9?" for i in range(60)]
+    same = [f"{i}: {other}" for i in range(60)]
+    twice = prepare([chat(asked, "so") for asked in (*plain, *same)])
+    assert twice.facts["duplicates"]["exact"]["documents"] == 60
+    sides = {}
+    for split in ("train", "validation", "test"):
+        for one in prepare([chat(asked, f"reply {i}") for i, asked in enumerate([*plain, *same])]).conversations(split):
+            sides.setdefault(one.messages[0]["content"].split(":")[0], []).append(split)
+    assert len(sides) == 60 and all(a == b for a, b in sides.values()) and len({a for a, _ in sides.values()}) == 3
+
+
+def test_half_a_surrogate_pair_is_counted(prepare):
+    broken = [chat("half \ud83d", "reply"), chat("call", "", tool_calls=[
+        {"function": {"name": "add", "arguments": "{\"a\": \"\\ud83d\"}"}}]), {**MANY[0], "answer": "\ud83d"}]
+    strange = [{"messages": [{"role": "\ud83d", "content": "hi"}]}, {"\ud83d": 1}]
+    corpus = prepare([*MANY, *broken, *strange])
+    skipped = corpus.facts["skipped"]
+    assert {reason: fact["count"] for reason, fact in skipped.items()} == {
+        "lone surrogate": 3, "unknown role": 1, "record in no shape of a conversation": 1}
+    assert "chats.jsonl:61 (after" in skipped["lone surrogate"]["examples"][0]
+    assert r"\ud83d" in skipped["unknown role"]["examples"][0]
+
+
 def test_few_conversations_still_hold_some_out(prepare):
     splits = prepare(MANY[:5]).facts["splits"]
     assert [splits[name]["documents"] for name in ("train", "validation", "test")] == [3, 1, 1]

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import lzma
+from datetime import date
 
 import pytest
 
@@ -60,11 +62,43 @@ def test_tools_and_calls_kept_as_text_are_read():
     ([ASKED, {"role": "narrator", "content": "x"}], "unknown role", "narrator"),
     ([{"role": "user", "content": [{"type": "image"}]}, REPLIED], "content that is no text", "images"),
     (["hi"], "message that is not an object", "str"),
+    ([ASKED, {**REPLIED, "tool_calls": 5}], "tool calls that are no list", "int"),
+    ([ASKED, {"role": "assistant", "content": "half \ud83d"}], "lone surrogate", "half "),
+    ([ASKED, {**REPLIED, "tool_calls": [{"name": "at", "arguments": {"day": date(2024, 7, 26)}}]}],
+     "value that is not JSON", "date"),
 ])
 def test_what_is_no_conversation_is_named(messages, reason, where):
     with pytest.raises(NotText) as problem:
         conversation_of({"messages": messages}, id="a", source="s")
     assert problem.value.reason == reason and where in problem.value.where
+
+
+@pytest.mark.parametrize("wrong", [{"input": 5}, {"input": ["a", "b"]}, {"instruction": ["a"]}, {"output": 5}])
+def test_an_instruction_that_is_no_text_is_named(wrong):
+    with pytest.raises(NotText, match="content that is no text"):
+        conversation_of({"instruction": "Sort.", "input": "b a", "output": "a b", **wrong}, id="a", source="s")
+
+
+def test_tools_nested_too_deeply_are_no_tools():
+    with pytest.raises(NotText, match="tools that are no list"):
+        conversation_of({**SHAPES["messages"], "tools": "[" * 100_000}, id="a", source="s")
+
+
+def test_damaged_files_and_values_nested_too_deeply_are_named(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    whole, deep = json.dumps([SHAPES["messages"]] * 500).encode(), "[" * 100_000
+    for suffix, packed in ((".gz", gzip.compress(whole)), (".xz", lzma.compress(whole)),
+                           (".zst", zstandard.ZstdCompressor().compress(whole))):
+        (tmp_path / f"a.json{suffix}").write_bytes(packed[:20] + b"damage" + packed[26:])
+        (tmp_path / f"b.json{suffix}").write_bytes(b"not compressed at all")
+    (tmp_path / "deep.json").write_text(deep)
+    less = json.loads("[" * 600 + "]" * 600)       # json takes it, what follows does not
+    lines = [SHAPES["messages"], {"messages": [ASKED, {**REPLIED, "tool_calls": [{"name": "at", "arguments": less}]}]}]
+    (tmp_path / "deep.jsonl").write_text("\n".join([deep, *map(json.dumps, lines)]))
+    found = Found()
+    assert [one.id for one in ChatFiles(path=str(tmp_path)).stream(found)] == ["deep.jsonl:2"]
+    assert {reason: fact["count"] for reason, fact in found.facts().items()} == {
+        "damaged compressed file": 6, "broken JSON file": 1, "broken JSON line": 1, "value nested too deeply": 1}
 
 
 def test_files_of_all_kinds_with_what_each_held(tmp_path):

@@ -152,6 +152,51 @@ def test_beside_a_single_reply_stands_that_of_another_to_the_same_prompt(tmp_pat
     assert sorted(own for own, _ in said) == sorted(other for _, other in said)
 
 
+APART = [{"prompt": f"q{i}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(40)]
+
+
+@pytest.mark.parametrize("records, settings", [
+    (APART, {"unpair": True}),
+    (APART[:6], {"unpair": True, "fractions": (0.9, 0.05, 0.05)}),
+    ([{"prompt": f"q{int(i ** 0.5)}", "completion": f"{i}", "label": i % 2} for i in range(60)], {})])
+def test_the_reply_beside_a_single_one_was_given_to_another_prompt(tmp_path, records, settings):
+    made = corpus(tmp_path, records, spelling="text", **{"fractions": (1, 0, 0), **settings})
+    prompts = {}
+    for number in range(len(made)):
+        asked, said = (message["content"] for message in made.record(number)["sides"][0]["messages"])
+        prompts.setdefault(said, set()).add((asked, made._split[number]))
+    for number in range(len(made)):
+        asked = made.record(number)["sides"][0]["messages"][0]["content"]
+        ids, weight = made.encoded(number, 1)
+        said = made.tokenizer.decode(ids[weight > 0][:-1].tolist())
+        assert any(other != asked and split == made._split[number] for other, split in prompts[said])
+
+
+def test_replies_to_one_prompt_alone_are_too_few_for_kto(tmp_path):
+    with pytest.raises(DataError, match="two in each"):
+        corpus(tmp_path, [{"prompt": f"q{' ' * i}", "completion": f"{i}", "label": True} for i in range(8)],
+               spelling="text", fractions=(1, 0, 0))
+
+
+def test_white_space_makes_no_other_prompt(tmp_path):
+    plain = pairs(60)
+    spaced = [{**record, "prompt": f" {record['prompt']}\n"} for record in plain]
+    assert corpus(tmp_path, [*plain, *spaced]).facts["duplicates"]["exact"]["documents"] == 60
+    made = corpus(tmp_path, [*plain, *({**record, "chosen": "well"} for record in spaced)], fractions=(0.6, 0.2, 0.2))
+    np.testing.assert_array_equal(made._split[:60], made._split[60:])
+    assert set(made._split) == {0, 1, 2}
+
+
+def test_half_a_surrogate_pair_is_counted(tmp_path):
+    made = corpus(tmp_path, [*pairs(), {"prompt": "p", "chosen": "half \ud83d", "rejected": "no"}], spelling="text")
+    assert len(made) == 40 and made.facts["skipped"]["lone surrogate"]["count"] == 1
+    path = tmp_path / "labelled.jsonl"
+    path.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in
+                            [("a", "x"), ("b", "y"), ("half \ud83d", "x"), ("c", "\ud83d")]))
+    labelled = LabelledData(path=str(path), fractions=(1, 0, 0)).prepare(BytesConfig(), context=20, cache=tmp_path)
+    assert labelled.labels == ["x", "y"] and labelled.facts["skipped"]["lone surrogate"]["count"] == 2
+
+
 def test_the_order_is_one_for_any_number_of_ranks_and_is_found_again(tmp_path):
     made = corpus(tmp_path, pairs(), spelling="text", fractions=(1, 0, 0))
     whole = made.loader("train", rows=8, seed=3)

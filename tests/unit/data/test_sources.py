@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dougong.core.config import from_dict, json_schema, to_dict
-from dougong.core.errors import ConfigError, DataError
+from dougong.core.errors import ConfigError, DataError, MissingExtraError
 from dougong.data import SOURCES, decode
 from dougong.data.sources import FilesSource, HuggingFaceSource, JsonlSource, ParquetSource, PythonSource
 from dougong.data.walk import Skipped, looks_secret
@@ -127,6 +127,28 @@ def test_hidden_secret_and_installed_files_stay_out(tmp_path):
     assert looks_secret("My.PEM") and not looks_secret("keyboard.txt") and not looks_secret("environment.md")
 
 
+def test_a_link_to_itself_is_no_file(tmp_path):
+    files(tmp_path, **{"a.txt": "words"})
+    (tmp_path / "loop").symlink_to("loop")
+    assert read(FilesSource(path=str(tmp_path))) == (
+        {"a.txt": "words"}, {"not a regular file": {"count": 1, "examples": ["loop"]}})
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="nothing is closed to root")
+def test_closed_folders_are_named(tmp_path):
+    files(tmp_path, **{"a.txt": "words", "shut/b.txt": "words", "listed/in/c.txt": "words"})
+    (tmp_path / "link").symlink_to(tmp_path / "shut" / "b.txt")
+    (tmp_path / "shut").chmod(0)
+    (tmp_path / "listed").chmod(0o400)
+    try:
+        found, skipped = read(FilesSource(path=str(tmp_path)))
+    finally:
+        (tmp_path / "shut").chmod(0o700)
+        (tmp_path / "listed").chmod(0o700)
+    assert found == {"a.txt": "words"}
+    assert {reason: fact["count"] for reason, fact in skipped.items()} == {"unreadable file": 2, "unreadable folder": 1}
+
+
 def test_order_does_not_depend_on_the_file_system(tmp_path, monkeypatch):
     files(tmp_path, **{name: name for name in ("b.txt", "a/z.txt", "a/b/c.txt", "Z.txt", "10.txt", "9.txt")})
     expected = list(read(FilesSource(path=str(tmp_path)))[0])
@@ -161,6 +183,16 @@ def _compressed(suffix, data):
             ".zst": lambda d: zstandard.ZstdCompressor().compress(d)}[suffix](data)
 
 
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
+def test_compressed_files_that_break_off_are_named(tmp_path, suffix):
+    whole = _compressed(suffix, " ".join(str(i * i) for i in range(100_000)).encode())
+    files(tmp_path, **{f"half.txt{suffix}": whole[:len(whole) // 2], f"two.txt{suffix}": 2 * _compressed(suffix, b"ab"),
+                       f"none.txt{suffix}": _compressed(suffix, b"")})
+    found, skipped = read(FilesSource(path=str(tmp_path)))
+    assert found[f"two.txt{suffix}"] == "abab" and set(found) <= {f"two.txt{suffix}", f"none.txt{suffix}"}
+    assert skipped["damaged compressed file"]["examples"][0].startswith(f"half.txt{suffix}")
+
+
 @pytest.mark.parametrize("suffix", ["", ".gz", ".xz", ".zst"])
 def test_json_lines(tmp_path, suffix):
     lines = [json.dumps({"title": "t", "text": "斗拱"}), "{broken", "", json.dumps({"title": "only"}), "[1]",
@@ -188,6 +220,13 @@ def test_parquet(tmp_path):
         "Parquet file without column 'body'": {"count": 1, "examples": ["a.parquet (it has text, n)"]}}
     (tmp_path / "a.parquet").write_bytes(b"PAR1 but not really")
     assert "damaged Parquet file" in read(ParquetSource(path=str(tmp_path)))[1]
+
+
+def test_parquet_in_a_folder_asks_for_pyarrow(tmp_path, monkeypatch):
+    files(tmp_path, **{"a.txt": "words", "b.parquet": "PAR1"})
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(MissingExtraError, match=r"reading b\.parquet needs the package 'pyarrow'"):
+        read(FilesSource(path=str(tmp_path)))
 
 
 def test_a_local_dataset_streams(tmp_path):
