@@ -1,5 +1,6 @@
 """`dougong data`: look at the data of a recipe, or do its preparation ahead."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,12 +14,33 @@ _Model = Annotated[str | None, typer.Option("--model", help="The model that the 
 
 
 def _corpus(recipe: str, overrides: list[str] | None, as_json: bool, model: str | None):
+    from dougong.recipes import RECIPES
+
+    if recipe not in RECIPES and Path(recipe).is_dir():
+        return _corpus_of_run(Path(recipe), with_model(model, overrides), as_json)
     from dougong.recipes.assemble import prepare_data
     from dougong.recipes.derive import resolve
     from dougong.recipes.recipe import load_recipe
 
     resolved, _ = resolve(load_recipe(recipe, with_model(model, overrides))[0])
     return prepare_data(resolved, progress=progress_bar(as_json))
+
+
+def _corpus_of_run(path: Path, changes: list[str], as_json: bool):
+    from dougong.core.errors import ConfigError
+    from dougong.core.run import RunDirectory
+    from dougong.recipes.journey import last_run
+    from dougong.recipes.open_run import corpus_of
+    from dougong.recipes.recipe import recipe_from_run
+    from dougong.recipes.start import with_own_tokenizer
+
+    if changes:
+        raise ConfigError(f"a run has the data it was trained on; {changes[0]!r} would change them. Leave it out, or "
+                          "name a recipe.")
+    directory = RunDirectory.open(last_run(path))
+    recipe, recorded = recipe_from_run(directory.recipe)
+    return corpus_of(with_own_tokenizer(recipe, recorded, directory), recorded, directory.path,
+                     progress=progress_bar(as_json))
 
 
 @app.command("prepare")

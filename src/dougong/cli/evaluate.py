@@ -15,7 +15,7 @@ def evaluate(
         int | None, typer.Option("--stride", min=1, help="Tokens between windows; the context if not given.")
     ] = None,
     checkpoint: Annotated[str, typer.Option("--checkpoint", help="best, last, or a step.")] = "best",
-    data: Annotated[str | None, typer.Option("--data", help="Other text to score on: a folder, file or glob.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="Other text, all of it: a folder, file or glob.")] = None,
     no_baselines: Annotated[bool, typer.Option("--no-baselines", help="Leave out the 5-gram and xz.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -24,8 +24,8 @@ def evaluate(
     from dougong.recipes.scoring import print_result, score
 
     opened = open_run(run, checkpoint=checkpoint)
-    opened = opened if data is None else opened.on_data(data)
-    result = score(opened, split=split, stride=stride, baselines=not no_baselines, progress=progress_bar(as_json))
+    result = score(opened, data=data, split=split, stride=stride, baselines=not no_baselines,
+                   progress=progress_bar(as_json))
     tell_passed_over(opened)
     out = console(as_json)
     out.print(f"{run}, step {opened.step:,} ({opened.weights} weights)", style="dim")

@@ -130,8 +130,8 @@ def _layout(changes: list[str]) -> Any:
     asked = parse_overrides(changes).get("layout")
     if asked is None:
         return None
-    values = {"kind": asked} if isinstance(asked, str) else {"kind": "axes", **asked}
-    return from_dict(LAYOUTS[values["kind"]], values, where="layout")
+    values = {"kind": str(asked)} if not isinstance(asked, dict) else {"kind": "axes", **asked}
+    return from_dict(LAYOUTS[str(values["kind"])], values, where="layout")
 
 
 def _summary(finished, out) -> dict:

@@ -57,7 +57,7 @@ class chosen_from:
         if isinstance(value, Mapping):
             if "kind" not in value:
                 raise ConfigError(f"{info.field_name!r} needs a 'kind'. Known: {', '.join(sorted(self.table))}.")
-            return from_dict(self.table[value["kind"]], value, where=info.field_name or "")
+            return from_dict(self.table[str(value["kind"])], value, where=info.field_name or "")
         if getattr(value, "kind", None) not in self.table:
             raise ConfigError(f"{info.field_name}={value!r} is no {self.table.what}. "
                               f"Known: {', '.join(sorted(self.table))}.")
@@ -72,10 +72,32 @@ def _adapter(cls: type) -> TypeAdapter:
 def from_dict(cls: type[T], values: Mapping[str, Any], *, where: str = "") -> T:
     """Builds a config from plain values. Raises ConfigError naming each wrong key or value and what fits."""
     try:
-        return _adapter(cls).validate_python(dict(values))
+        return _adapter(cls).validate_python(_settled(cls, values))
     except ValidationError as error:
         lines = [_explain(cls, problem, where) for problem in error.errors()]
         raise ConfigError("\n".join(lines)) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Written:
+    """A value on the command line that YAML reads as something else than text, and how it was written."""
+
+    value: Any
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def _settled(annotation: Any, value: Any) -> Any:
+    """`value`, and all in it, as a field of this type takes it: what was written where that is text, else as YAML."""
+    if isinstance(value, _Written):
+        return value.text if getattr(annotation, "__origin__", annotation) in (str, str | None) else value.value
+    if isinstance(value, Mapping) and _marker(annotation) is None:      # a choice settles its own
+        known = dataclasses.fields(annotation) if dataclasses.is_dataclass(annotation) else ()
+        types = {field.name: field.type for field in known}
+        return {name: _settled(types.get(name), item) for name, item in value.items()}
+    return value
 
 
 def _explain(cls: type, problem: Mapping[str, Any], where: str) -> str:
@@ -147,16 +169,22 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:
-    """`["optim.lr=3e-4"]` as nested values; the right-hand sides are YAML. Raises ConfigError without `=`."""
+    """`["optim.lr=3e-4"]` as nested values for `from_dict`; the right-hand sides are YAML, and text where a field takes
+    text. Raises ConfigError without `=` or a value."""
     nested: dict[str, Any] = {}
     for argument in arguments:
         key, equals, text = argument.partition("=")
         if not equals or not key:
             raise ConfigError(f"{argument!r} is not an override. Write key=value, such as optim.lr=3e-4.")
+        if not text.strip():
+            raise ConfigError(f"{argument!r} gives no value. Write one after the =, or {key}=null to leave it to the "
+                              "recipe.")
         try:
-            value = yaml.safe_load(text) if text else None
+            value = yaml.safe_load(text)
         except yaml.YAMLError:
             value = text
+        if not isinstance(value, str | Mapping | None):
+            value = _Written(value, text)
         for part in reversed(key.split(".")):
             value = {part: value}
         assert isinstance(value, dict)

@@ -20,17 +20,22 @@ def calibration(opened: OpenRun, *, tokens: int = TOKENS) -> tuple[list[Batch], 
     for. Raises DataError for data that give no rows of tokens."""
     corpus = opened.corpus
     packing = corpus.facts["splits"]["train"].get("packing")
-    if packing is None:
+    if packing is None or corpus.facts.get("kind") == "labelled":
         raise DataError(f"{opened.directory.path} was trained on {corpus.facts.get('kind', 'other data')}, and rows of "
                         "text are needed to calibrate on. Name some: --data FOLDER.")
-    wanted = -(-tokens // opened.recipe.model.context)
+    wanted = -(-tokens // corpus.context)
     rows = min(wanted, packing["rows"])
-    each = min(rows, max(1, _AT_ONCE // opened.recipe.model.context))
+    each = min(rows, max(1, _AT_ONCE // corpus.context))
     loader = corpus.loader("train", rows=each, seed=derive(opened.recipe.seed, "calibration"))
-    batches = [batch.to(opened.runtime.device) for batch in islice(loader, rows // each)]
+    batches = [_rows(batch).to(opened.runtime.device) for batch in islice(loader, rows // each)]
     held = sum(batch["tokens"].numel() for batch in batches)
     notes = () if packing["rows"] >= wanted else (
         f"the training split holds {held:,} tokens to calibrate on, of {tokens:,} wanted: all are used.",)
     return batches, notes
 
 
+def _rows(batch: Batch) -> Batch:
+    """Of judgements, each of the two replies to a prompt is a row of its own."""
+    if batch["tokens"].ndim == 2:
+        return batch
+    return Batch(**{name: batch[name].flatten(0, 1) for name in ("tokens", "targets", "weight")})

@@ -19,7 +19,7 @@ from pydantic import Field
 
 from dougong.core.config import chosen_from, config, dump_yaml, from_dict, merge, parse_overrides, to_dict
 from dougong.core.errors import CheckpointError, ConfigError, did_you_mean
-from dougong.core.files import explained_disk_errors, write_text
+from dougong.core.files import explained_disk_errors, lock, write_text
 from dougong.core.run import RunDirectory
 from dougong.core.table import Table
 from dougong.recipes.recipe import load_recipe
@@ -45,18 +45,18 @@ class TrainStage:
     changes: dict[str, Any] = Field(default_factory=dict)
     """sections to lay over it, as a recipe file's"""
 
-    def run(self, before: Path | None, path: Path, progress: Any) -> str:
-        """Begins or goes on; returns why it ended ("done", "early stop", "interrupted")."""
+    def run(self, before: Path | None, path: Path, progress: Any) -> tuple[Path, str]:
+        """Begins or goes on; returns its run and why it ended ("done", "early stop", "interrupted")."""
         from dougong.recipes.train import resume_run, train_run
 
         if (path / "recipe.yaml").is_file():
-            return resume_run(path, progress=progress).reason
-        shutil.rmtree(path, ignore_errors=True)     # killed before it was a run
-        changes = to_dict(self.changes)
-        if before is not None:
-            changes = merge(changes, {"start": {"path": str(before)}})
-        asked, base = load_recipe(self.recipe, changes=changes)
-        return train_run(asked, base, path=path, progress=progress).reason
+            finished = resume_run(path, progress=progress)
+        else:
+            shutil.rmtree(path, ignore_errors=True)     # killed before it was a run
+            start = {"start": {"path": str(before)}} if before is not None else {}
+            asked, base = load_recipe(self.recipe, changes=merge(self.changes, start))
+            finished = train_run(asked, base, path=path, progress=progress)
+        return finished.directory.path, finished.reason
 
 
 @config
@@ -67,7 +67,7 @@ class CompressStage:
     to: Literal["int8", "int4"] = "int8"
     method: str = "rtn"
 
-    def run(self, before: Path | None, path: Path, progress: Any) -> str:
+    def run(self, before: Path | None, path: Path, progress: Any) -> tuple[Path, str]:
         from dougong.recipes.compress import compress_run, form_for
         from dougong.recipes.open_run import open_run
 
@@ -77,7 +77,7 @@ class CompressStage:
             shutil.rmtree(path, ignore_errors=True)
             compress_run(open_run(before), path, form_for(self.to, group=None, activations="float"),
                          method=self.method)
-        return "done"
+        return path, "done"
 
 
 @config
@@ -86,7 +86,7 @@ class Journey:
 
     name: Annotated[str, Field(min_length=1, pattern=r"^[\w.\-]+$")]
     about: str = ""
-    stages: dict[str, Annotated[Any, chosen_from(STAGES)]]
+    stages: Annotated[dict[str, Annotated[Any, chosen_from(STAGES)]], Field(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def is_journey(source: str) -> bool:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
         return False        # whoever reads it as a recipe will say what is wrong
-    return isinstance(values, dict) and ("stages" in values or values.get("base") in JOURNEYS)
+    return isinstance(values, dict) and ("stages" in values or str(values.get("base")) in JOURNEYS)
 
 
 def load_journey(source: str, overrides: list[str] | None = None) -> Journey:
@@ -131,10 +131,14 @@ def load_journey(source: str, overrides: list[str] | None = None) -> Journey:
         path = Path(source)
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
         base = given.pop("base", None)
-        values = to_dict(JOURNEYS[base]()) if base else {"stages": {}}
+        values = to_dict(JOURNEYS[str(base)]()) if base else {"stages": {}}
         changes = given.pop("stages", {})
+        if not isinstance(changes, Mapping):
+            raise ConfigError(f"stages in {path} should hold stages by name, such as `pretrain: {{kind: train, recipe: "
+                              f"first}}`, and {changes!r} came.")
         values = {**values, "name": re.sub(r"[^\w.\-]+", "-", path.stem), **given}
         values["stages"] = _laid_over(values["stages"], changes, new=True)
+        values = to_dict(from_dict(Journey, values))
     values["stages"] = _laid_over(values["stages"], parse_overrides(overrides or []), new=False)
     return from_dict(Journey, values)
 
@@ -187,14 +191,13 @@ def _go(journey: Journey, path: Path, *, out: Any, progress: Any) -> Travelled:
                           f"one: {', '.join(stages)}")
     done: dict[str, tuple[Path, str]] = {}
     before: Path | None = None
-    for number, (name, stage) in enumerate(journey.stages.items(), start=1):
-        here = path / f"{number}-{name}"
-        out.print(f"[bold]stage {number} of {len(journey.stages)}: {name}[/]  [dim]{here}[/]")
-        reason = stage.run(before, here, progress)
-        done[name] = here, reason
-        if reason == "interrupted":
-            return Travelled(path, done, name)
-        before = here
+    with lock(RunDirectory(path).lock, owner="dougong train"):
+        for number, (name, stage) in enumerate(journey.stages.items(), start=1):
+            here = path / f"{number}-{name}"
+            out.print(f"[bold]stage {number} of {len(journey.stages)}: {name}[/]  [dim]{here}[/]")
+            before, reason = done[name] = stage.run(before, here, progress)
+            if reason == "interrupted":
+                return Travelled(path, done, name)
     return Travelled(path, done, None)
 
 

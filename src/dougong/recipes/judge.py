@@ -20,6 +20,7 @@ from dougong.recipes.assemble import prepare_data
 from dougong.recipes.journey import read_journey, stage_runs
 from dougong.recipes.open_run import open_run
 from dougong.recipes.recipe import recipe_from_run
+from dougong.recipes.scoring import held_out_splits
 from dougong.recipes.start import with_own_tokenizer
 from dougong.runtime.device import Runtime
 
@@ -98,7 +99,8 @@ def _drawn(answered: list[Answered], random: np.random.Generator) -> list[dict[s
 def judge_journey(path: Path, *, progress: Any = None) -> dict[str, Any] | None:
     """Judges a journey's last run on the held-out questions of its last stage that learned from given conversations.
 
-    Writes skills.json beside journey.yaml. None where no stage learned any.
+    Those of the test split, or of validation where there is none. Writes skills.json beside journey.yaml. None where no
+    stage learned any, or held any out.
     """
     runs = stage_runs(path)
     opened = open_run(path)
@@ -107,7 +109,9 @@ def judge_journey(path: Path, *, progress: Any = None) -> dict[str, Any] | None:
         recipe, recorded = recipe_from_run(directory.recipe)
         if recipe.data.kind == "chats" and recipe.objective.kind == "causal_lm":     # practice asks fewer skills
             corpus = prepare_data(with_own_tokenizer(recipe, recorded, directory), progress=progress)
-            judged = judge(opened.model, opened.tokenizer, opened.runtime, corpus, "test", progress=progress)
+            held = held_out_splits(corpus)
+            judged = judge(opened.model, opened.tokenizer, opened.runtime, corpus, held[-1], progress=progress) \
+                if held else None
             if judged is None:
                 return None
             found = {"name": read_journey(path).name, "run": str(runs[-1]),

@@ -9,9 +9,11 @@ from typing import Any
 from torch import nn
 
 from dougong.adapt.compression import Compression, read_compression
-from dougong.core.config import replace
+from dougong.core.config import config, replace
 from dougong.core.errors import CheckpointError, ConfigError
 from dougong.core.run import RunDirectory
+from dougong.data.prepare import TextData
+from dougong.data.split import SplitConfig
 from dougong.interop.hub import is_hub_name, local_directory
 from dougong.interop.import_hf import is_hf_directory, read_hf
 from dougong.objectives.distil import COMPANION
@@ -20,6 +22,17 @@ from dougong.recipes.recipe import Recipe, recipe_from_run
 from dougong.recipes.start import begin, check_start, read_weights, with_own_tokenizer
 from dougong.runtime.device import Runtime, RuntimeConfig, best_device, usable_cores
 from dougong.runtime.processes import launched_here
+
+_ROW_TOKENS = 1024     # of text to look at: a long context would ask for books
+
+
+@config
+class OtherText(TextData):
+    """Text that a model was not trained on. Its rows are short, and no part of it has to be far from the others, so a
+    few pages are enough."""
+
+    split: SplitConfig = SplitConfig(gap_bytes=0)
+    row_tokens: int
 
 
 @dataclass
@@ -43,29 +56,18 @@ class OpenRun:
 
     @cached_property
     def corpus(self) -> Any:
-        """The data the run was trained on, prepared again or taken from the cache.
+        """What `corpus_of` finds."""
+        return corpus_of(self.recipe, self.recorded, self.directory.path)
 
-        Raises CheckpointError where they are no longer the same: a score on other data would mislead.
-        """
-        imported = self.recorded.get("imported")
-        if imported and imported.get("data") is None:
-            raise ConfigError(f"{self.directory.path} was imported, so it has no data of its own. Name some to score "
-                              "it on: dougong eval --data FOLDER, or dougong import --data FOLDER.")
-        corpus = prepare_data(self.recipe)
-        check_same_data(self.recorded, corpus, self.directory.path)
-        return corpus
-
-    def on_data(self, path: str) -> "OpenRun":
-        """The same model with other data: a folder, file or glob of text. Raises ConfigError where it reads no text."""
+    def on_data(self, path: str, **settings: Any) -> "OpenRun":
+        """The same model with other data: a folder, file or glob of text; `settings` are those of `OtherText`. Raises
+        ConfigError where it reads no text."""
         if self.tokenizer is None:
             raise ConfigError(f"{self.directory.path} holds no language model, and other data are read for one only.")
-        from dougong.data.prepare import TextData
         from dougong.data.tokenizer import FileConfig
 
-        recipe = replace(self.recipe, data=TextData(path=path), tokenizer=FileConfig(path=self.tokenizer_path))
-        recorded = {**self.recorded, "data_fingerprint": None}
-        if "imported" in recorded:
-            recorded["imported"] = {**recorded["imported"], "data": path}
+        recipe = replace(_on_text(self.recipe, path, **settings), tokenizer=FileConfig(path=self.tokenizer_path))
+        recorded = {key: value for key, value in self.recorded.items() if key not in ("data_fingerprint", "imported")}
         return OpenRun(self.directory, recipe, self.runtime, self.model, self.tokenizer, self.step, self.weights,
                        recorded, self.passed_over, self.compression)
 
@@ -169,6 +171,26 @@ def load_tokenizer(directory: RunDirectory) -> Any:
     from dougong.data.tokenizer import Tokenizer
 
     return Tokenizer.load(directory.tokenizer)
+
+
+def corpus_of(recipe: Recipe, recorded: dict[str, Any], path: Path, *, progress: Any = None) -> Any:
+    """The data a run was trained on, prepared again or taken from the cache; of an imported one, the text it was given.
+
+    Raises CheckpointError where they are no longer the same: a score on other data would mislead.
+    """
+    if imported := recorded.get("imported"):
+        if imported.get("data") is None:
+            raise ConfigError(f"{path} was imported, so it has no data of its own. Name some to score it on: dougong "
+                              "eval --data FOLDER, or dougong import --data FOLDER.")
+        recipe = _on_text(recipe, imported["data"])
+    corpus = prepare_data(recipe, progress=progress)
+    check_same_data(recorded, corpus, path)
+    return corpus
+
+
+def _on_text(recipe: Recipe, path: str, **settings: Any) -> Recipe:
+    rows = {"row_tokens": min(_ROW_TOKENS, recipe.model.context)}
+    return replace(recipe, data=OtherText(path=path, **{**rows, **settings}))
 
 
 def check_same_data(recorded: dict[str, Any], corpus: Any, path: Path) -> None:

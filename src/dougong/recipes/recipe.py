@@ -110,12 +110,17 @@ def load_recipe(source: str, overrides: list[str] | None = None, *,
     changes. Raises ConfigError for unknown recipes, keys and values.
     """
     base = _base_of(source)
+    return _laid_over(base, _read_file(source) if _is_file(source) else {}, changes or {},
+                      parse_overrides(overrides or [])), base
+
+
+def _laid_over(base: Recipe, *changes: Mapping[str, Any]) -> Recipe:
     values = to_dict(base)
-    for over in (_read_file(source) if _is_file(source) else {}, changes or {}, parse_overrides(overrides or [])):
+    for over in changes:
         if isinstance(over.get("start"), dict):
             values |= _of_start(over["start"])
         values = merge(values, _one_horizon(over))
-    return from_dict(Recipe, values), base
+    return from_dict(Recipe, values)
 
 
 def _of_start(start: dict[str, Any]) -> dict[str, Any]:
@@ -146,19 +151,23 @@ def _is_file(source: str) -> bool:
     return source.endswith((".yaml", ".yml"))
 
 
-def _base_of(source: str) -> Recipe:
+def _base_of(source: str, above: tuple[Path, ...] = ()) -> Recipe:
     if not _is_file(source):
         if source not in RECIPES:
             raise ConfigError(f"unknown recipe {source!r}.{did_you_mean(source, RECIPES)}\n"
                               "`dougong recipes` lists what ships; a recipe of your own is a .yaml file.")
         return RECIPES[source]()
+    way = (*above, Path(source).resolve())
+    if way[-1] in above:
+        raise ConfigError(f"{source} is its own base: {' → '.join(path.name for path in way)}.\nBegin one of them with "
+                          "a shipped recipe, such as `base: first`.")
     name = _parse(Path(source)).get("base")
     if not isinstance(name, str):
         raise ConfigError(f"{source} names no base recipe. Begin it with `base: first` "
                           f"(or {', '.join(n for n in RECIPES if n != 'first')}).")
     if _is_file(name):
         nested = str(Path(source).parent / name)
-        return load_recipe(nested)[0]
+        return _laid_over(_base_of(nested, way), _read_file(nested))
     return _base_of(name)
 
 

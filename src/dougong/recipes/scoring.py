@@ -6,6 +6,8 @@ from typing import Any
 from torch import nn
 
 from dougong.core.errors import ConfigError
+from dougong.data.dedup import DedupConfig
+from dougong.data.split import SplitConfig
 from dougong.objectives.objective import Objective
 from dougong.recipes import array_scores
 from dougong.recipes.companions import accompany
@@ -31,18 +33,29 @@ def quick_score(recipe: Recipe, corpus: Any, runtime: Runtime, *, objective: Obj
     return _SCORES.get(recipe.objective.kind, lambda *_: None)(recipe, corpus, runtime)
 
 
-def score(opened: Any, *, split: str | None = None, stride: int | None = None, baselines: bool = True,
-          progress: Any = None) -> dict[str, Any]:
-    """Scores an open run on a whole split; returns the fields of a `result` event."""
-    return final_score(opened.recipe, opened.corpus, opened.model, opened.runtime, split=split, stride=stride,
-                       baselines=baselines, weights=opened.weights, progress=progress)
+def score(opened: Any, *, data: str | None = None, split: str | None = None, stride: int | None = None,
+          baselines: bool = True, progress: Any = None) -> dict[str, Any]:
+    """Scores an open run on a whole split, or on all of a text that it was not trained on: `data`, or what an imported
+    model was given. Returns the fields of a `result` event."""
+    data = data or opened.recorded.get("imported", {}).get("data")
+    if data is None:
+        return final_score(opened.recipe, opened.corpus, opened.model, opened.runtime, split=split, stride=stride,
+                           baselines=baselines, weights=opened.weights, progress=progress)
+    if split is not None:
+        raise ConfigError(f"--split {split} has no effect: nothing of {data} was trained on, so all of it is scored. "
+                          "Leave it out.")
+    text = opened.on_data(data, dedup=DedupConfig(exact=False, near=False), split=SplitConfig(fractions=(1, 0, 0)),
+                          row_tokens=1)     # documents are scored, so there may be too little for a longer row
+    found = _documents(text.recipe, text.corpus, text.model, text.runtime, "train", stride=stride,
+                       baselines=("xz",) if baselines else (), weights=text.weights, progress=progress)
+    return {**found, "split": "all", "text": data, "skipped": text.corpus.facts["skipped"]}
 
 
 def final_score(recipe: Recipe, corpus: Any, model: nn.Module, runtime: Runtime, *, split: str | None = None,
                 stride: int | None = None, baselines: bool | None = None, weights: str = "raw",
                 progress: Any = None) -> dict[str, Any]:
     """The whole split: bits per byte beside the baselines, or the objective's own measure."""
-    split = _existing(split or recipe.evaluate.split, corpus, asked=split is not None)
+    split = _existing(split or recipe.evaluate.split, recipe, corpus, asked=split is not None)
     wanted = recipe.evaluate.baselines if baselines is None else baselines
     if recipe.is_language_model and recipe.data.kind != "text":
         from dougong.recipes.judge import judge
@@ -58,27 +71,35 @@ def final_score(recipe: Recipe, corpus: Any, model: nn.Module, runtime: Runtime,
         measure = _SPLIT_SCORES.get(recipe.objective.kind)
         found = measure(recipe, corpus, model, runtime, split, baselines=wanted) if measure else {}
         return {"split": split, "weights": weights, **found}
+    return _documents(recipe, corpus, model, runtime, split, stride=stride, weights=weights, progress=progress,
+                      baselines=("5-gram", "xz") if wanted else ())
+
+
+def _documents(recipe: Recipe, corpus: Any, model: nn.Module, runtime: Runtime, split: str, *, stride: int | None,
+               baselines: tuple[Any, ...], weights: str, progress: Any) -> dict[str, Any]:
     from dougong.evaluate import evaluate_split
 
     comparison = evaluate_split(
         model, corpus.tokenizer, corpus.documents(split), context=recipe.model.context,
         stride=stride or recipe.evaluate.stride, split=split, weights=weights, runtime=runtime,
-        training_documents=corpus.documents("train") if wanted else None,
-        baselines=("5-gram", "xz") if wanted else (), seed=recipe.seed,
+        training_documents=corpus.documents("train") if "5-gram" in baselines else None,
+        baselines=baselines, seed=recipe.seed,
         progress=(lambda message: progress(0, None, message)) if progress else None)
     return comparison.payload()
 
 
 def print_result(result: dict[str, Any], out: Any) -> None:
     """The figures as a table and a sentence for people."""
+    from rich.markup import escape
     from rich.table import Table as Grid
 
     if "bits_per_byte" not in result:
         _print_measures(result, out)
         return
     grid = Grid(box=None, header_style="bold", pad_edge=False)
-    for title in (f"{result['split']} split", "bits per byte", "95 % interval", "model − this (paired 95 %)"):
-        grid.add_column(title, justify="left" if title.endswith("split") else "right")
+    grid.add_column(escape(f"all of {result['text']}") if "text" in result else f"{result['split']} split")
+    for title in ("bits per byte", "95 % interval", "model − this (paired 95 %)"):
+        grid.add_column(title, justify="right")
     grid.add_row("the model", f"[bold]{result['bits_per_byte']:.4f}[/]", _interval(result["interval"]), "")
     for row in result["baselines"]:
         grid.add_row(row["name"], f"{row['bits_per_byte']:.4f}", "",
@@ -92,6 +113,9 @@ def print_result(result: dict[str, Any], out: Any) -> None:
                   f"{sure['confidence']:.1%} on average and is right {sure['accuracy']:.1%} of the time.")
     out.print(f"{result['documents']:,} documents, {result['bytes']:,} bytes, {result['tokens']:,} tokens; every token "
               f"scored once, context {result['context']}, stride {result['stride']}.", style="dim")
+    for reason, fact in result.get("skipped", {}).items():
+        names = f"{', '.join(fact['examples'][:3])}{', …' * (fact['count'] > 3)}"
+        out.print(f"skipped, {reason}: {fact['count']:,} ({names})", style="dim", markup=False)
 
 
 def _print_measures(result: dict[str, Any], out: Any) -> None:
@@ -124,15 +148,16 @@ def _filled(corpus: Any) -> list[str]:
     return [name for name, values in corpus.facts["splits"].items() if values.get("documents", values.get("rows", 0))]
 
 
-def _existing(split: str, corpus: Any, *, asked: bool) -> str:
+def _existing(split: str, recipe: Recipe, corpus: Any, *, asked: bool) -> str:
     """`split`, or validation where the data have no test split and none was asked for by name."""
     has = _filled(corpus)
     if split in has:
         return split
     if not asked and "validation" in has:
         return "validation"
+    key = "data.split.fractions" if recipe.data.kind == "text" else "data.fractions"
     raise ConfigError(f"there is no {split!r} split with anything in it. There are: {', '.join(has)}.\n"
-                      "data.split.fractions decides how much is held out, as in data.split.fractions=[0.9,0.05,0.05].")
+                      f"{key} decides how much is held out, as in {key}=[0.9,0.05,0.05].")
 
 
 def _language_model(recipe: Recipe, corpus: Any, runtime: Runtime, divided: Any,

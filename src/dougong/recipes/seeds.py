@@ -4,16 +4,21 @@ from pathlib import Path
 from typing import Any
 
 from dougong.core.config import replace
-from dougong.core.errors import DougongError
-from dougong.recipes.recipe import Recipe
+from dougong.core.errors import ConfigError, DougongError
+from dougong.recipes.recipe import Recipe, recipe_from_run
 from dougong.recipes.train import train_run
+from dougong.runtime.processes import from_first
 
 _MEASURES = ("bits_per_byte", "accuracy", "frechet_distance", "loss")   # the first one that a result has
 
 
 def train_seeds(asked: Recipe, base: Recipe, *, count: int, path: Path | None, out: Any,
                 progress: Any) -> dict[str, Any]:
-    """Trains `count` runs that differ in `seed` alone and prints mean, standard deviation and interval."""
+    """Trains `count` runs that differ in `seed` alone and prints mean, standard deviation and interval.
+
+    What the first one derives and measures (size, steps, precision) is that of all. Raises DougongError where one is
+    stopped, or ends without scores.
+    """
     from rich.table import Table as Grid
 
     from dougong.evaluate import seed_spread
@@ -23,9 +28,14 @@ def train_seeds(asked: Recipe, base: Recipe, *, count: int, path: Path | None, o
     for seed in range(asked.seed, asked.seed + count):
         finished = train_run(replace(asked, seed=seed), base, path=path.with_name(f"{path.name}-seed{seed}"),
                              progress=progress)
-        if finished.result is None:
+        if finished.reason == "interrupted":
             raise DougongError(f"stopped in seed {seed}; the finished runs are kept.")
-        rows.append({"seed": seed, "run": str(finished.directory.path), "result": finished.result})
+        result = from_first(finished.result)
+        if result is None:
+            raise ConfigError(f"{finished.directory.path} is done and has no score, as nothing is held out, so seeds "
+                              "cannot be compared. Give its data a validation or test split.")
+        asked, _ = recipe_from_run(finished.directory.recipe)
+        rows.append({"seed": seed, "run": str(finished.directory.path), "result": result})
     measure = next(name for name in _MEASURES if name in rows[0]["result"])
     values = [row["result"][measure] for row in rows]
     spread = seed_spread(values)

@@ -99,6 +99,19 @@ def test_a_recipe_file_that_is_none(tmp_path, content, says):
     refused("show", tmp_path / "mine.yaml", says=says)
 
 
+def test_a_recipe_file_that_is_its_own_base(tmp_path):
+    (tmp_path / "mine.yaml").write_text("base: mine.yaml\n")
+    refused("show", tmp_path / "mine.yaml", says=["mine.yaml", "its own base"])
+    (tmp_path / "one.yaml").write_text("base: two.yaml\n")
+    (tmp_path / "two.yaml").write_text("base: one.yaml\n")
+    refused("show", tmp_path / "one.yaml", says=["one.yaml", "two.yaml", "its own base"])
+
+
+@pytest.mark.parametrize("layout", ["layout=3", "layout.kind=[1]"])
+def test_a_layout_that_is_none(tmp_path, layout):
+    refused("train", "--resume", "--run", tmp_path, layout, says=["layout"])
+
+
 # -- data --------------------------------------------------------------------------------------------------------------
 
 def _binary(folder):

@@ -188,3 +188,12 @@ def test_ctrl_c_while_data_are_prepared_then_again(made, tmp_path, monkeypatch):
         stopped = dougong("data", "prepare", recipe)
         assert stopped.code == 130 and "Traceback" not in stopped.err
     assert dougong("data", "prepare", recipe, "--json").json["fingerprint"] == whole
+
+
+def test_the_data_of_a_run_are_looked_at_like_those_of_its_recipe(made):
+    run, recipe = (dougong("data", "inspect", made / name, "--json") for name in ("run", "tiny.yaml"))
+    assert run.code == 0 and run.json["documents"] == recipe.json["documents"], run.err
+    refused = dougong("data", "inspect", made / "run", "data.path=elsewhere")
+    assert refused.code == 2 and "data.path=elsewhere" in refused.err
+    refused = dougong("data", "prepare", made / "texts")
+    assert refused.code == 2 and "not a run" in refused.err

@@ -35,6 +35,7 @@ class Slow:
 class Fast:
     kind: Literal["fast"] = "fast"
     betas: tuple[float, float] = (0.9, 0.95)
+    mark: Annotated[str, Field(min_length=1)] = "a"
 
 
 TABLE = Table("optimizer", {"slow": f"{__name__}:Slow", "fast": f"{__name__}:Fast"})
@@ -44,6 +45,7 @@ sys.modules.setdefault(__name__, sys.modules[Slow.__module__])
 @config
 class Inner:
     number: int | None = None
+    name: str | None = None
 
 
 @config
@@ -67,6 +69,9 @@ def override(*arguments: str) -> Outer:
     ("optim.lr=.nan", r"optim\.lr"),
     ("inner.number=1.5", r"inner\.number=1\.5"),
     ("inner.number", "key=value"),
+    ("inner.name=", r"inner\.name=null"),
+    ("inner.name= ", r"inner\.name=null"),
+    ("optim.kind=[1]", r"unknown optimizer '\[1\]'"),
 ])
 def test_a_wrong_override_says_what_came_and_what_fits(argument, message):
     with pytest.raises(ConfigError, match=message):
@@ -118,3 +123,14 @@ def test_the_strings_below_fields_describe_them_where_they_are_inherited_too():
 def test_a_kind_given_after_its_keys_keeps_them():
     assert override("optim.betas=[0.5, 0.6]", "optim.kind=fast").optim == Fast(betas=(0.5, 0.6))
     assert override("optim.betas=[0.5, 0.6]", "optim=fast").optim == Fast(betas=(0.5, 0.6))
+
+
+@pytest.mark.parametrize("text", ["2024", "007", "1_000", "[SEP]", "2024-01-01", "no", "~/texts", "1.50"])
+def test_text_is_taken_as_it_was_written(text):
+    assert override(f"inner.name={text}").inner.name == text
+    assert override("optim=fast", f"optim.mark={text}").optim == Fast(mark=text)
+
+
+def test_text_may_be_null_or_quoted():
+    assert override("inner.name=null").inner.name is None
+    assert override("inner.name='null'").inner.name == "null"

@@ -6,8 +6,10 @@ import pytest
 import yaml
 from tiny_recipe import dougong, write_recipe, write_texts
 
+from dougong.core.errors import CheckpointError
+from dougong.core.files import lock
 from dougong.core.run import RunDirectory
-from dougong.recipes.journey import load_journey
+from dougong.recipes.journey import TrainStage, load_journey
 from dougong.recipes.open_run import open_run
 from dougong.recipes.recipe import recipe_from_run
 
@@ -59,3 +61,41 @@ def test_an_unknown_stage_is_refused_with_the_nearest_name(journey):
 
 def test_a_stage_may_be_left_out(journey):
     assert list(load_journey(str(journey), ["more=null"]).stages) == ["pretrain"]
+
+
+def test_nobody_else_goes_the_same_way_meanwhile_and_a_stage_begins_where_the_one_before_ended(journey, tmp_path,
+                                                                                             monkeypatch):
+    trip, seen = tmp_path / "trip", []
+
+    def run(stage, before, path, progress):
+        with pytest.raises(CheckpointError, match="in use"), lock(trip / ".lock", owner="another"):
+            pass
+        seen.append(before)
+        return tmp_path / "elsewhere", "interrupted"
+
+    monkeypatch.setattr(TrainStage, "run", run)
+    assert dougong("train", journey, "--run", trip).code == 0
+    with lock(trip / ".lock", owner="another"):
+        refused = dougong("train", "--resume", "--run", trip)
+    assert refused.code == 2 and "in use by another" in refused.err
+    monkeypatch.setattr(TrainStage, "run", lambda *given: (run(*given)[0], "done"))
+    monkeypatch.setattr("dougong.recipes.judge.judge_journey", lambda *_, **__: None)
+    assert dougong("train", "--resume", "--run", trip).code == 0
+    assert seen == [None, None, tmp_path / "elsewhere"]
+
+
+@pytest.mark.parametrize(("content", "says"), [
+    ("stages:\n", "stages"), ("stages: [a, b]\n", "stages"), ("stages: {}\n", "stages"),
+    ("base: [1]\nstages: {}\n", "'[1]'"),
+    ("base: assistant\nstages: 3\n", "stages"), ("stages: {a: [1]}\n", "stage"), ("base: [1]\n", "base"),
+    ("stages: {a: {kind: train, recipe: first, changes: 3}}\n", "changes")])
+def test_a_journey_file_that_is_none(tmp_path, content, says):
+    (tmp_path / "trip.yaml").write_text(content)
+    for overrides in ([], ["a.train.steps=3"]):
+        told = dougong("show", tmp_path / "trip.yaml", *overrides)
+        assert told.code == 2 and "error:" in told.err and says in told.err
+
+
+def test_a_stage_given_by_its_kind_alone_takes_changes(tmp_path):
+    (tmp_path / "trip.yaml").write_text("stages: {first: {kind: train, recipe: first}, small: compress}\n")
+    assert load_journey(str(tmp_path / "trip.yaml"), ["small.to=int4"]).stages["small"].to == "int4"

@@ -57,3 +57,15 @@ def test_eval_asks_again_and_finds_the_same(run):
     again = dougong("eval", path, "--json")
     assert again.code == 0, again.err
     assert again.json["skills"]["scores"] == done.json["result"]["skills"]["scores"]
+
+
+@pytest.mark.parametrize(("fractions", "judged"), [([0.8, 0.2, 0], True), ([1, 0, 0], False)])
+def test_a_journey_without_a_test_split_is_judged_on_validation_or_not_at_all(run, tmp_path, fractions, judged):
+    changes = {"data": {"fractions": fractions}, "train": {"steps": 2}}
+    (tmp_path / "trip.yaml").write_text(yaml.safe_dump({"stages": {"talk": {
+        "kind": "train", "recipe": str(run[0].parent / "tiny.yaml"), "changes": changes}}}))
+    done = dougong("train", tmp_path / "trip.yaml", "--run", tmp_path / "trip")
+    assert done.code == 0, done.err
+    assert (tmp_path / "trip" / "skills.json").is_file() == judged
+    refused = dougong("eval", tmp_path / "trip", "--split", "test")
+    assert refused.code == 2 and "data.fractions=" in refused.err
