@@ -59,7 +59,7 @@ def finish(scheduler: Scheduler) -> int:
 def serve(engine: Engine, clients: int, steps: int, schema: dict | None = None, **sampling) -> Callable[[], float]:
     """Tokens/s of so many clients who ask at once, prompts included."""
     pieces = [bytes([i]) for i in range(256)] + [f"{chr(97 + i % 26)}{i}".encode() for i in range(256, VOCABULARY)]
-    grammars = Grammars(pieces, stop_id=VOCABULARY - 1) if schema else None
+    grammars = Grammars(pieces, lambda text: list(text.encode()), stop_id=VOCABULARY - 1) if schema else None
 
     def call() -> float:
         scheduler = Scheduler(engine, max_rows=clients, vocab_size=VOCABULARY)

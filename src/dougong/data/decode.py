@@ -63,7 +63,7 @@ def open_bytes(path: Path) -> BinaryIO:
             import zstandard
         except ImportError:
             raise MissingExtraError("zstandard", "data", f"reading {path.name}") from None
-        return io.BufferedReader(_Frames(open(path, "rb"), zstandard.ZstdDecompressor()), 1 << 20)  # noqa: SIM115
+        return io.BufferedReader(_Frames(open(path, "rb"), zstandard.ZstdDecompressor()), 1 << 20)
     return open(path, "rb")
 
 

@@ -39,6 +39,7 @@ _PROOF_BYTES = 1 << 20      # of the training text, on which a fast encoder must
 _SAMPLE_BYTES = 16 << 20
 _SAMPLE_BYTES_PER_TOKEN = 8 << 10  
 _ENCODER = "dougong_encoder"
+_SPELLED_BYTES = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(BYTES)}
 _END_OF_TEXT = (DOCUMENT_TOKEN, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 
 
@@ -98,9 +99,11 @@ class Tokenizer:
 
     @property
     def begin_id(self) -> int | None:
-        """What a text is read after: the tokenizer's own first token where it has one apart from the last (Llama), else
-        `document_id`."""
+        """What a text is read after: the tokenizer's own first token where it has one apart from the last (Llama), none
+        where its settings name none and add none (Qwen), else `document_id`."""
         name = _content(self._settings.get("bos_token"))
+        if name is None and self._settings.get("add_bos_token") is False:
+            return None
         found = None if name is None else self.backend.token_to_id(name)
         return self.document_id if found is None else found
 
@@ -180,7 +183,6 @@ class Tokenizer:
         byte_of = {stand_in: bytes([byte]) for byte, stand_in in enumerate(byte_alphabet())}
         table = [b""] * self.vocab_size
         added = {token["id"] for token in self._spec["added_tokens"]}
-        spelled = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(BYTES)}
         characters = self._encoder.name == "numpy" and self._spec["pre_tokenizer"] is None
         if not characters and (self._spec["decoder"] or {}).get("type") != "ByteLevel":
             return None
@@ -188,10 +190,22 @@ class Tokenizer:
             if index in added:
                 table[index] = b"" if token in self.special_tokens else token.encode()
             elif characters:
-                table[index] = spelled.get(token) or token.encode()
+                table[index] = _SPELLED_BYTES.get(token) or token.encode()
             else:
                 table[index] = b"".join(byte_of.get(character, character.encode()) for character in token)
         return table
+
+    @cached_property
+    def pieces(self) -> list[bytes]:
+        """What each token adds to a text, in bytes; of special tokens it is their name. SentencePiece's ▁ is a blank,
+        also where `decode` would leave it out: at the beginning of a text."""
+        pieces = list(self._bytes_of or [b""] * self.vocab_size)
+        if self._bytes_of is None:
+            for token, index in self.backend.get_vocab(with_added_tokens=False).items():
+                pieces[index] = _SPELLED_BYTES.get(token) or token.replace("▁", " ").encode()
+        for token in self._spec["added_tokens"]:
+            pieces[token["id"]] = token["content"].encode()
+        return pieces
 
     def facts(self) -> dict[str, Any]:
         """What a reader of a report wants to know, as JSON values."""
@@ -289,7 +303,7 @@ class CharactersConfig:
             )
         names = sorted(counts)
         if self.unknown == "bytes":
-            names += [f"<0x{byte:02X}>" for byte in range(BYTES)]
+            names += _SPELLED_BYTES
         vocabulary = {name: index for index, name in enumerate(names)}
         backend = HuggingFaceTokenizer(
             models.BPE(vocab=vocabulary, merges=[], byte_fallback=self.unknown == "bytes")

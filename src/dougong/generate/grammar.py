@@ -6,7 +6,7 @@ a pattern that explodes ends as an error too.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,26 +14,30 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from dougong.core.errors import ConfigError, MissingExtraError
+from dougong.core.errors import ConfigError, DataError, MissingExtraError
 
 ONE_BLANK = {"whitespace_pattern": r"[\x20\x0A]"}   # at most, between tokens: a model may love spaces too much
+_BEFORE = "\x02"   # merges with nothing; SentencePiece puts a blank of its own before it, and none behind
+Encode = Callable[[str], Sequence[int]]
 
 
 class Grammars:
     """Compiles constraints for one tokenizer. Building it reads the whole vocabulary; keep it.
 
     `pieces[id]` is what a token adds to the text, in bytes; of special tokens (`special_ids`), which are no text and
-    never allowed but for `stop_id`, it is their name. Raises MissingExtraError without llguidance.
+    never allowed but for `stop_id`, it is their name. Text that a constraint leaves no choice about is written in the
+    tokens of `encode`, in which the model has read it. Raises MissingExtraError without llguidance.
     """
 
-    def __init__(self, pieces: Sequence[bytes], *, stop_id: int, special_ids: Sequence[int] = ()) -> None:
+    def __init__(self, pieces: Sequence[bytes], encode: Encode, *, stop_id: int, special_ids: Sequence[int] = (),
+                 ) -> None:
         try:
             import llguidance
         except ImportError:
             raise MissingExtraError("llguidance", "serve", "Structured output (JSON schema, regex, choice)") from None
         self._matcher, self._limits = llguidance.LLMatcher, llguidance.LLParserLimits(verbose_errors=False)
         self._tokenizer = llguidance.LLTokenizer(
-            llguidance.TokenizerWrapper(_Vocabulary(pieces, stop_id, special_ids)))  # type: ignore[arg-type]
+            llguidance.TokenizerWrapper(_Vocabulary(pieces, encode, stop_id, special_ids)))  # type: ignore[arg-type]
 
     def json_schema(self, schema: Mapping[str, Any] | str) -> "Grammar":
         """A JSON value that the schema allows; `{}` allows any. A keyword that cannot be held to is refused."""
@@ -98,13 +102,22 @@ class Grammar:
 
 
 class _Vocabulary:
-    """A tokenizer as llguidance asks for one. It encodes byte by byte, which only its own guesses would use."""
+    """A tokenizer as llguidance asks for one, which lets only the first token of a forced text pass."""
 
-    def __init__(self, pieces: Sequence[bytes], stop_id: int, special_ids: Sequence[int]) -> None:
+    def __init__(self, pieces: Sequence[bytes], encode: Encode, stop_id: int, special_ids: Sequence[int]) -> None:
+        self._encode = encode
         self.tokens, self.eos_token_id, self.bos_token_id = list(pieces), stop_id, None
         self.special_token_ids = sorted({stop_id, *special_ids})
         special = set(self.special_token_ids)
         self._single = {piece: id for id, piece in enumerate(pieces) if len(piece) == 1 and id not in special}
 
     def __call__(self, text: bytes) -> list[int]:
+        """Its tokens within a longer text; byte by byte where the tokenizer would change it, or lacks a character."""
+        for before in ("", _BEFORE):
+            try:
+                ids = [int(id) for id in self._encode(before + text.decode())][len(self._encode(before)):]
+            except DataError:
+                break
+            if b"".join(self.tokens[id] for id in ids) == text:
+                return ids
         return [self._single[bytes([byte])] for byte in text if bytes([byte]) in self._single]

@@ -14,6 +14,7 @@ from dougong.core.errors import CheckpointError, ConfigError
 
 NOT_FINITE = ("the model's logits are not finite (NaN or infinity), so there is no next token to choose. Its training "
               "probably diverged; try an earlier checkpoint.")
+_EXTREME = 1e20   # a factor beyond it, or below its inverse, changes no choice; in float32 it might be infinite, or 0
 
 
 @config
@@ -93,8 +94,13 @@ def penalise_repetition(logits_BV: Float[Tensor, "B V"], seen_BV: Bool[Tensor, "
     """Divides positive and multiplies negative logits of seen tokens by `penalty` (CTRL, arXiv:1909.05858,
     §4.1).
     """
+    penalty = _bounded(penalty)
     penalised = torch.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
     return torch.where(seen_BV, penalised, logits_BV)
+
+
+def _bounded(factor: float) -> float:
+    return min(max(factor, 1 / _EXTREME), _EXTREME)
 
 
 def truncate(logits_BV: Float[Tensor, "B V"], config: SamplingConfig) -> Float[Tensor, "B V"]:
@@ -181,7 +187,7 @@ def _weights(shifted_BV: Float[Tensor, "B V"], config: SamplingConfig) -> Float[
     """What each token's probability is proportional to, in float64. `shifted_BV` are logits less their largest: a tiny
     temperature then sends the others to -inf, never the best to +inf.
     """
-    scaled_BV = truncate(shifted_BV.div_(config.temperature), config)
+    scaled_BV = truncate(shifted_BV.div_(_bounded(config.temperature)), config)
     device = "cpu" if scaled_BV.device.type == "mps" else scaled_BV.device   # MPS has no float64
     return scaled_BV.exp().to(device).double()
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dougong.core.errors import CheckpointError, ConfigError, MissingExtraError
 from dougong.core.files import write_text
+from dougong.data.chat_template import ChatTemplate
 from dougong.data.tokenizer import Tokenizer
 from dougong.data.turns import CHATML, TURN_TOKENS
 from dougong.interop.gguf_form import GGUFForm
@@ -34,6 +35,8 @@ class Vocabulary:
     types: list[int]
     merges: list[str]
     begin: int | None
+    add_begin: bool
+    """whether every text and conversation that the model was trained on followed `begin`"""
     end: int | None
     chat_template: str | None
 
@@ -58,8 +61,14 @@ def vocabulary(tokenizer: Tokenizer, rows: int) -> Vocabulary:
     for added in spec["added_tokens"]:
         types[added["id"]] = _CONTROL if added["special"] else _USER_DEFINED
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in spec["model"]["merges"]]
-    return Vocabulary(tokenizer.pre_tokenizer or "", tokens, types, merges, tokenizer.begin_id, tokenizer.document_id,
-                      tokenizer.chat_template)
+    return Vocabulary(tokenizer.pre_tokenizer or "", tokens, types, merges, tokenizer.begin_id,
+                      _begins(tokenizer), tokenizer.document_id, tokenizer.chat_template)
+
+
+def _begins(tokenizer: Tokenizer) -> bool:
+    if not tokenizer.chat_template:
+        return tokenizer.begin_id is not None
+    return ChatTemplate(tokenizer).encode([{"role": "user", "content": "a"}])[:1] == [tokenizer.begin_id]
 
 
 def write_gguf(path: Path, form: GGUFForm, state: Mapping[str, Tensor], words: Vocabulary, *, quant: str, name: str,
@@ -147,7 +156,7 @@ def _add_vocabulary(writer: Any, words: Vocabulary) -> None:
         writer.add_bos_token_id(words.begin)
     if words.end is not None:
         writer.add_eos_token_id(words.end)
-    writer.add_add_bos_token(words.begin is not None)   # every training document followed it
+    writer.add_add_bos_token(words.add_begin)
     writer.add_add_eos_token(False)
     if words.chat_template:
         writer.add_chat_template(words.chat_template)

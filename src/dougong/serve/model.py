@@ -14,7 +14,7 @@ from dougong.data.chat_template import ChatTemplate
 from dougong.generate import Engine, SamplingConfig
 from dougong.generate.grammar import Grammar
 from dougong.generate.request import Request
-from dougong.generate.scheduler import Scheduler
+from dougong.generate.scheduler import Scheduler, default_cache_tokens, token_bytes
 from dougong.generate.text import AHEAD
 from dougong.runtime.device import end_team
 from dougong.serve.bodies import Message, Writing
@@ -24,6 +24,7 @@ from dougong.serve.runner import Runner
 from dougong.serve.settings import ServeConfig
 from dougong.serve.structured import Structured
 from dougong.serve.tools import Spelling, spelling_of
+from dougong.train.memory import available_bytes
 
 _LONG_TEXT = 20_000        # characters; longer ones are encoded beside the event loop
 _DEFAULT_CONTEXT = 4096    # for a model that names none
@@ -35,7 +36,8 @@ class ServedModel:
 
     def __init__(self, name: str, engine: Engine, tokenizer: Any, config: ServeConfig, *,
                  facts: dict[str, Any] | None = None, fingerprint: str = "", template: str | None = None,
-                 draft: Engine | None = None) -> None:
+                 draft: Engine | None = None, beside: int = 0) -> None:
+        """`beside`: how many other models share the machine's memory."""
         self.name, self.engine, self.tokenizer, self.config = name, engine, tokenizer, config
         self.created = int(time.time())
         self.context = engine.context or _DEFAULT_CONTEXT
@@ -48,15 +50,17 @@ class ServedModel:
         if draft is not None and not self.speculate:
             raise ConfigError("--draft has no effect with --speculate 0. Leave one of them out.")
         least = -(-self.context // 64) * 64 + 128
+        free, each = available_bytes(engine.runtime.device) / (1 + beside), token_bytes(engine)
+        self.cache_tokens = max(least, config.cache_tokens or default_cache_tokens(
+            free, each, least=least, most=max(config.rows, 2) * least))
+        self.cache_bytes = self.cache_tokens * each
         self._scheduler = Scheduler(engine, max_rows=config.rows, chunk=_CHUNK, vocab_size=tokenizer.vocab_size,
-                                    cache_tokens=max(config.cache_tokens or config.rows * least, 2 * least),
-                                    draft=draft)
-        self._names = {id: name for name, id in tokenizer.special_tokens.items()}
+                                    cache_tokens=self.cache_tokens, draft=draft)
         end_team()      # from here on the runner's thread computes
 
     @classmethod
     def open(cls, path: Path, config: ServeConfig, *, checkpoint: str = "best", name: str | None = None,
-             draft: Path | None = None) -> "ServedModel":
+             draft: Path | None = None, beside: int = 0) -> "ServedModel":
         """Loads a run, and the smaller run `draft` that guesses for it. Raises ConfigError or CheckpointError where it
         holds nothing that writes."""
         from dougong.recipes.open_run import open_run
@@ -75,7 +79,7 @@ class ServedModel:
         fingerprint = f"{opened.weights}-{opened.step}-{opened.tokenizer.fingerprint[:12]}"
         guesses = None if draft is None else open_run(draft).drafting_for(opened)
         return cls(name or opened.directory.path.resolve().name, Engine(opened.model, opened.runtime),
-                   opened.tokenizer, config, facts=facts, fingerprint=fingerprint, draft=guesses)
+                   opened.tokenizer, config, facts=facts, fingerprint=fingerprint, draft=guesses, beside=beside)
 
     def start(self, metrics: Metrics) -> None:
         """Begins the model's thread, in the running event loop."""
@@ -144,8 +148,7 @@ class ServedModel:
 
     def spell(self, id: int) -> tuple[str, list[int]]:
         """A token as text and as bytes; special ones by their name."""
-        name = self._names.get(id)
-        spelled = self.tokenizer.decode_bytes([id]) if name is None else name.encode()
+        spelled = self.tokenizer.pieces[id]
         return spelled.decode("utf-8", "replace"), list(spelled)
 
     # ---- requests

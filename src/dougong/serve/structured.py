@@ -49,9 +49,9 @@ class Structured:
 
     def _of(self, stop_id: int) -> Grammars:
         if stop_id not in self._grammars:
-            names = {id: name.encode() for name, id in self._tokenizer.special_tokens.items()}
-            pieces = [names.get(id) or self._tokenizer.decode_bytes([id]) for id in range(self._tokenizer.vocab_size)]
-            self._grammars[stop_id] = Grammars(pieces, stop_id=stop_id, special_ids=sorted(names))
+            codec = self._tokenizer
+            self._grammars[stop_id] = Grammars(codec.pieces, codec.encode, stop_id=stop_id,
+                                               special_ids=sorted(codec.special_tokens.values()))
         return self._grammars[stop_id]
 
 

@@ -263,6 +263,41 @@ def test_existing_tokenizers_of_other_makes(tmp_path):
     assert Tokenizer.load(tmp_path / "saved").fingerprint == tokenizer.fingerprint
 
 
+@KIND
+def test_pieces_add_up_to_the_text(kind):
+    tokenizer = TOKENIZERS[kind]
+    text = "Don't stop 123! 斗拱"
+    assert b"".join(tokenizer.pieces[id] for id in tokenizer.encode(text)) == text.encode()
+    assert all(tokenizer.pieces[id] == name.encode() for name, id in tokenizer.special_tokens.items())
+
+
+@pytest.mark.parametrize("decoder", [
+    decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(), decoders.Fuse()]),
+    decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                       decoders.Strip(" ", 1, 0)])])
+def test_pieces_of_sentencepiece_keep_blanks_and_bytes(decoder):
+    words = ["<unk>", "</s>", "New", "▁York", "▁", *(f"<0x{byte:02X}>" for byte in range(256))]
+    backend = HuggingFaceTokenizer(models.BPE(vocab={word: id for id, word in enumerate(words)}, merges=[],
+                                              byte_fallback=True))
+    backend.decoder = decoder
+    backend.add_special_tokens(["</s>"])
+    backend.add_tokens(["▁<tool>"])
+    tokenizer = Tokenizer(backend, document_id=1)
+    assert tokenizer.pieces[1:5] == [b"</s>", b"New", b" York", b" "]
+    assert tokenizer.pieces[5:261] == [bytes([byte]) for byte in range(256)]
+    assert tokenizer.pieces[261] == "▁<tool>".encode()
+
+
+@pytest.mark.parametrize(("settings", "begins"), [
+    ({}, True), ({"bos_token": None}, True), ({"add_bos_token": True}, True), ({"add_bos_token": False}, False),
+    ({"bos_token": None, "add_bos_token": False}, False),
+    ({"bos_token": "<|endoftext|>", "add_bos_token": False}, True)])
+def test_a_text_begins_with_the_document_token_unless_the_settings_say_with_none(settings, begins):
+    made = TOKENIZERS["qwen2"]
+    tokenizer = Tokenizer(made.backend, document_id=made.document_id, settings=settings)
+    assert tokenizer.begin_id == (made.document_id if begins else None)
+
+
 def test_a_tokenizer_that_cannot_be_used_says_why(tmp_path):
     with pytest.raises(DataError, match=r"no tokenizer at .*tokenizer\.json"):
         FileConfig(path=str(tmp_path)).build()

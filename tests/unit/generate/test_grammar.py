@@ -8,6 +8,9 @@ import pytest
 from tiny_models import build
 
 from dougong.core.errors import ConfigError, MissingExtraError
+from dougong.data.bpe import DOCUMENT_TOKEN, add_special_tokens, train_bpe
+from dougong.data.documents import Document
+from dougong.data.tokenizer import CharactersConfig, Tokenizer
 from dougong.generate import Engine, Request, SamplingConfig, Scheduler
 
 pytest.importorskip("llguidance")
@@ -15,12 +18,13 @@ from dougong.generate.grammar import Grammars
 
 STOP = 256
 PIECES = [bytes([byte]) for byte in range(256)] + [b"<stop>"]
+BYTES = lambda text: list(text.encode())   # noqa: E731
 PIECES += [b'":', b'{"', b"true", b"null", b', "', "斗拱".encode(), "é".encode()[:1], b"12"]
 
 
 @pytest.fixture(scope="module")
 def grammars():
-    return Grammars(PIECES, stop_id=STOP)
+    return Grammars(PIECES, BYTES, stop_id=STOP)
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +143,55 @@ def test_a_pattern_that_explodes_costs_its_own_reply_at_most(engine, grammars):
     assert len(tokens) == 20 and tokens[-1].finish == "length"
 
 
+def read(tokenizer):
+    return Grammars(tokenizer.pieces, tokenizer.encode, stop_id=tokenizer.document_id,
+                    special_ids=sorted(tokenizer.special_tokens.values()))
+
+
+def follow(grammar, ids, stop):
+    """Every one of these tokens may come in its turn, and then the end."""
+    for id in ids:
+        assert grammar.allowed()[id], id
+        grammar.accept(int(id))
+    assert grammar.allowed()[stop]
+
+
+TOOL_TEXT = '{"name": "temperature", "arguments": {"city": "New York"}}'
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    texts = ['{"temperature": 20, "city": "New York"}', TOOL_TEXT, "the temperature and the city of New York"] * 40
+    backend = train_bpe(texts, vocab_size=304, pre_tokenizer="qwen2", reserved=0)
+    add_special_tokens(backend, ["<|call|>"])
+    return Tokenizer(backend, document_id=backend.token_to_id(DOCUMENT_TOKEN))
+
+
+def test_a_text_may_be_written_in_the_tokens_that_the_model_has_read_it_in(bpe):
+    made, stop, call = read(bpe), bpe.document_id, bpe.special_tokens["<|call|>"]
+    properties = {"temperature": {"type": "integer"}, "city": {"enum": ["New York", "Paris"]}}
+    schema = {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+    text = '{"temperature": 20, "city": "New York"}'
+    assert any(bpe.pieces[id] == b"temperature" for id in bpe.encode(text))
+    follow(made.json_schema(schema), bpe.encode(text), stop)
+    follow(made.choice(["temperature of the city", "New York"]), bpe.encode("temperature of the city"), stop)
+    arguments = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    lark = ('%llguidance {}\nstart: <[' + str(call) + ']> "{\\"name\\": \\"" named "}"\n'
+            'named: "temperature\\", \\"arguments\\": " arguments | "terminal\\", \\"arguments\\": " arguments\n'
+            "arguments: %json " + json.dumps({"x-guidance": {"whitespace_pattern": r"[\x20\x0A]"}, **arguments}))
+    follow(made.lark(lark), [call, *bpe.encode(TOOL_TEXT)], stop)
+
+
+def test_a_character_that_no_bytes_spell_is_written_whole_or_not_at_all():
+    """Tokens of several bytes each, and no other way to spell them."""
+    tokenizer = CharactersConfig(unknown="refuse").build([Document("0", "here", "ab斗拱")])
+    made, stop = read(tokenizer), tokenizer.document_id
+    follow(made.regex("a斗拱b"), tokenizer.encode("a斗拱b"), stop)
+    follow(made.choice(["斗", "é"]), tokenizer.encode("斗"), stop)
+    with pytest.raises(ValueError, match="cannot go on"):
+        made.regex("é").allowed()
+
+
 def test_a_token_against_the_rules_is_an_error(grammars):
     constraint = grammars.choice(["ab"])
     constraint.accept(ord("a"))
@@ -151,4 +204,4 @@ def test_the_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", lambda name, *rest: found("nothing_of_this_name" if name == "llguidance"
                                                                           else name, *rest))
     with pytest.raises(MissingExtraError, match=r"dougong\[serve\]"):
-        Grammars(PIECES, stop_id=STOP)
+        Grammars(PIECES, BYTES, stop_id=STOP)

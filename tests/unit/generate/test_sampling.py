@@ -14,6 +14,8 @@ from dougong.generate.sampling import (
     choose,
     log_probabilities,
     penalise_repetition,
+    pick,
+    probabilities,
     truncate,
 )
 
@@ -111,6 +113,18 @@ def test_a_uniform_at_either_end_picks_a_possible_token():
 def test_a_tiny_temperature_is_greedy_and_finite():
     x = logits() * 100
     assert torch.equal(choose(x, SamplingConfig(temperature=1e-30), [0.999] * 4), x.argmax(-1))
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 1e-46}, {"temperature": 1e300}, {"repetition_penalty": 1e-45},
+                                      {"repetition_penalty": 1e-300}, {"repetition_penalty": 1e300}])
+def test_numbers_beyond_float32_still_choose_a_possible_token(settings):
+    x, config = torch.tensor([[1.0, -torch.inf, 0.0, 2.0, -3.0]]), SamplingConfig(**settings)
+    adjusted = adjust(x, config, torch.ones_like(x, dtype=torch.bool))
+    assert probabilities(adjusted, config).sum().item() == pytest.approx(1)
+    for uniform in (0.0, 0.5, 1 - 2**-53):
+        assert pick(adjusted, config, [uniform]).item() in (0, 2, 3, 4)
+    if "temperature" in settings and settings["temperature"] < 1:
+        assert pick(adjusted, config, [0.5]).item() == 3
 
 
 def test_not_finite_logits_are_refused():

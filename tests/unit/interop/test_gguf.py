@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from dougong.core.errors import CheckpointError, ConfigError
+from dougong.data.chat_template import ChatTemplate
 from dougong.data.tokenizer import BytesConfig, Tokenizer
+from dougong.data.turns import CHATML, TURN_TOKENS, with_turns
 from dougong.interop import gguf_form as form_module
-from dougong.interop.gguf_file import QUANTS, read_gguf, vocabulary
+from dougong.interop.gguf_file import QUANTS, read_gguf, vocabulary, write_gguf
 from dougong.interop.gguf_form import gguf_form
 from dougong.interop.gguf_verify import _bound
 from dougong.interop.maps import MAPS
@@ -48,6 +50,24 @@ def test_every_family_is_read_alike_by_transformers(runs, kind, tmp_path):
         assert fields[f"{fields['general.architecture']}.attention.key_length"] == 32
     modelfile = (tmp_path / "out/Modelfile").read_text()
     assert f"FROM ./{kind}-f32.gguf" in modelfile and 'PARAMETER stop "<|endoftext|>"' in modelfile
+
+
+@pytest.mark.parametrize("make, begin", [
+    (lambda plain: plain, "<|endoftext|>"), (with_turns, "<|im_start|>"),
+    (lambda plain: plain.with_chat_template("{{ bos_token }}" + CHATML, TURN_TOKENS), "<|endoftext|>"),
+    (lambda plain: Tokenizer(plain.backend, document_id=plain.document_id, settings={
+        "bos_token": None, "add_bos_token": False}), None)], ids=["base", "chat", "chat with its own", "qwen3"])
+def test_the_file_asks_for_the_token_that_the_model_began_with(make, begin, tmp_path):
+    tokenizer = make(tiny_hf.tokenizer())
+    words = vocabulary(tokenizer, 310)
+    form = form_module.GGUFForm("qwen3", {}, {"output_norm.weight": ("norm.weight",)}, {})
+    write_gguf(tmp_path / "a.gguf", form, {"norm.weight": torch.ones(4)}, words, quant="f32", name="a")
+    fields, _ = read_gguf(tmp_path / "a.gguf")
+    assert fields["tokenizer.ggml.add_bos_token"] is (begin == "<|endoftext|>")
+    assert fields.get("tokenizer.ggml.bos_token_id") == tokenizer.begin_id
+    if tokenizer.chat_template:
+        ids = ChatTemplate(tokenizer).encode([{"role": "user", "content": "a"}])
+        assert ids[0] == tokenizer.special_tokens[begin]
 
 
 @pytest.mark.parametrize("quant", QUANTS)
