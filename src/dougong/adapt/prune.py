@@ -21,6 +21,7 @@ from dougong.core.config import replace
 from dougong.core.errors import ConfigError
 from dougong.data.batch import Batch
 from dougong.models import count
+from dougong.models.heads import keep_value_head
 from dougong.nn.feed_forward import FeedForward, SwiGLU
 from dougong.objectives.causal_lm import CausalLMConfig
 
@@ -81,11 +82,15 @@ def prune(model: Any, batches: Sequence[Batch], *, ratio: float,
 
 
 def whole_shape(model: Any) -> Shape:
-    """That of the model as it is. Raises ConfigError for layers that are not of one kind."""
+    """That of the model as it is. Raises ConfigError for experts, and where no single number is the width."""
     block = next(iter(model.stack.values()))
     if not isinstance(block.feed_forward, SwiGLU | FeedForward):
         raise ConfigError(f"model.kind={model.config.kind} has experts for feed-forwards, and only plain ones are "
                           "pruned so far.")
+    if getattr(model.config, "feed_forward", None) is not None:
+        raise ConfigError(f"model.kind={model.config.kind} with a feed-forward of its own (model.feed_forward): only "
+                          "models whose width is one number, model.ffn_dim, are pruned so far: qwen3, llama, gpt2 or "
+                          "nano.")
     return Shape(len(model.stack), block.attention.num_kv_heads, block.feed_forward.down.in_features)
 
 
@@ -193,7 +198,9 @@ def mean_loss(model: Any, batches: Sequence[Batch], layers: Sequence[str] | None
 @torch.no_grad()
 def cut(model: Any, shape: Shape, importance: Importance) -> Any:
     """A new model of this shape with the most important parts of the old one, in their order."""
-    made = changed(model.config, shape).build().to(next(model.parameters()).device)
+    made = changed(model.config, shape).build()
+    keep_value_head(made, model)
+    made.to(next(model.parameters()).device)
     made.compute_dtype = model.compute_dtype
     old, chosen = model.state_dict(), {}
     for name in made.state_dict():

@@ -66,7 +66,8 @@ class FakeQuantised(torch.autograd.Function):
     def forward(ctx: Any, weight_OI: Tensor, bits: int, group: int | None) -> Tensor:
         exact_OG = group_scale(weight_OI, bits, group)
         if bits == 4:
-            ctx.save_for_backward(weight_OI / spread(exact_OG, weight_OI.shape[1], group) < _BEYOND)
+            steps_OI = weight_OI / spread(exact_OG, weight_OI.shape[1], group)      # NaN where a group is all zeros
+            ctx.save_for_backward((steps_OI >= _BEYOND).logical_not())
         return dequantize(round_to(weight_OI, exact_OG, bits, group), exact_OG.half(), group, weight_OI.dtype)
 
     @staticmethod

@@ -23,7 +23,8 @@ from typing import Any, Literal, Protocol
 from dougong.adapt.sandbox import code_of, run_tests
 from dougong.core.errors import ConfigError, DataError, did_you_mean
 
-_NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?")
+_NUMBER = re.compile(r"(?:(?<!\d)[-+])?(?:\d[\d,]*(?:\.\d+)?|(?<![\w.])\.\d+)(?:[eE][-+]?\d+)?")
+_MINUS = "\u2212"    # the typographic sign
 _START_S = 60.0      # a file of rewards may import much
 _PLAIN = ("exact", "contains", "numeric", "tests")
 _FORMS = (*_PLAIN, "regex:PATTERN", "length:TOKENS", "model:RUN", "FILE.py:FUNCTION")
@@ -95,7 +96,7 @@ def numeric(reply: Reply) -> float:
 
 
 def _last_number(text: str) -> float | None:
-    found = _NUMBER.findall(text)
+    found = _NUMBER.findall(text.replace(_MINUS, "-"))      # after a digit it is no sign: 2020-2021
     return float(found[-1].replace(",", "")) if found else None
 
 

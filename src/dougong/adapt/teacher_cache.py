@@ -76,10 +76,12 @@ class CachePlan:
         return (self.directory / "manifest.json").is_file()
 
 
-def plan_answers(corpus: Any, *, context: int, tokenizer: Tokenizer, fingerprint: str, vocab_size: int,
-                 temperature: float, top_k: int | None, precision: str, root: Path) -> CachePlan:
+def plan_answers(corpus: Any, *, context: int, tokenizer: Tokenizer, fingerprint: str, temperature: float,
+                 top_k: int | None, precision: str, root: Path) -> CachePlan:
     """What will be kept of a teacher with this fingerprint; reads and writes nothing."""
-    key = [fingerprint, tokenizer.fingerprint, corpus.fingerprint, _SPLIT, context, temperature, top_k, precision]
+    vocab_size = tokenizer.vocab_size       # rows of the teacher beyond it stand for nothing
+    key = [fingerprint, tokenizer.fingerprint, vocab_size, corpus.fingerprint, _SPLIT, context, temperature, top_k,
+           precision]
     directory = root / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     if top_k is None:
         columns = {"next_bytes": ("<f2", _BYTES)}
@@ -254,7 +256,7 @@ def _ask(plan: CachePlan, model: Any, runtime: Runtime, tokens_BT: np.ndarray,
     for part_ND in hidden_ND.split(max(1, _LOGITS_AT_ONCE // vocab_size)):
         logits_NV = model.head(part_ND).float()
         if plan.top_k is not None:
-            ids, log_p = top_of(logits_NV, plan.top_k, plan.temperature)
+            ids, log_p = top_of(logits_NV[:, :plan.tokenizer.vocab_size], plan.top_k, plan.temperature)
             parts.append({"ids": ids.cpu().numpy(), "log_p": _clamped(log_p)})
         else:
             q_NV = (logits_NV / plan.temperature).softmax(-1)

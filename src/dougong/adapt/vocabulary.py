@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from dougong.core.config import replace
+from dougong.models.heads import keep_value_head
 
 
 @torch.no_grad()
@@ -16,7 +17,9 @@ def with_vocabulary(model: Any, kept: Sequence[int]) -> Any:
     others had.
     """
     rows = torch.as_tensor(kept, device=next(model.parameters()).device)
-    made = replace(model.config, vocab_size=len(kept)).build().to(rows.device)
+    made = replace(model.config, vocab_size=len(kept)).build()
+    keep_value_head(made, model)
+    made.to(rows.device)
     made.compute_dtype = model.compute_dtype
     made.load_state_dict({name: tensor[rows] if _is_table(name) else tensor
                           for name, tensor in model.state_dict().items()})

@@ -92,3 +92,9 @@ def add_value_head(model: Any, outputs: int) -> None:
     if section is None:
         raise ConfigError(f"model.kind={model.config.kind} reads no tokens, so no head can judge a text by it.")
     model.add_module(VALUE, ValueHead(section().dim, outputs))
+
+
+def keep_value_head(made: Any, model: Any) -> None:
+    """Gives `made` a value head where `model` has one, unfilled."""
+    if hasattr(model, VALUE):
+        made.add_module(VALUE, ValueHead(model.value.in_features, model.value.out_features))

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from dougong.core.errors import ConfigError, did_you_mean
+from dougong.models.heads import VALUE
 from dougong.nn.moe import Experts
 
 _TABLES = re.compile("Embedding|Position")
+_HEADS = ("head", VALUE, "discriminator.head")
 
 
 @dataclass(frozen=True)
@@ -32,14 +34,14 @@ def hidden_matrices(model: nn.Module, excluded: Sequence[str] = ()) -> set[str]:
     """Names of the matrices that Muon is for: 2-D weights that map activations to activations, and experts' stacks of
     such.
 
-    Not so: tables of embeddings or positions (rows are looked up, not multiplied), the head (`model.head`),
-    anything matching `excluded`.
+    Not so: tables of embeddings or positions (rows are looked up, not multiplied), heads (for tokens or classes, for
+    values, a discriminator's), anything matching `excluded`.
     """
     names = trainable(model)
     tables = [module for module in model.modules() if _TABLES.search(type(module).__name__)]
     outside = {id(p) for module in tables for p in module.parameters(recurse=False)}
-    if isinstance(head := getattr(model, "head", None), nn.Module):
-        outside |= {id(p) for p in head.parameters()}
+    heads = [module for name, module in model.named_modules() if name in _HEADS]
+    outside |= {id(p) for module in heads for p in module.parameters()}
     taken = {name for pattern in excluded for name in _matching(pattern, _names_of_whole(model))}
     experts = [module for module in model.modules() if isinstance(module, Experts)]
     stacks = {id(p) for module in experts for p in module.parameters(recurse=False)}

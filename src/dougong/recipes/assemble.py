@@ -11,13 +11,15 @@ from dougong.adapt.lora import hold_frozen, trained
 from dougong.adapt.quantize import Form, make_room
 from dougong.core.config import replace
 from dougong.core.errors import ConfigError
+from dougong.data.batch import Batch
 from dougong.models import count
-from dougong.models.heads import add_value_head
-from dougong.objectives.objective import Objective
+from dougong.models.heads import VALUE, add_value_head
+from dougong.objectives.objective import Objective, batch_fields
+from dougong.objectives.policy import RolloutConfig
 from dougong.recipes.companions import accompany
 from dougong.recipes.derive import Derived, fit_adapter, fit_to_data
 from dougong.recipes.launch import micro_batches
-from dougong.recipes.recipe import Recipe
+from dougong.recipes.recipe import Recipe, with_values
 from dougong.recipes.start import Weights, begin, read_weights
 from dougong.runtime.device import Runtime
 from dougong.runtime.layout import AXES, DATA
@@ -119,6 +121,16 @@ def _with_its_heads(recipe: Recipe) -> Any:
     return model
 
 
+def _with_head_trained(recipe: Recipe) -> tuple[Recipe, list[Derived]]:
+    """Beside an adapter, a head for values is trained whole: it begins as noise."""
+    name = f"{VALUE}.weight"
+    if recipe.adapter is None or not getattr(recipe.objective, "value_outputs", None) or name in recipe.adapter.also:
+        return recipe, []
+    also = [*recipe.adapter.also, name]
+    return with_values(recipe, {"adapt.also": also}), [
+        Derived("adapt.also", also, "the head for values begins as noise, so it is trained")]
+
+
 def assemble(recipe: Recipe, corpus: Any, *, runtime: Runtime | None = None) -> Assembly:
     """Builds everything for a recipe whose data are prepared; `train.steps` may still be open (it counts as one).
 
@@ -132,7 +144,8 @@ def assemble(recipe: Recipe, corpus: Any, *, runtime: Runtime | None = None) -> 
     mesh = runtime.mesh
     recipe, derived = fit_to_data(recipe, data_shapes(recipe, corpus))
     recipe, ranked = fit_adapter(recipe, corpus.facts)
-    derived += ranked
+    recipe, headed = _with_head_trained(recipe)
+    derived += ranked + headed
     _check_rows(recipe)
     objective = recipe.objective.build()
     if mesh.devices is not None and recipe.train.micro_rows is None:
@@ -149,7 +162,8 @@ def assemble(recipe: Recipe, corpus: Any, *, runtime: Runtime | None = None) -> 
                       world_size=mesh.data_size),
         shadow=_shadow(model, recipe.train.ema, Shadow))
     if recipe.train.micro_rows is None:
-        rows, reason = choose_micro_rows(state, objective, runtime, _one_batch(state.loader))
+        batch = _largest_rollout(recipe) if isinstance(recipe.objective, RolloutConfig) else _one_batch(state.loader)
+        rows, reason = choose_micro_rows(state, objective, runtime, batch)
         recipe = replace(recipe, train=replace(recipe.train, micro_rows=rows))
         derived.append(Derived("train.micro_rows", rows, reason))
     return Assembly(recipe, runtime, corpus, objective, state, derived, parallel, start and start.fingerprint)
@@ -286,6 +300,12 @@ def _one_batch(loader: Any) -> Any:
     batch = next(iter(loader))
     loader.load_state_dict(before)
     return batch
+
+
+def _largest_rollout(recipe: Recipe) -> Batch:
+    """A step in which every sample counts and fills its row: of those drawn, any number may be left."""
+    return Batch(**{name: torch.ones(shape, dtype=dtype) for name, (shape, dtype) in batch_fields(
+        recipe.objective, recipe.train.rows or 1, recipe.row_tokens).items()})
 
 
 def print_data_facts(facts: dict[str, Any], out: Any) -> None:

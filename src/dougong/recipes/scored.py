@@ -9,6 +9,7 @@ from dougong.adapt.rewards import Reply, Reward
 from dougong.core.errors import ConfigError
 from dougong.data.turns import template_for_training
 from dougong.objectives.reward import last_scores
+from dougong.recipes.start import as_it_was
 
 _ROWS_AT_ONCE = 32
 
@@ -44,7 +45,8 @@ def model_reward(path: str) -> Reward:
     """Opens the run at `path`. Raises ConfigError where it is no reward model."""
     from dougong.recipes.open_run import open_run
 
-    opened = open_run(path)
+    with as_it_was():
+        opened = open_run(path)
     if getattr(opened.recipe.objective, "value_outputs", None) != 1:
         raise ConfigError(f"objective.reward=model:{path}: that run was trained with objective.kind="
                           f"{opened.recipe.objective.kind}, and a reward model with objective.kind=reward.")

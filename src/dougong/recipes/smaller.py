@@ -73,7 +73,11 @@ def trim_run(opened: OpenRun, path: Path, *, least: int = 1, text: OpenRun | Non
     """Writes a run without the tokens that its training data (or those of `text`) use fewer than `least` times. Raises
     ConfigError for tokenizers of which that cannot be told, or where no token would go."""
     _check(opened, path)
-    split = (text or opened).corpus.tokens("train")
+    corpus = (text or opened).corpus
+    if not hasattr(corpus, "tokens"):
+        raise ConfigError(f"{opened.directory.path} was trained on data.kind={opened.recipe.data.kind}, and tokens are "
+                          "counted in running text. Name some: --data FOLDER.")
+    split = corpus.tokens("train")
     parts = (split.read(at, min(at + _READ_AT_ONCE, split.tokens)) for at in range(0, split.tokens, _READ_AT_ONCE))
     found = trim(opened.tokenizer, token_counts(opened.tokenizer, parts), least=least)
     before = opened.recipe.model.vocab_size

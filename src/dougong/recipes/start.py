@@ -4,8 +4,9 @@ A run that trains every weight is whole without its start. One that trains an ad
 start, which must lie where it lay, unchanged: `fingerprint` is compared whenever it is opened.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from dougong.models.heads import VALUE
 from dougong.nn.lora import is_adapter
 from dougong.recipes.derive import Derived
 from dougong.recipes.recipe import Recipe, StartConfig, recipe_from_run
-from dougong.runtime.seeds import derive
+from dougong.runtime import seeds
+from dougong.runtime.device import be_deterministic
 from dougong.train.shadow import tracked
 from dougong.train.state import load_weights
 
@@ -91,10 +93,21 @@ def read_weights(start: StartConfig) -> Weights:
     else:
         from dougong.recipes.open_run import open_run
 
-        threads = torch.get_num_threads()       # opening a run sets those of its own recipe
-        tensors = tracked(open_run(start.path, checkpoint=start.checkpoint).model)
-        torch.set_num_threads(threads)
+        with as_it_was():
+            tensors = tracked(open_run(start.path, checkpoint=start.checkpoint).model)
     return Weights(tensors, fingerprint(tensors))
+
+
+@contextlib.contextmanager
+def as_it_was() -> Iterator[None]:
+    """Opening a model applies its own recipe's threads and determinism and draws weights: all are put back."""
+    threads, strict, random = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), seeds.rng_state()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        be_deterministic(strict)
+        seeds.set_rng_state(random)
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -125,7 +138,7 @@ def _grown(name: str, tensor: Tensor, wanted: torch.Size, seed: int) -> Tensor:
     if name not in _TABLES or tensor.shape[1:] != wanted[1:] or len(tensor) >= wanted[0]:
         return tensor
     rows = tensor.float()
-    generator = torch.Generator().manual_seed(derive(seed, "new rows", name))
+    generator = torch.Generator().manual_seed(seeds.derive(seed, "new rows", name))
     new = torch.randn(wanted[0] - len(rows), rows.shape[1], generator=generator)
     return torch.cat([rows, rows.mean(0) + _NEW_ROWS * rows.std(0) * new])
 

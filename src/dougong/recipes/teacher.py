@@ -1,7 +1,5 @@
 """The teacher of a recipe that distils: opened, checked against the student, at hand or with its answers on disk."""
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +28,9 @@ from dougong.objectives.distil import COMPANION, Distil, DistilConfig, projectio
 from dougong.objectives.objective import Objective
 from dougong.recipes.derive import Derived
 from dougong.recipes.recipe import Recipe, StartConfig, with_values
-from dougong.recipes.start import fingerprint, shape_of_start
+from dougong.recipes.start import as_it_was, fingerprint, shape_of_start
 from dougong.runtime import seeds
-from dougong.runtime.device import Runtime, be_deterministic
+from dougong.runtime.device import Runtime
 from dougong.train.shadow import tracked
 
 
@@ -82,7 +80,7 @@ def open_teacher(section: DistilConfig, runtime: Runtime) -> Teacher:
     from dougong.recipes.open_run import open_run
 
     assert section.teacher is not None, "`resolve` refuses a recipe without one"
-    with _as_it_was():
+    with as_it_was():
         opened = open_run(section.teacher, checkpoint=section.checkpoint)
     if opened.tokenizer is None:
         raise ConfigError(f"{section.teacher} holds no language model (model.kind={opened.recipe.model.kind}), so it "
@@ -90,18 +88,6 @@ def open_teacher(section: DistilConfig, runtime: Runtime) -> Teacher:
     model: Any = opened.model.to(runtime.device).requires_grad_(False).eval()
     model.compute_dtype = runtime.dtype
     return Teacher(model, opened.tokenizer, opened.recipe.model.context, fingerprint(tracked(model)))
-
-
-@contextlib.contextmanager
-def _as_it_was() -> Iterator[None]:
-    """Opening a model applies its own recipe's threads and draws weights: both are put back."""
-    threads, strict, random = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), seeds.rng_state()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        be_deterministic(strict)
-        seeds.set_rng_state(random)
 
 
 def taught(recipe: Recipe, corpus: Any, objective: Objective, model: Any,
@@ -176,8 +162,7 @@ def answers_of(recipe: Recipe, teacher: Teacher, corpus: Any) -> CachePlan | Non
         raise ConfigError("the teacher's answers are kept for each place of a text; these data are no text. Leave "
                           "objective.top_k out.")
     return plan_answers(corpus, context=min(teacher.context, 2 * recipe.row_tokens), tokenizer=teacher.tokenizer,
-                        fingerprint=teacher.fingerprint, vocab_size=teacher.model.config.vocab_size,
-                        temperature=section.temperature, top_k=section.top_k,
+                        fingerprint=teacher.fingerprint, temperature=section.temperature, top_k=section.top_k,
                         precision=str(teacher.model.compute_dtype), root=default_cache() / "teachers")
 
 

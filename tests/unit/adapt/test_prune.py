@@ -10,6 +10,7 @@ from dougong.adapt.prune import Shape, cut, mean_loss, measure, prune, shapes_wi
 from dougong.core.config import from_dict, to_dict
 from dougong.core.errors import ConfigError
 from dougong.models import FAMILIES, count
+from dougong.models.heads import add_value_head
 
 
 def _useless(model, layer=0, channels=(3, 7, 8), group=1):
@@ -73,6 +74,14 @@ def test_a_pruned_model_is_an_ordinary_one_of_at_most_the_parameters_asked_for(f
     torch.testing.assert_close(found.loss, mean_loss(found.model, batches))
 
 
+def test_a_head_for_values_stays_as_it_is():
+    model, batches = tiny(num_layers=3, ffn_dim=128), batches_of(2)
+    add_value_head(model, 2)
+    torch.nn.init.normal_(model.value.weight)
+    made = prune(model, batches, ratio=0.3).model
+    torch.testing.assert_close(made.value.weight, model.value.weight, rtol=0, atol=0)
+
+
 def test_shapes_leave_out_those_that_another_one_holds():
     model = tiny(num_layers=4, ffn_dim=128)
     shapes, whole = shapes_within(model, 10**9), whole_shape(model)
@@ -87,3 +96,5 @@ def test_what_cannot_be_pruned_says_why():
         prune(model, batches, ratio=1.5)
     with pytest.raises(ConfigError, match="no shape"):
         prune(model, batches, ratio=0.95)
+    with pytest.raises(ConfigError, match="qwen3, llama, gpt2 or nano"):
+        prune(model.config.decoder().build(), batches, ratio=0.3)

@@ -39,6 +39,12 @@ def test_at_4_bits_no_gradient_comes_through_beyond_the_last_integer():
     assert weight.grad.tolist() == [[1, 1, 0, 0, 1, 1]]
 
 
+def test_weights_that_begin_at_zero_get_their_gradient():
+    weight = torch.tensor([[0.0, 0.0, 1.0, -2.0]], requires_grad=True)
+    FakeQuantised.apply(weight, 4, 2).sum().backward()
+    assert weight.grad.tolist() == [[1, 1, 1, 1]]
+
+
 @pytest.mark.parametrize("family", ("qwen3", "nano", "gpt2"))      # qwen3 and gpt2 are tied, nano has a head of its own
 def test_the_gradient_of_every_weight_is_that_at_the_rounded_weights(family):
     model, (batch,) = tiny(family), batches_of(1)

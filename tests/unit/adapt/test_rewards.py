@@ -23,6 +23,13 @@ def test_exact_contains_and_numeric_read_the_answer():
     assert earned("numeric", reply("6 × 7 = 42.0"), reply("42 or 43"), reply("none"), reply("4,200e-2")) == [1, 0, 0, 1]
 
 
+@pytest.mark.parametrize(("said", "answer"), [
+    ("it is 0.5", ".5"), ("-.5", "-0.5"), ("it is \u22122", "-2"), ("-2", "\u22122"), ("in 2020-2021", "2021"),
+    ("10-5", "5"), ("x=-3", "-3"), ("7 - 4", "4"), ("1,234.5.", "1234.5"), ("2e\u22121", ".2")])
+def test_a_number_may_be_written_in_other_ways(said, answer):
+    assert earned("numeric", reply(said, answer)) == [1]
+
+
 def test_a_pattern_may_span_lines_and_a_length_falls_off_on_both_sides():
     assert earned("regex:^a.*z$", reply("a\nz"), reply("az!")) == [1, 0]
     assert earned("length:4", reply("", tokens=(1,) * 4), reply("", tokens=(1,) * 3), reply("", tokens=(1,) * 9)) == [

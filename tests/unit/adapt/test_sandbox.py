@@ -1,11 +1,13 @@
 """Code that a model wrote cannot hang, fill, reach or pass without passing."""
 
+import os
 import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
+from dougong.adapt import sandbox
 from dougong.adapt.sandbox import code_of, isolation, run_tests
 
 
@@ -27,6 +29,21 @@ def test_a_loop_is_ended_with_all_that_it_started(tmp_path):
     assert not verdict.passed and time.monotonic() - begin < 20
     sleeping = run_tests("import time; time.sleep(60)", "", seconds=0.5)
     assert sleeping.timed_out and "0.5 s" in sleeping.reason
+
+
+@pytest.mark.parametrize("said", ["1", "[2]", "{", "null", ""])
+def test_nonsense_in_the_verdicts_pipe_is_not_passing(said):
+    code = f"import os, sys; os.write(int(sys.argv[1]), {said.encode()}); os._exit(0)"
+    assert not run_tests(code, "").passed
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may start processes in it")
+def test_what_flees_from_the_session_and_holds_the_pipe_keeps_no_one_waiting(monkeypatch):
+    monkeypatch.setattr(sandbox, "isolation", tuple)
+    flees = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(8)\n    os._exit(0)\n"
+    begin = time.monotonic()
+    assert not run_tests(flees + "os._exit(0)", "", seconds=1).passed
+    assert run_tests(flees, "", seconds=1).passed and time.monotonic() - begin < 6
 
 
 def test_memory_files_and_open_files_are_bounded():

@@ -91,6 +91,19 @@ def test_a_tied_borrowed_embedding_takes_adamw():
     assert muon and not any("tokens" in name or "head" in name or "norm" in name for name in muon)
 
 
+def test_heads_of_values_and_of_a_discriminator_take_adamw():
+    from dougong.models.families.gan import GANConfig
+    from dougong.models.families.qwen3 import Qwen3Config
+    from dougong.models.heads import add_value_head
+
+    judge = Qwen3Config(vocab_size=64, context=16, dim=32, num_layers=2, num_heads=2, num_kv_heads=1).build()
+    add_value_head(judge, 2)
+    for model, head in ((judge, "value.weight"), (GANConfig(image_size=8).build(), "discriminator.head.weight")):
+        kinds = {name: row["optimizer"] for row in describe(MuonConfig().build(model)) for name in row["names"]}
+        assert kinds[head] == "adamw" and "muon" in kinds.values()
+        assert all(kinds[name] == "muon" for name in kinds if name.endswith("attention.value.weight"))
+
+
 def test_rates_scale_by_pattern_and_the_table_says_so():
     optimizer = MuonConfig(lr=0.02, rates={"embedding.*": 10.0}, adamw_lr=0.001).build(Net())
     assert {row["lr"] for row in describe(optimizer) if "embedding.weight" in row["names"]} == {0.01}

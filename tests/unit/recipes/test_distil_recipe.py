@@ -1,5 +1,6 @@
 """A student taught by a run: its tokenizer, its answers at hand or on disk, and what is refused."""
 
+import dataclasses
 import json
 import shutil
 from collections import Counter
@@ -164,6 +165,21 @@ def test_answers_on_disk_are_what_the_teacher_says_of_each_place(root):
     torch.testing.assert_close(told, log_p, rtol=2e-3, atol=2e-3)      # float16 on disk
     same = torch.from_numpy(found["teacher_ids"][0]).long() == ids
     assert same.float().mean() > 0.99       # but for ties
+
+
+@pytest.mark.parametrize("k", [3, 300])
+def test_rows_of_the_teacher_without_a_token_are_never_among_its_answers(root, k):
+    recipe, corpus, teacher, _ = answers(root, f"objective.top_k={k}")
+    tokens, wide = teacher.tokenizer.vocab_size, replace(teacher.model.config, vocab_size=300, tied=False).build()
+    wide.initialise(0)
+    with torch.no_grad():
+        wide.head.weight[tokens:] *= 100        # what has no token may be as likely as it wants
+    plan = answers_of(recipe, dataclasses.replace(teacher, model=wide, fingerprint="wide"), corpus)
+    write_answers(plan, wide, Runtime())
+    found = Answers(plan).fields(np.arange(plan.tokens)[None])
+    assert found["teacher_ids"].shape[-1] == min(k, tokens) and found["teacher_ids"].max() < tokens
+    total = np.exp(found["teacher_log_p"][0].astype(np.float64)).sum(-1)
+    np.testing.assert_allclose(total, 1, rtol=1e-2)
 
 
 def test_rows_of_every_phase_find_the_answers_of_their_own_tokens(root):

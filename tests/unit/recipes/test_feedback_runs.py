@@ -10,10 +10,13 @@ from dougong.core.events import read_events
 from dougong.core.run import RunDirectory
 from dougong.objectives.objective import batch_fields
 from dougong.objectives.policy import FIGURES
-from dougong.recipes.assemble import assemble, prepare_data
+from dougong.recipes.assemble import assemble, build_model, prepare_data
 from dougong.recipes.derive import resolve
 from dougong.recipes.open_run import open_run
 from dougong.recipes.recipe import load_recipe
+from dougong.recipes.scored import model_reward
+from dougong.runtime.device import be_deterministic
+from dougong.train.safetensors_file import read_header
 from dougong.train.shadow import tracked
 
 
@@ -135,6 +138,39 @@ def test_a_reward_model_rewards_rollouts(root):
     assert refused.code == 2 and "objective.kind=reward" in refused.err
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_a_value_head_is_trained_and_kept_beside_an_adapter(root, kind):
+    recipe = write_feedback_recipe(root / "beside.yaml", "dpo", pairs(root), objective="reward")
+    trained(root, f"beside-{kind}", recipe, f"adapt={kind}", "adapt.rank=2")
+    opened = open_run(root / f"beside-{kind}")
+    first = build_model(opened.recipe, opened.runtime).value.weight
+    assert opened.recipe.adapt.also == ("value.weight",) and not torch.equal(opened.model.value.weight, first)
+    last = RunDirectory(root / f"beside-{kind}").checkpoint(6)
+    assert "value.weight" in read_header(last / "model.safetensors")
+
+
+def test_a_step_takes_as_many_rows_at_once_however_few_samples_were_kept(root):
+    recipe = write_feedback_recipe(root / "few.yaml", "grpo", tasks(root), objective={
+        "kind": "rejection", "samples": 4, "max_tokens": 6, "reward": "length:3", "passes": 9})
+    asked, _ = resolve(load_recipe(str(recipe), [f"start.path={root / 'base'}"])[0])
+    built = assemble(asked, prepare_data(asked))
+    assert next(built.state.loader).rows == 1 and built.recipe.train.micro_rows == 8
+
+
+def test_opening_a_reward_model_leaves_threads_determinism_and_random_numbers_as_they_were(root):
+    judge = write_feedback_recipe(root / "aside.yaml", "dpo", pairs(root, spelling="chat"), objective="reward")
+    trained(root, "aside", judge)
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    be_deterministic(True)
+    try:
+        torch.manual_seed(3)
+        model_reward(str(root / "aside"))
+        assert torch.are_deterministic_algorithms_enabled() and torch.equal(torch.rand(3), expected)
+    finally:
+        be_deterministic(False)
+
+
 def test_a_model_learns_to_tell_texts_apart_and_is_scored(root):
     import json
 
@@ -156,7 +192,7 @@ def test_a_model_learns_to_tell_texts_apart_and_is_scored(root):
     (["objective=kto"], "data.unpair=true"),
     (["objective=dpo", "data.unpair=true"], "reads pairs"),
     (["data={kind: text, path: TEXTS}"], "data.kind=preferences"),
-    (["data.path="], "data.path is not given"),
+    (["data.path=null"], "data.path is not given"),
     (["start=null"], "--model RUN"),
 ])
 def test_what_does_not_fit_is_refused_with_what_would(root, changes, message):

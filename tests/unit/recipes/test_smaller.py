@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from feedback_runs import write_feedback_recipe, write_pairs, write_tasks
 from tiny_recipe import MODELS, dougong, write_recipe, write_texts
 
 from dougong.core.run import RunDirectory
@@ -126,3 +127,45 @@ def test_what_was_pruned_is_recorded(base, variants):
     _, recorded = recipe_from_run(RunDirectory(base.with_name("base-pruned")).recipe)
     assert recorded["smaller"]["how"] == "pruned" and recorded["smaller"]["run"] == "base"
     assert len(recorded["smaller"]["layers"]) == open_run(base.with_name("base-pruned")).recipe.model.num_layers
+
+
+@pytest.fixture(scope="module")
+def tuned(base):
+    """Runs that began from it, on data that are no running text."""
+    root, made = base.parent, {}
+    labelled = root / "labelled.jsonl"
+    labelled.write_text("".join(json.dumps({"text": f"{n} text", "label": n % 2}) + "\n" for n in range(60)))
+    for kind, recipe, objective, path in (
+            ("chats", "sft", "causal_lm", write_tasks(root / "tasks.jsonl")),
+            ("preferences", "dpo", "reward", write_pairs(root / "pairs.jsonl")),
+            ("labelled", "dpo", "classify_text", labelled)):
+        spelling = {"spelling": "text"} if kind == "preferences" else {}
+        asked = write_feedback_recipe(root / f"{kind}.yaml", recipe, {"kind": kind, "path": str(path), **spelling},
+                                      objective=objective, train={"steps": 2, "checkpoint_every": 2})
+        done = dougong("train", asked, "--model", base, "--run", root / kind)
+        assert done.code == 0, done.err
+        made[kind] = root / kind
+    return made
+
+
+@pytest.mark.parametrize("arguments", [("--to", "int4", "--method", "gptq"), ("--to", "int4", "--method", "awq"),
+                                       ("--prune", "0.3")], ids=["gptq", "awq", "prune"])
+@pytest.mark.parametrize("kind", ["chats", "preferences", "labelled"])
+def test_a_tuned_run_is_made_smaller_by_its_own_data_or_told_to_name_text(tuned, tmp_path, kind, arguments):
+    done = dougong("compress", tuned[kind], *arguments, "--out", tmp_path / "out")
+    if kind == "labelled":
+        assert done.code == 2 and "--data" in done.err
+        done = dougong("compress", tuned[kind], *arguments, "--out", tmp_path / "out", "--data",
+                       tuned[kind].parent / "texts")
+    assert done.code == 0, done.err
+    assert hasattr(open_run(tmp_path / "out").model, "value") == (kind != "chats")
+
+
+@pytest.mark.parametrize("kind", ["chats", "preferences", "labelled"])
+def test_tokens_of_a_tuned_run_are_counted_in_text_that_is_named(tuned, tmp_path, kind):
+    asked = ("compress", tuned[kind], "--trim-vocabulary", "--least", "400", "--out", tmp_path / "out")
+    refused = dougong(*asked)
+    assert refused.code == 2 and "--data" in refused.err
+    done = dougong(*asked, "--data", tuned[kind].parent / "texts")
+    assert done.code == 0, done.err
+    assert hasattr(open_run(tmp_path / "out").model, "value") == (kind != "chats")

@@ -10,6 +10,7 @@ from dougong.core.run import RunDirectory
 from dougong.recipes.open_run import open_run
 from dougong.recipes.recipe import StartConfig, load_recipe, recipe_from_run
 from dougong.recipes.start import Weights, begin, check_start, fingerprint, read_weights
+from dougong.runtime.device import be_deterministic
 from dougong.train.shadow import tracked
 
 
@@ -60,6 +61,15 @@ def test_new_tokens_get_rows_around_the_mean_row_and_the_old_rows_stay(base):
     new = table[len(old):]
     assert len(new) == 5 and len(torch.unique(new, dim=0)) == 5
     assert ((new - old.mean(0)).abs() < old.std(0)).all()
+
+
+def test_reading_the_weights_of_a_start_leaves_determinism_as_it_was(base):
+    be_deterministic(True)
+    try:
+        read_weights(StartConfig(path=str(base)))
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        be_deterministic(False)
 
 
 def test_a_start_that_changed_is_refused(base, tmp_path):
