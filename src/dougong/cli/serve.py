@@ -24,7 +24,8 @@ def serve(
     rows: Annotated[int, typer.Option(min=1, help="Texts written at the same time.")] = 16,
     queue: Annotated[int, typer.Option(min=0, help="Texts that may wait; more are answered 429.")] = 64,
     max_tokens: Annotated[int, typer.Option(min=1, help="New tokens of one text at most.")] = 4096,
-    cache_tokens: Annotated[int | None, typer.Option(min=128, help="Size of the cache; else every row's context.")
+    cache_tokens: Annotated[int | None, typer.Option(min=128, help="Size of the cache; else every row's "
+                                                     "context, as far as free memory holds it.")
                             ] = None,
     seconds: Annotated[float, typer.Option(help="A reply ends after this time.")] = 600.0,
     allow_origin: Annotated[list[str] | None, typer.Option(help="An origin whose pages may ask; repeatable.")] = None,
@@ -80,7 +81,8 @@ def _run(runs: list[Path], config, keys, checkpoint: str, draft: Path | None) ->
     from dougong.serve.server import Server, bind
 
     listener = bind(config)   # first: a port in use is said before minutes of loading
-    models = [ServedModel.open(path, config, checkpoint=checkpoint, draft=draft) for path in runs]
+    models = [ServedModel.open(path, config, checkpoint=checkpoint, draft=draft, beside=len(runs) - 1)
+              for path in runs]
     names = [model.name for model in models]
     if len(set(names)) < len(names):
         raise ConfigError(f"two of the runs have the same name: {', '.join(names)}. Rename a directory.")
@@ -88,6 +90,9 @@ def _run(runs: list[Path], config, keys, checkpoint: str, draft: Path | None) ->
     host, bound = listener.getsockname()[:2]
     where = f"http://{f'[{host}]' if ':' in host else host}:{bound}"
     print(f"{', '.join(names)} at {where}  (page: {where}/  API: {where}/v1)", flush=True)
+    for model in models:
+        print(f"cache of {model.name}: at most {model.cache_tokens:,} tokens ({model.cache_bytes / 1e9:.1f} GB; "
+              "--cache-tokens)", flush=True)
     if any(model.engine.runtime.device.type == "cpu" for model in models):
         print(f"tokens are computed {native.reason()}", flush=True)
     server.run(sockets=[listener])

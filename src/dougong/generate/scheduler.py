@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dougong.core.errors import ConfigError
+from dougong.generate.cache import KVCache
 from dougong.generate.choosing import choose_each, log_probabilities_of
 from dougong.generate.draft_model import Drafted, DraftModel
 from dougong.generate.drafts import Ahead, Guess, NGrams
@@ -20,6 +21,8 @@ from dougong.generate.lanes import BLOCK, Lane, Reading, width_for
 from dougong.generate.prefixes import Prefixes
 from dougong.generate.request import Request, Row
 from dougong.generate.sampling import Draws
+
+_SHARE = 0.4    # of free memory for a default cache: for a moment it may take twice its tokens, and steps need some too
 
 
 class Scheduler:
@@ -401,3 +404,15 @@ class Scheduler:
         if len(row.tokens) - row.prompt_length >= sampling.max_tokens:
             return "length"
         return "context" if self._places(row) < 1 and sampling.at_context_end == "stop" else None
+
+
+def default_cache_tokens(free_bytes: float, token_bytes: int, *, least: int, most: int) -> int:
+    """`most`, or what a share of the free memory holds where that is less, and `least` in any case."""
+    return max(least, int(min(most, _SHARE * free_bytes / token_bytes)) // BLOCK * BLOCK)
+
+
+def token_bytes(engine: Engine) -> int:
+    """Bytes of one token's keys and values, seen by reading one."""
+    cache = KVCache()
+    engine.read(torch.zeros(1, 1, dtype=torch.long), cache)
+    return cache.nbytes

@@ -46,14 +46,8 @@ class Answer:
                            code="invalid_value")
         most = self._most_tokens()
         self._tools, self._free = self._callable()
+        self._check_choices()
         prompts = await self._prompts()
-        if len(prompts) * body.n > self.config.choices:
-            raise ApiError(400, f"{len(prompts)} prompts with n={body.n} are {len(prompts) * body.n} texts; this "
-                           f"server writes at most {self.config.choices} for one request.", param="n",
-                           code="too_many_choices")
-        if body.temperature == 0 and body.n > 1:
-            raise ApiError(400, f"n={body.n} continuations at temperature=0 would all be the same. Set n=1, or a "
-                           "temperature above 0.", param="n", code="invalid_value")
         stop_ids = self._stop_ids()
         chat = isinstance(body, ChatBody)
         own_end = sorted(model.template.stop_ids) if chat else []
@@ -70,7 +64,7 @@ class Answer:
         self.prompt_tokens, self.requests, self.writers, self.readers = 0, [], [], []
         for ids in prompts:
             prompt, tokens = model.fit(ids, body, most)
-            sampling = model.sampling(body, max_tokens=tokens, seed=self.seed, logprobs=self.logprobs)
+            sampling = model.sampling(body, max_tokens=tokens, seed=self.seed % 2**64, logprobs=self.logprobs)
             self.prompt_tokens += len(prompt)
             for sample in range(body.n):
                 self.requests.append(model.request(prompt, sampling, sample=sample, stop_ids=stop_ids,
@@ -127,16 +121,22 @@ class Answer:
         return self.reply.chunk(index, piece, reader is not None and bool(reader.calls))
 
     async def _pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
-        """What becomes certain, as (choice, piece). Closing it stops the engine's work on it."""
+        """What becomes certain, as (choice, piece). Closing it stops the engine's work on it.
+
+        The prompts are charged once the engine has them, unless the time is over before a token could be written.
+        """
         self.client.enter()
+        read = 0
         try:
             async with self.model.runner.read(self.requests) as reader:
+                read = self.prompt_tokens
                 deadline = self.begin + self.config.request_seconds
                 while True:
                     try:
                         async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
                             step = await anext(reader, None)
                     except TimeoutError:
+                        read = 0 if self.first is None else read
                         for piece in self._out_of_time():
                             yield piece
                         break
@@ -154,8 +154,8 @@ class Answer:
                             yield index, piece
         finally:
             written = sum(writer.count for writer in self.writers)
-            self.client.leave(self.prompt_tokens + written)
-            self.metrics.prompt_tokens.labels(self.model.name).inc(self.prompt_tokens)
+            self.client.leave(read + written)
+            self.metrics.prompt_tokens.labels(self.model.name).inc(read)
             if self.first is not None:
                 self.metrics.first.labels(self.model.name).observe(self.first - self.begin)
                 self.metrics.whole.labels(self.model.name).observe(time.monotonic() - self.begin)
@@ -231,15 +231,23 @@ class Answer:
                            param="max_tokens", code="invalid_value")
         return asked
 
+    def _check_choices(self) -> None:
+        """Raises ApiError for more texts than the server writes, and for several that would be the same."""
+        body = self.body
+        prompts = 1 if isinstance(body, ChatBody) else len(texts_in(body.prompt))
+        if prompts * body.n > self.config.choices:
+            raise ApiError(400, f"{prompts} prompts with n={body.n} are {prompts * body.n} texts; this server writes "
+                           f"at most {self.config.choices} for one request.", param="n", code="too_many_choices")
+        if body.temperature == 0 and body.n > 1:
+            raise ApiError(400, f"n={body.n} continuations at temperature=0 (or top_p=0) would all be the same. Set "
+                           "n=1, or a temperature above 0.", param="n", code="invalid_value")
+
     async def _prompts(self) -> list[list[int]]:
         body, model = self.body, self.model
         if isinstance(body, ChatBody):
             tools = [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in self._tools]
             return [await model.encode_chat(body.messages, tools)]
-        held: list[Any] = body.prompt if isinstance(body.prompt, list) else [body.prompt]
-        if isinstance(held[0], int):
-            held = [held]
-        return [await model.encode(one) if isinstance(one, str) else one for one in held]
+        return await encoded(texts_in(body.prompt), model)
 
     def _stop_ids(self) -> frozenset[int]:
         end = self.model.tokenizer.document_id
@@ -263,6 +271,20 @@ class Answer:
         if self.config.log_prompts:
             asked = self.body.model_dump(include={"prompt", "messages"})
             print({**asked, "replies": [writer.text for writer in self.writers]}, file=sys.stderr)
+
+
+def texts_in(field: Any) -> list[Any]:
+    """The texts, or lists of ids, of a field that may hold one or several."""
+    return field if isinstance(field, list) and not isinstance(field[0], int) else [field]
+
+
+async def encoded(texts: list[Any], model: ServedModel) -> list[list[int]]:
+    """Each as ids; the event loop has a turn between two."""
+    prompts = []
+    for text in texts:
+        prompts.append(await model.encode(text) if isinstance(text, str) else text)
+        await asyncio.sleep(0)
+    return prompts
 
 
 def _shape(body: Writing) -> tuple[type[Reply], int | None]:

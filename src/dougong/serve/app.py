@@ -1,14 +1,16 @@
 """The routes: OpenAI's, health, metrics, and the page."""
 
+import asyncio
 import base64
 import hashlib
+import json
 import math
 import struct
 import traceback
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
@@ -17,7 +19,7 @@ from starlette.exceptions import HTTPException
 
 from dougong import __version__
 from dougong.core.errors import CheckpointError, DougongError
-from dougong.serve.answer import Answer
+from dougong.serve.answer import Answer, encoded, texts_in
 from dougong.serve.bodies import Body, ChatBody, CompletionBody, EmbeddingBody, TokenizeBody, Writing, parse
 from dougong.serve.errors import ApiError
 from dougong.serve.guard import Guard, read_body
@@ -31,6 +33,7 @@ _WEB = Path(__file__).parent / "web"
 _KINDS = {".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8",
           ".js": "text/javascript; charset=utf-8", ".svg": "image/svg+xml"}
 _EMBEDDINGS = 64   # texts in one request
+T = TypeVar("T", bound=Body)
 _BODIES: dict[str, type[Body]] = {"/v1/completions": CompletionBody, "/v1/chat/completions": ChatBody,
                                   "/v1/tokenize": TokenizeBody, "/v1/embeddings": EmbeddingBody}
 
@@ -118,9 +121,7 @@ def _add_status(app: FastAPI, metrics: Metrics, models: dict[str, ServedModel]) 
 
 def _add_writing(app: FastAPI, config: ServeConfig, metrics: Metrics, models: dict[str, ServedModel]) -> None:
     async def write(request: Request, kind: type[CompletionBody] | type[ChatBody]) -> Response:
-        body = parse(kind, await read_body(request, config))
-        if app.state.draining:
-            raise ApiError(503, "the server is stopping and takes no new work.", code="draining", retry_after=5)
+        body = await _asked(kind, request, config)
         client: Client = request.scope["state"]["client"]
         answer = Answer(body, _model(models, body.model), client, config, metrics)
         await answer.prepare()
@@ -140,41 +141,62 @@ def _add_writing(app: FastAPI, config: ServeConfig, metrics: Metrics, models: di
 
 def _add_ids(app: FastAPI, config: ServeConfig, models: dict[str, ServedModel]) -> None:
     @app.post("/v1/tokenize", summary="The tokens of a text or a conversation.")
-    async def tokenize(request: Request) -> dict[str, Any]:
-        body = parse(TokenizeBody, await read_body(request, config))
-        model = _model(models, body.model)
+    async def tokenize(request: Request) -> Response:
+        body = await _asked(TokenizeBody, request, config)
+        model, client = _model(models, body.model), request.scope["state"]["client"]
         if (body.input is None) == (body.messages is None):
             raise ApiError(400, "send either input (a text) or messages (a conversation).", param="input",
                            code="invalid_value")
-        if body.messages is not None:
-            ids = await model.encode_chat(body.messages)
-        else:
-            ids = await model.plain_ids(body.input or "")
-        return {"object": "tokens", "model": model.name, "count": len(ids), "tokens": ids,
-                "texts": [model.spell(id)[0] for id in ids], "context": model.context}
+        client.enter()
+        try:
+            if body.messages is not None:
+                ids = await model.encode_chat(body.messages)
+            else:
+                ids = await model.plain_ids(body.input or "")
+            return Response(await asyncio.to_thread(_spelled, ids, model), media_type="application/json")
+        finally:
+            client.leave(0)      # the model has read nothing
 
     @app.post("/v1/embeddings", summary="Vectors of texts.")
     async def embeddings(request: Request) -> Response:
-        body = parse(EmbeddingBody, await read_body(request, config))
+        body = await _asked(EmbeddingBody, request, config)
         model, client = _model(models, body.model), request.scope["state"]["client"]
-        texts: list[Any] = body.input if isinstance(body.input, list) else [body.input]
-        texts = [texts] if isinstance(texts[0], int) else texts
+        texts = texts_in(body.input)
         if len(texts) > _EMBEDDINGS:
             raise ApiError(400, f"{len(texts)} texts came; at most {_EMBEDDINGS} in one request.", param="input",
                            code="too_many_inputs")
-        prompts = [await model.encode(text) if isinstance(text, str) else text for text in texts]
-        for ids in prompts:
-            _check_embeddable(ids, model)
         client.enter()
+        count = 0
         try:
-            vectors = await unless_left(request.receive, _embed(model, prompts))
+            prompts = await encoded(texts, model)
+            for ids in prompts:
+                _check_embeddable(ids, model)
+            with model.runner.places():
+                count = sum(map(len, prompts))
+                vectors = await unless_left(request.receive, _embed(model, prompts))
         finally:
-            client.leave(sum(map(len, prompts)))
+            client.leave(count)
         told = [_spell_vector(vector, body.encoding_format) for vector in vectors]
-        count = sum(map(len, prompts))
         return JSONResponse({"object": "list", "model": model.name, "usage": {
             "prompt_tokens": count, "total_tokens": count}, "data": [
             {"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(told)]})
+
+
+async def _asked(kind: type[T], request: Request, config: ServeConfig) -> T:
+    """The body of a request for work. Raises ApiError, 503 while the server drains."""
+    body = parse(kind, await read_body(request, config))
+    if request.app.state.draining:
+        raise ApiError(503, "the server is stopping and takes no new work.", code="draining", retry_after=5)
+    return body
+
+
+def _spelled(ids: list[int], model: ServedModel) -> bytes:
+    """The answer of /v1/tokenize; its lists joined here, as json lets no other thread run while it writes a list."""
+    texts = {id: json.dumps(model.spell(id)[0], ensure_ascii=False) for id in set(ids)}
+    told = json.dumps({"object": "tokens", "model": model.name, "count": len(ids), "context": model.context})
+    lists = (f'"{name}": [{", ".join(items)}]' for name, items in (
+        ("tokens", [str(id) for id in ids]), ("texts", [texts[id] for id in ids])))
+    return f"{told[:-1]}, {', '.join(lists)}}}".encode()
 
 
 def _check_embeddable(ids: list[int], model: ServedModel) -> None:

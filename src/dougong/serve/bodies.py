@@ -2,14 +2,25 @@
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
 from dougong.serve.errors import ApiError, of_validation
 from dougong.serve.tool_bodies import NamedTool, Tool, ToolCall
 
 _LARGEST = 2**63 - 1
-_TokenId = Annotated[int, Field(ge=0, le=_LARGEST)]
+_TEXTS = 1024
+_LEAST_TEMPERATURE = 2.0**-126    # float32's smallest normal number: what is divided by less may become infinite
+
+
+def _few(value: Any) -> Any:
+    """Before each text is looked at; a long list of ids is one text."""
+    if isinstance(value, list) and len(value) > _TEXTS and not isinstance(value[0], int):
+        raise ValueError(f"{len(value):,} texts came; at most {_TEXTS:,} in one request")
+    return value
+
+
+_Ids = Annotated[list[Annotated[int, Field(ge=0, le=_LARGEST)]], Field(min_length=1, fail_fast=True)]
 _Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -66,11 +77,12 @@ class Writing(Body):
     """What completions and chat have in common. Absent and null mean the default."""
 
     temperature: float = Field(default=1.0, ge=0, le=100)
-    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_p: float = Field(default=1.0, ge=0, le=1)
+    """0 takes the likeliest token, as temperature 0 does"""
     top_k: int | None = Field(default=None, ge=1, le=_LARGEST)
     """an addition to OpenAI's fields, as min_p, repetition_penalty, truncation"""
     min_p: float | None = Field(default=None, ge=0, le=1)
-    repetition_penalty: float = Field(default=1.0, gt=0, le=100)
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=100)
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
     logit_bias: dict[Annotated[str, Field(max_length=20)], Annotated[float, Field(ge=-100, le=100)]] | None = Field(
@@ -78,13 +90,20 @@ class Writing(Body):
     n: int = Field(default=1, ge=1, le=1024)
     max_tokens: int | None = Field(default=None, ge=1, le=_LARGEST)
     stop: _Stop | Annotated[list[_Stop], Field(max_length=16)] = []
-    seed: int | None = Field(default=None, ge=0, le=_LARGEST)
+    seed: int | None = Field(default=None, ge=-2**63, le=_LARGEST)
     """the same seed and request give the same text; the reply names the seed used where none came"""
     stream: bool = False
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     truncation: Literal["disabled", "auto"] = "disabled"
     """auto: of a prompt that leaves no room for the answer, the end is kept"""
+
+    @model_validator(mode="after")
+    def _take_the_likeliest(self) -> "Writing":
+        """Where nothing else is left, at temperature 0."""
+        if self.top_p == 0 or self.temperature < _LEAST_TEMPERATURE:
+            self.temperature, self.top_p = 0.0, self.top_p or 1.0
+        return self
 
     @property
     def stops(self) -> list[str]:
@@ -94,9 +113,8 @@ class Writing(Body):
 class CompletionBody(Writing):
     """`POST /v1/completions`: continue a text, or token ids."""
 
-    prompt: (Annotated[str, Field()] | Annotated[list[_TokenId], Field(min_length=1)]
-             | Annotated[list[str], Field(min_length=1)]
-             | Annotated[list[Annotated[list[_TokenId], Field(min_length=1)]], Field(min_length=1)])
+    prompt: Annotated[str | _Ids | Annotated[list[str], Field(min_length=1, fail_fast=True)]
+                      | Annotated[list[_Ids], Field(min_length=1, fail_fast=True)], BeforeValidator(_few)]
     logprobs: int | None = Field(default=None, ge=0, le=20)
 
 
@@ -111,12 +129,14 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     """may be left out where there are tool_calls"""
     tool_calls: list[ToolCall] | None = Field(default=None, min_length=1, max_length=128)
     """of an assistant's turn: what it called"""
     tool_call_id: str | None = Field(default=None, max_length=256)
     """of a tool's turn: the call that it answers"""
+    name: str | None = Field(default=None, max_length=256)
+    """who speaks, for templates that tell; of a tool's turn its call says it"""
 
     @model_validator(mode="after")
     def _fits_its_role(self) -> "Message":
@@ -134,7 +154,8 @@ class Message(BaseModel):
         told = {"role": "system" if self.role == "developer" else self.role,
                 "content": content if isinstance(content, str) else "".join(part.text for part in content)}
         calls = {} if self.tool_calls is None else {"tool_calls": [call.plain(as_text) for call in self.tool_calls]}
-        return {**told, **calls, **({} if self.tool_call_id is None else {"tool_call_id": self.tool_call_id})}
+        names = {"tool_call_id": self.tool_call_id, "name": self.name}
+        return {**told, **calls, **{field: held for field, held in names.items() if held is not None}}
 
 
 class ChatBody(Writing):
@@ -161,9 +182,9 @@ class TokenizeBody(Body):
 class EmbeddingBody(Body):
     """`POST /v1/embeddings`: the mean of the last hidden states, scaled to length 1."""
 
-    input: (Annotated[str, Field(min_length=1)] | Annotated[list[_TokenId], Field(min_length=1)]
-            | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
-            | Annotated[list[Annotated[list[_TokenId], Field(min_length=1)]], Field(min_length=1)])
+    input: Annotated[Annotated[str, Field(min_length=1)] | _Ids
+                     | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, fail_fast=True)]
+                     | Annotated[list[_Ids], Field(min_length=1, fail_fast=True)], BeforeValidator(_few)]
     encoding_format: Literal["float", "base64"] = "float"
 
 

@@ -1,6 +1,7 @@
 """What every request passes before any route: who asks, from where, how much; and the headers of every answer."""
 
 import asyncio
+import re
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -19,6 +20,7 @@ OPEN = frozenset({"/health"})
 
 _PAGE_POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
                 "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+_HEADER_NAME = re.compile(r"[a-z0-9-]+")
 _HEADERS = {
     "Content-Security-Policy": _PAGE_POLICY, "X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer", "Cross-Origin-Opener-Policy": "same-origin",
@@ -78,14 +80,18 @@ class Guard:
             return False
 
     def _preflight(self, scope: Scope, headers: Headers) -> Response | None:
-        """A browser asks before it lets a page of another origin ask; it brings no key."""
+        """A browser asks before it lets a page of another origin ask; it brings no key.
+
+        Clients add headers of their own (OpenAI's sends `x-stainless-…`), so an allowed origin may send any.
+        """
         if scope["method"] != "OPTIONS" or "access-control-request-method" not in headers:
             return None
         if headers.get("origin") not in self._config.allow_origins:
             raise ApiError(403, "pages of this origin may not use this server.", code="origin_not_allowed")
+        asked = headers.get("access-control-request-headers", "").lower().split(",")
         return Response(status_code=204, headers={
             "Access-Control-Allow-Methods": "GET, POST", "Access-Control-Max-Age": "600",
-            "Access-Control-Allow-Headers": "authorization, content-type"})
+            "Access-Control-Allow-Headers": ", ".join(filter(_HEADER_NAME.fullmatch, map(str.strip, asked)))})
 
     def _told(self, scope: Scope, asked: Headers, send: Send) -> Send:
         async def told(message: Message) -> None:

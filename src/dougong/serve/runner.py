@@ -5,8 +5,8 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 from dougong.core.errors import DougongError
@@ -17,16 +17,20 @@ _FAILURES = 3   # steps in a row that may break before the runner calls itself u
 
 
 class Runner:
-    """Runs a scheduler in one thread, which alone touches it; what others want of it waits in an inbox."""
+    """Runs a scheduler in one thread, which alone touches it; what others want of it waits in an inbox.
+
+    What takes as long as a step waits apart (`call`), as one such function stands between two steps.
+    """
 
     def __init__(self, scheduler: Any, *, rows: int, queue: int, on_step: Callable[[float, int], None] | None = None,
                  ) -> None:
         """`rows` texts are written at a time and `queue` more may wait; `on_step(seconds, tokens)` is told each."""
         self.scheduler, self.rows, self.queue = scheduler, rows, queue
-        self.active = 0            # texts that readers wait for
+        self.active = 0            # texts that clients wait for
         self.failures = 0
         self._on_step = on_step
         self._inbox: deque[Callable[[], None]] = deque()
+        self._calls: deque[Callable[[], None]] = deque()
         self._wake = threading.Event()
         self._ended = False
         self._readers: dict[int, tuple[_Reader, int]] = {}   # of the scheduler's ids; the thread's own
@@ -53,19 +57,24 @@ class Runner:
         """A guess at when a place will be free."""
         return max(1.0, self.active / self.rows * self._seconds)
 
+    @contextmanager
+    def places(self, count: int = 1) -> Iterator[None]:
+        """Places among the texts that are written or wait. Raises ApiError 429 where there are not so many."""
+        if self.active + count > self.rows + self.queue:
+            wait = self.wait_seconds()
+            raise ApiError(429, f"{self.active} texts are being written or wait, and {count} more do not fit "
+                           f"({self.rows} at a time, {self.queue} in the queue). Try again in {wait:.0f} s.",
+                           code="queue_full", retry_after=wait)
+        self.active += count
+        try:
+            yield
+        finally:
+            self.active -= count
+
     async def call(self, function: Callable[[], Any]) -> Any:
-        """Runs a function between two steps, in the scheduler's thread, and returns what it returns."""
-        future: asyncio.Future = self._loop.create_future()
-
-        def run() -> None:
-            try:
-                outcome, error = function(), None
-            except Exception as raised:
-                outcome, error = None, raised
-            self._post(lambda: _settle(future, outcome, error))
-
-        self._send(run)
-        return await future
+        """Runs a function in the scheduler's thread and returns what it returns. While texts are being written, there
+        is a step between one such function and the next."""
+        return await self._ask(function, self._calls)
 
     @asynccontextmanager
     async def read(self, requests: Sequence[Any]) -> AsyncIterator["_Reader"]:
@@ -74,35 +83,31 @@ class Runner:
         Leaving the block for any reason cancels what has not ended. Raises ApiError 429 where too many wait, and
         what the scheduler raises for a request that can never run.
         """
-        if self.active + len(requests) > self.rows + self.queue:
-            wait = self.wait_seconds()
-            raise ApiError(429, f"{self.active} texts are being written or wait, and {len(requests)} more do not fit "
-                           f"({self.rows} at a time, {self.queue} in the queue). Try again in {wait:.0f} s.",
-                           code="queue_full", retry_after=wait)
         reader, begin = _Reader(self, len(requests)), time.monotonic()
-        self.active += len(requests)
-        try:
-            await self.call(lambda: self._add(reader, requests))
-            yield reader
-            self._seconds += 0.1 * (time.monotonic() - begin - self._seconds)
-        finally:
-            self.active -= len(requests)
-            self._send(lambda: self._cancel(reader))   # behind the addition, whether that was awaited or not
+        with self.places(len(requests)):
+            try:
+                await self._ask(lambda: self._add(reader, requests), self._inbox)
+                yield reader
+                self._seconds += 0.1 * (time.monotonic() - begin - self._seconds)
+            finally:
+                self._send(lambda: self._cancel(reader))   # behind the addition, whether that was awaited or not
 
     # ---- in the thread
 
     def _run(self) -> None:
         while not self._ended:
-            while self._inbox:
+            turn = [self._inbox.popleft() for _ in range(len(self._inbox))]   # what comes meanwhile is for the next
+            turn += [self._calls.popleft()] if self._calls else []
+            for work in turn:
                 try:
-                    self._inbox.popleft()()
+                    work()
                 except Exception as error:   # ours; the thread serves everyone and must not end by it
                     traceback.print_exception(error)
-            if self.scheduler.waiting + self.scheduler.running == 0:
+            if self.scheduler.waiting + self.scheduler.running:
+                self._step()
+            elif not (self._inbox or self._calls):
                 self._wake.wait()
                 self._wake.clear()
-            else:
-                self._step()
 
     def _step(self) -> None:
         begin = time.perf_counter()
@@ -140,6 +145,22 @@ class Runner:
             self.scheduler.cancel(id)
 
     # ---- between the threads
+
+    async def _ask(self, function: Callable[[], Any], box: deque[Callable[[], None]]) -> Any:
+        future: asyncio.Future = self._loop.create_future()
+
+        def run() -> None:
+            if future.cancelled():   # who asked has left
+                return
+            try:
+                outcome, error = function(), None
+            except Exception as raised:
+                outcome, error = None, raised
+            self._post(lambda: _settle(future, outcome, error))
+
+        box.append(run)
+        self._wake.set()
+        return await future
 
     def _send(self, work: Callable[[], None]) -> None:
         self._inbox.append(work)

@@ -13,8 +13,9 @@ from dougong.core.files import write_text
 from dougong.data.chat_template import ChatTemplate
 from dougong.generate import Engine, SamplingConfig
 from dougong.generate.request import Request
-from dougong.generate.scheduler import Scheduler
+from dougong.generate.scheduler import Scheduler, default_cache_tokens, token_bytes
 from dougong.serve.writing import Writer
+from dougong.train.memory import available_bytes
 
 HELP = """\
 /reset            begin again              /system TEXT      set the system prompt (none: show it)
@@ -44,8 +45,9 @@ class Conversation:
         self.template = ChatTemplate(self.tokenizer)
         self.mode = self.mode or ("chat" if self.template.own else "continue")
         self.context = self.engine.context or 4096
-        self._scheduler = Scheduler(self.engine, max_rows=1, vocab_size=self.tokenizer.vocab_size,
-                                    cache_tokens=4 * _BLOCK + 2 * self.context)
+        least, free = 4 * _BLOCK + self.context, available_bytes(self.engine.runtime.device)
+        tokens = default_cache_tokens(free, token_bytes(self.engine), least=least, most=least + self.context)
+        self._scheduler = Scheduler(self.engine, max_rows=1, vocab_size=self.tokenizer.vocab_size, cache_tokens=tokens)
 
     def answer(self, said: str) -> Generator[str, None, None]:
         """Adds what was said and yields the answer as it is written, at every step, "" where nothing is certain yet.

@@ -1,9 +1,14 @@
 """Whatever comes is answered with a clear 4xx in OpenAI's shape, and the server goes on."""
 
+import asyncio
 import json
 import random
+import threading
 
 import pytest
+from pydantic import ValidationError
+
+from dougong.serve.bodies import ChatBody, CompletionBody, EmbeddingBody
 
 PROMPT = {"prompt": "a", "max_tokens": 1}
 CHAT = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
@@ -33,15 +38,16 @@ def test_what_is_no_json(server, raw):
 
 
 @pytest.mark.parametrize("field, value", [
-    ("temperature", "hot"), ("temperature", -1), ("temperature", 1e300), ("temperature", True), ("top_p", 0),
+    ("temperature", "hot"), ("temperature", -1), ("temperature", 1e300), ("temperature", True), ("top_p", -0.1),
     ("top_p", 1.5), ("max_tokens", 0), ("max_tokens", 1.5), ("max_tokens", "5"), ("max_tokens", -3),
-    ("max_tokens", 10**400), ("max_tokens", 10**6), ("n", 0), ("n", 10**9), ("n", 17), ("seed", -1), ("seed", 2**70),
-    ("stop", ""), ("stop", [""]), ("stop", 5), ("stop", ["a"] * 17), ("logprobs", 21), ("logprobs", True),
-    ("presence_penalty", 3), ("logit_bias", {"a": 1}), ("logit_bias", {"99999": 1}), ("logit_bias", {"1": 1000}),
-    ("logit_bias", {"-1": 1}), ("logit_bias", [1]), ("stream", "yes"), ("stream_options", {"include_usage": True}),
-    ("truncation", "sideways"), ("top_k", 0), ("min_p", 2), ("repetition_penalty", 0), ("prompt", 5), ("prompt", []),
-    ("prompt", {}), ("prompt", [[]]), ("prompt", [1, "a"]), ("prompt", [-1]), ("prompt", [2**80]), ("prompt", [1.5]),
-    ("model", 7), ("user", 7), ("response_format", {"type": "xml"}), ("response_format", "json"),
+    ("max_tokens", 10**400), ("max_tokens", 10**6), ("n", 0), ("n", 10**9), ("n", 17), ("seed", -2**64),
+    ("seed", 2**70), ("stop", ""), ("stop", [""]), ("stop", 5), ("stop", ["a"] * 17), ("logprobs", 21),
+    ("logprobs", True), ("presence_penalty", 3), ("logit_bias", {"a": 1}), ("logit_bias", {"99999": 1}),
+    ("logit_bias", {"1": 1000}), ("logit_bias", {"-1": 1}), ("logit_bias", [1]), ("stream", "yes"),
+    ("stream_options", {"include_usage": True}),
+    ("truncation", "sideways"), ("top_k", 0), ("min_p", 2), ("repetition_penalty", 1e-45), ("prompt", 5),
+    ("prompt", []), ("prompt", {}), ("prompt", [[]]), ("prompt", [1, "a"]), ("prompt", [-1]), ("prompt", [2**80]),
+    ("prompt", [1.5]), ("model", 7), ("user", 7), ("response_format", {"type": "xml"}), ("response_format", "json"),
     ("response_format", {"type": "json_schema"}), ("response_format", {"type": "regex", "regex": "("}),
     ("response_format", {"type": "text", "regex": "a"}), ("response_format", {"type": "choice", "choice": []}),
     ("response_format", {"type": "json_schema", "json_schema": {"schema": {"type": "wat"}}}),
@@ -59,6 +65,28 @@ def test_a_huge_float_is_no_infinity(server):
     refused(server.client.post(TEXT, content=raw, headers={"content-type": "application/json"}))
 
 
+@pytest.mark.parametrize("path, body", [
+    (TEXT, {"prompt": ["a"] * 17}), (TEXT, {"prompt": [[97]] * 17}), (TEXT, {"prompt": "a", "n": 17}),
+    (TALK, {**CHAT, "n": 17}), ("/v1/embeddings", {"input": ["a"] * 65}), (TEXT, {"prompt": ["a"] * 2000})])
+def test_texts_are_counted_before_they_are_encoded(server, monkeypatch, path, body):
+    encoded, model = [], server.app.state.models["tiny"]
+    monkeypatch.setattr(model, "encode", encoded.append)
+    monkeypatch.setattr(model, "encode_chat", encoded.append)
+    assert "at most" in refused(server.post(path, body))
+    assert not encoded
+
+
+@pytest.mark.parametrize("kind, body", [
+    (CompletionBody, {"prompt": [-1] * 9000}), (CompletionBody, {"prompt": [[]] * 900}),
+    (CompletionBody, {"prompt": ["a", *[1] * 900]}), (EmbeddingBody, {"input": [-1] * 9000}),
+    (ChatBody, {"messages": [{"role": "user", "content": [0] * 9000}]})])
+def test_the_first_wrong_item_of_a_list_is_enough(kind, body):
+    """Else a body of 1 MiB, each of whose numbers is wrong, keeps everybody waiting for seconds."""
+    with pytest.raises(ValidationError) as error:
+        kind.model_validate(body)
+    assert error.value.error_count() < 9
+
+
 def test_a_token_outside_the_vocabulary(server):
     assert "9999" in refused(server.post(TEXT, {"prompt": [9999]}))
     assert "9999" in refused(server.post("/v1/embeddings", {"input": [9999]}))
@@ -66,7 +94,7 @@ def test_a_token_outside_the_vocabulary(server):
 
 @pytest.mark.parametrize("messages", [
     [], "hi", [5], [{}], [{"role": "user"}], [{"content": "a"}], [{"role": "wizard", "content": "a"}],
-    [{"role": "user", "content": 5}], [{"role": "user", "content": "a", "name": "x"}],
+    [{"role": "user", "content": 5}], [{"role": "user", "content": "a", "name": 5}],
     [{"role": "tool", "content": "a"}], [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
     [{"role": "user", "content": None}], [{"role": "assistant", "content": "a", "tool_calls": [{}]}]])
 def test_wrong_messages(server, messages):
@@ -89,6 +117,25 @@ def test_values_that_ask_for_nothing_are_taken(server):
             "presence_penalty": 0, "logit_bias": {}, "stream": False, "response_format": {"type": "text"}}
     assert server.post(TEXT, {**PROMPT, **idle, "temperature": 0}).status_code == 200
     assert server.post(TALK, {**CHAT, "tools": [], "store": False, "metadata": None, "n": 1}).status_code == 200
+
+
+@pytest.mark.parametrize("more", [{"top_p": 0}, {"top_p": 0, "temperature": 0}, {"temperature": 1e-46},
+                                  {"temperature": 1e-40}])
+def test_what_leaves_the_likeliest_token_only_is_greedy(server, more):
+    asked = {"prompt": "a", "max_tokens": 20, "seed": 3}
+    greedy, told = (server.post(TEXT, {**asked, **held}) for held in ({"temperature": 0}, more))
+    assert told.status_code == 200 and told.json()["choices"] == greedy.json()["choices"]
+
+
+def test_a_seed_may_be_negative_and_is_told_as_it_came(server):
+    one, same, other = (server.post(TEXT, {"prompt": "a", "max_tokens": 20, "seed": seed}).json()
+                        for seed in (-1, -1, -2**63))
+    assert one["seed"] == -1 and one["choices"] == same["choices"] != other["choices"]
+
+
+def test_a_message_may_have_a_name(server):
+    named = {"messages": [{"role": "user", "content": "a", "name": "Bob"}], "max_tokens": 1}
+    assert server.post(TALK, named).status_code == 200
 
 
 def test_what_has_no_effect_together_is_refused(server):
@@ -117,6 +164,19 @@ def test_tokenize(server):
     assert told["tokens"] == [97, 230, 150, 151] and told["count"] == 4 and told["texts"][0] == "a"
     chat = server.post("/v1/tokenize", {"messages": CHAT["messages"]}).json()
     assert bytes(chat["tokens"][1:]) == b"User: a\nAssistant:" and chat["tokens"][0] == 256
+
+
+def test_tokens_are_spelled_beside_the_event_loop(server, monkeypatch):
+    model, threads = server.app.state.models["tiny"], []
+    spell = model.spell
+
+    async def here():
+        return threading.get_ident()
+
+    loop = asyncio.run_coroutine_threadsafe(here(), server.runner._loop).result()
+    monkeypatch.setattr(model, "spell", lambda id: (threads.append(threading.get_ident()), spell(id))[1])
+    told = server.post("/v1/tokenize", {"input": "abba" * 100}).json()
+    assert told["texts"] == list("abba" * 100) and len(threads) == 2 and loop not in threads
 
 
 @pytest.mark.parametrize("value", [[], "", [""], [[]], 5, [1, "a"], ["a"] * 65, "a" * 300])

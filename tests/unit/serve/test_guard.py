@@ -4,7 +4,8 @@ import base64
 import json
 import socket
 import stat
-import time
+import threading
+from types import SimpleNamespace
 
 import pytest
 from live_server import live, tiny_model
@@ -19,10 +20,11 @@ BODY = {"prompt": "a", "max_tokens": 3}
 
 @pytest.fixture(scope="module")
 def keyed(tmp_path_factory):
-    """A server with three keys: free, a slow one, and one with few tokens."""
+    """A server with keys of different limits."""
     path = tmp_path_factory.mktemp("keys") / "keys.json"
     keys = {"free": add_key(path, "free"), "slow": add_key(path, "slow", requests_per_minute=2),
-            "small": add_key(path, "small", tokens_per_minute=2), "one": add_key(path, "one", concurrent=1)}
+            "small": add_key(path, "small", tokens_per_minute=2), "one": add_key(path, "one", concurrent=1),
+            "two": add_key(path, "two", requests_per_minute=2)}
     config = ServeConfig(port=0, allow_origins=("https://friend.example",), body_bytes=2048, body_seconds=0.5,
                          header_seconds=0.6)
     with live(config, Keys.load(path)) as running:
@@ -64,7 +66,7 @@ def test_keys_are_kept_as_salted_hashes(keyed):
     text = keyed.path.read_text()
     assert all(key not in text and key[3:] not in text for key in keyed.keys.values())
     entries = json.loads(text)["keys"]
-    assert len({entry["salt"] for entry in entries}) == len({entry["sha256"] for entry in entries}) == 4
+    assert len({entry["salt"] for entry in entries}) == len({entry["sha256"] for entry in entries}) == 5
     assert stat.S_IMODE(keyed.path.stat().st_mode) == 0o600
 
 
@@ -83,6 +85,33 @@ def test_a_keys_tokens_per_minute(keyed):
     assert 300 < int(second.headers["retry-after"]) < 600   # 20 used of 2: nine minutes at 2 a minute
 
 
+def test_a_keys_requests_count_where_no_token_is_written(keyed):
+    for path, body in (("tokenize", {"input": "a"}), ("embeddings", {"input": "a"})):
+        assert keyed.client.post(f"/v1/{path}", json=body, headers=bearer(keyed.keys["two"])).status_code == 200
+    for path in ("tokenize", "embeddings"):
+        refused = keyed.client.post(f"/v1/{path}", json={"input": "a"}, headers=bearer(keyed.keys["two"]))
+        assert refused.status_code == 429 and refused.json()["error"]["code"] == "rate_limit_exceeded"
+
+
+def tokens_read(server):
+    return server.app.state.metrics.prompt_tokens.labels("tiny")._value.get()
+
+
+def test_what_is_refused_is_not_charged(tmp_path, monkeypatch):
+    """Where the queue is full, and where the time was over before a token could be written."""
+    key, go_on = add_key(tmp_path / "keys.json", "a", tokens_per_minute=1000), threading.Event()
+    keys = Keys.load(tmp_path / "keys.json")
+    with live(ServeConfig(port=0, rows=1, queue=0, request_seconds=0.2), keys) as running:
+        step = running.scheduler.step
+        monkeypatch.setattr(running.scheduler, "step", lambda: (go_on.wait(), step())[1])
+        asked = {"prompt": "x" * 200, "max_tokens": 5}
+        for body, status in (({**asked, "n": 2}, 429), (asked, 408)):
+            assert running.client.post("/v1/completions", json=body, headers=bearer(key)).status_code == status
+        assert keys.find(key).tokens.wait(1000) == 0 and tokens_read(running) == 0
+        go_on.set()
+        running.idle()
+
+
 def test_a_keys_requests_at_the_same_time(keyed, monkeypatch):
     keyed.slow(monkeypatch, 0.02)
     header = f"Authorization: Bearer {keyed.keys['one']}\r\n"
@@ -97,7 +126,7 @@ def test_a_keys_requests_at_the_same_time(keyed, monkeypatch):
 
 def test_a_bucket_fills_again(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("dougong.serve.keys.time", SimpleNamespace(monotonic=lambda: now[0]))   # no server's clock
     bucket = Bucket(60)
     assert bucket.wait(1) == 0
     bucket.take(90)
@@ -121,6 +150,11 @@ def test_origins(keyed, server):
     assert preflight.status_code == 204 and preflight.headers["access-control-allow-origin"] == "https://friend.example"
     refused = keyed.client.options("/v1/completions", headers={**asked, "Origin": "https://evil.example"})
     assert refused.status_code == 403
+    scripted = keyed.client.options("/v1/completions", headers={
+        **asked, "Origin": "https://friend.example",    # what OpenAI's JavaScript client sends, and what none may
+        "Access-Control-Request-Headers": "authorization,content-type, x-stainless-os,X-Stainless-Lang,*,b@d"})
+    assert scripted.headers["access-control-allow-headers"].split(", ") == [
+        "authorization", "content-type", "x-stainless-os", "x-stainless-lang"]
     own = {"Origin": server.url}
     assert server.client.post("/v1/completions", json=BODY, headers=own).status_code == 200   # the page itself
     assert server.client.get("/v1/models", headers={"Origin": "https://friend.example"}).status_code == 403

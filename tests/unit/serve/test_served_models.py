@@ -1,6 +1,7 @@
 """Models that are broken beside one that is not, and a model with a draft."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -97,6 +98,39 @@ def test_a_tokenizer_that_does_not_match_the_embedding_names_both(tmp_path, monk
     monkeypatch.setattr("dougong.recipes.open_run.open_run", lambda path, checkpoint: run)
     with pytest.raises(CheckpointError, match=r"run: the tokenizer \(.*run\) has 300 entries.*vocab_size\) 257 rows"):
         ServedModel.open(tmp_path / "run", ServeConfig())
+
+
+TOKEN_BYTES = 2 * 2 * 32 * 4     # of the tiny model: keys and values, two layers, its width, float32
+
+
+@pytest.mark.parametrize("free, tokens", [(1e9, 16 * 384), (1e6, 768), (0, 384)])
+def test_the_default_cache_is_what_free_memory_holds(monkeypatch, free, tokens):
+    """Every row's context; less where memory is short; never less than one."""
+    monkeypatch.setattr("dougong.serve.model.available_bytes", lambda device: free)
+    model = tiny_model(ServeConfig(port=0))
+    assert (model.cache_tokens, model.cache_bytes) == (tokens, tokens * TOKEN_BYTES)
+    assert model._scheduler.blocks * 64 == tokens
+
+
+def test_a_cache_that_was_asked_for_is_made(monkeypatch):
+    monkeypatch.setattr("dougong.serve.model.available_bytes", lambda device: 0)
+    assert tiny_model(ServeConfig(port=0, cache_tokens=6400)).cache_tokens == 6400
+
+
+def test_models_that_are_served_together_share_the_memory(monkeypatch):
+    monkeypatch.setattr("dougong.serve.model.available_bytes", lambda device: 3e6)
+    alone, beside = (ServedModel("m", tiny_engine(), BytesConfig().build(), ServeConfig(), beside=beside).cache_tokens
+                     for beside in (0, 2))
+    assert (alone, beside) == (2304, 768)
+
+
+def test_a_server_says_how_large_its_cache_may_become(monkeypatch, capsys):
+    from dougong.cli.serve import _run
+    monkeypatch.setattr("dougong.serve.model.available_bytes", lambda device: 1e6)
+    monkeypatch.setattr(ServedModel, "open", lambda path, config, **more: tiny_model(config))
+    monkeypatch.setattr("dougong.serve.server.Server.run", lambda server, sockets: sockets[0].close())
+    _run([Path("tiny")], ServeConfig(port=0), None, "best", None)
+    assert "cache of tiny: at most 768 tokens (0.0 GB" in capsys.readouterr().out
 
 
 def test_whoever_loads_a_model_leaves_the_cores_to_its_runner(monkeypatch):

@@ -63,6 +63,12 @@ def test_closing_an_answer_stops_its_work_and_keeps_what_came(talk):
     assert say(talk, "on")
 
 
+def test_the_cache_is_what_free_memory_holds_and_one_context_at_least(monkeypatch):
+    for free, tokens in ((1e9, 4 * 64 + 2 * CONTEXT), (0, 4 * 64 + CONTEXT)):
+        monkeypatch.setattr("dougong.serve.terminal.available_bytes", lambda device, free=free: free)
+        assert Conversation(tiny_engine(), BytesConfig().build())._scheduler.blocks * 64 == tokens
+
+
 def test_settings(talk):
     assert "temperature=0.5" in talk.command("/set temperature=0.5 top_p=0.9 seed=4")
     assert say(talk, "a") == (talk.take_back(), say(talk, "a"))[1]   # the same seed says the same

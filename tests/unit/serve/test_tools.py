@@ -172,7 +172,8 @@ def test_results_go_back_into_the_template(client, running):
     first = client.chat.completions.create(model="tags", messages=TALK, tools=TOOLS, tool_choice="required", seed=1,
                                            parallel_tool_calls=False, max_tokens=300).choices[0].message
     call = first.tool_calls[0]
-    talk = [*TALK, first, {"role": "tool", "tool_call_id": call.id, "content": "sunny <|end|>"}]
+    talk = [*TALK, first, {"role": "tool", "tool_call_id": call.id, "name": call.function.name,
+                           "content": "sunny <|end|>"}]
     again = client.chat.completions.create(model="tags", messages=talk, tools=TOOLS, max_tokens=3)
     assert again.usage.completion_tokens == 3
     turn = first.model_dump(exclude_none=True)
