@@ -41,7 +41,7 @@ class ServeConfig:
     queue: int = Field(default=64, ge=0)
     """texts that may wait for a row; beyond them a request is answered 429"""
     cache_tokens: int | None = Field(default=None, ge=1)
-    """tokens whose keys and values are kept; None: every row's whole context"""
+    """tokens whose keys and values are kept; None: every row's whole context, as far as free memory holds it"""
     speculate: int | None = Field(default=None, ge=0, le=64)
     """tokens guessed ahead, by the draft model, else by what repeats; None: 4 with a draft model, else 0"""
     connections: int = Field(default=1024, ge=1)

@@ -11,7 +11,7 @@ from dougong.data.batch import Batch
 from dougong.models.count import Products
 from dougong.objectives.objective import Objective
 from dougong.runtime import seeds
-from dougong.runtime.device import Runtime
+from dougong.runtime.device import Runtime, memory_bytes
 from dougong.train.shadow import moving, tracked
 from dougong.train.state import TrainState
 from dougong.train.step import why_not_additive
@@ -80,7 +80,7 @@ def available_bytes(device: torch.device) -> float:
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
-        return float("inf")
+        return memory_bytes() or float("inf")     # macOS says how much there is, not how much is free
     fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
     limits = [int(fields["MemAvailable"].split()[0]) * 1024]
     group = Path("/sys/fs/cgroup")
