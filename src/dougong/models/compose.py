@@ -1,7 +1,7 @@
 """The decoder: stem, stack and head arranged into a causal language model, every choice point a part."""
 
 from collections.abc import Collection
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -143,7 +143,7 @@ class Decoder(Initialised):
                 raise ConfigError(f"previous_token_head with position.kind={section.position.kind} and norm_placement="
                                   f"{section.norm_placement}: it needs rope, and norms before the attention. "
                                   "Try previous_token_head=false.")
-            begin_with_previous_token(self.stem.tokens, self.stack["0"].attention, self.position.theta)
+            begin_with_previous_token(self.stem.tokens, cast(Any, self.stack["0"]).attention, self.position.theta)
 
     def hidden(self, tokens_BT: Int[Tensor, "B T"], *, segment_BT: Int[Tensor, "B row"] | None = None,
                cache: Cache | None = None, carry: Carry | None = None) -> Float[Tensor, "B T D"]:
