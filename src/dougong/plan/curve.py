@@ -81,12 +81,13 @@ def effective_tokens(tokens: float, unique: float) -> float:
 
 
 def fit_curve(runs: Sequence[SmallRun], *, ceiling: float, unique: float = np.inf, seed: int = 0) -> Curve:
-    """Samples the posterior of (E, log a, log b, log α, log β, log scatter) given at least three runs.
+    """Samples the posterior of (E, log a, log b, log α, log β, log scatter) given runs of two sizes at least; where all have
+    about as many tokens, β stays as the prior has it.
 
     `ceiling` is L0 in bits per byte; `unique` the tokens of the training text, beyond which it repeats. a and b are the
     two terms at the middle of the runs, so that they hardly depend on the exponents.
     """
-    assert len(runs) >= 3, "two sizes and two lengths are the least that says anything"
+    assert len({run.parameters for run in runs}) >= 2, "two sizes are the least that says anything"
     n = np.log([run.parameters for run in runs])
     d = np.log([effective_tokens(run.tokens, unique) for run in runs])
     centre = float(np.exp(n.mean())), float(np.exp(d.mean()))

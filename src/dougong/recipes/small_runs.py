@@ -1,10 +1,12 @@
 """`plan --budget … --probe`: a few small models trained here say which shape is best for the whole budget.
 
 A stated share of the budget goes into short runs of the recipe itself, each to its own end (rate decayed, so that their
-losses compare): three sizes for equal times, the smallest for a shorter time too. The curve through them (`plan.curve`)
-and the measured speeds give the loss that each shape reaches in the whole time. Models in their first few hundred steps
-say nothing about later: what they learn first comes at once, and later the larger they are (benchmarks/plan_budget.py).
-So no small run is shorter than that, and a short budget is probed with smaller models rather than with shorter runs.
+losses compare): two or three sizes for equal times, the smallest for a shorter time too. The curve through them
+(`plan.curve`) and the measured speeds give the loss that each shape reaches in the whole time. Models in their first few
+hundred steps say nothing about later: what they learn first comes at once, and later the larger they are
+(benchmarks/plan_budget.py). So a short budget is probed with smaller models rather than with shorter runs; and where the
+smallest's shorter run would end there and the others would not, it is left out, as the fall between the two would be
+taken for the slope: how loss falls with text is then the prior's.
 """
 
 import math
@@ -44,6 +46,8 @@ _LONG = {3: 0.25, 2: 0.37}
 """number of sizes: share of the probe's time for each"""
 _SHORT = 0.04, 0.12
 """least and most for the smallest once more, as few steps as allowed: what is left times steps and evaluates"""
+_NEARLY = 0.9
+"""of FEWEST_STEPS is as good"""
 
 
 @dataclass(frozen=True)
@@ -134,16 +138,14 @@ def run_probe(base: Recipe, allowed: float, training: float, *, pace: Callable[.
     runs: list[Small] = []
     timings: dict[float, float] = {}
     sizes, long = _sizes_and_seconds(settled, corpus, speed, allowed, training, pace)
-    short = FEWEST_STEPS * pace(sized(settled, sizes[0]), corpus)
-    plan = [*((size, long) for size in sizes), (sizes[0], min(max(short, _SHORT[0] * allowed), _SHORT[1] * allowed))]
-    for number, (size, seconds) in enumerate(plan, start=1):
+    report(0, round(allowed), "probe: timing small shapes")
+    recipes = {size: sized(settled, size) for size in sizes}
+    paces = {size: pace(recipe, corpus) for size, recipe in recipes.items()}
+    timings.update((_flops_per_step(recipe, corpus), paces[size]) for size, recipe in recipes.items())
+    plan = planned_runs(paces, long, allowed)
+    for number, (size, steps) in enumerate(plan, start=1):
         report(round(time.perf_counter() - begin), round(allowed), f"probe: small run {number} of {len(plan)}")
-        recipe = sized(settled, size)
-        step = timings[_flops_per_step(recipe, corpus)] = pace(recipe, corpus)
-        steps = max(FEWEST_STEPS // 4, round(seconds / step))
-        if number == len(plan):
-            steps = min(steps, max(FEWEST_STEPS // 8, runs[0].steps // 2))   # the smallest again, for less
-        runs.append(train(recipe, corpus, size, steps))
+        runs.append(train(recipes[size], corpus, size, steps))
     for factor in (0.5, 1.0, 2.0):
         report(round(time.perf_counter() - begin), round(allowed), "probe: timing larger shapes")
         recipe = sized(settled, written(factor * centre(speed, training)))
@@ -155,6 +157,18 @@ def run_probe(base: Recipe, allowed: float, training: float, *, pace: Callable[.
                       ceiling=ceiling, unique=train_split["tokens"])
     return Probe(runs, curve, corpus.tokenizer.vocab_size, settled.model.context, train_split["tokens"],
                  time.perf_counter() - begin, timings)
+
+
+def planned_runs(paces: dict[str, float], long: float, allowed: float) -> list[tuple[str, int]]:
+    """The sizes, the smallest first, with their steps: as many as fit `long` seconds at their paces, and the smallest
+    once more for less, unless that alone would end in the first steps: then the others have its time."""
+    smallest, pace = next(iter(paces.items()))
+    again = min(max(FEWEST_STEPS * pace, _SHORT[0] * allowed), _SHORT[1] * allowed)
+    steps = {size: max(FEWEST_STEPS // 4, round(long / step)) for size, step in paces.items()}
+    fewer = min(max(FEWEST_STEPS // 4, round(again / pace)), max(FEWEST_STEPS // 8, steps[smallest] // 2))
+    if fewer < _NEARLY * FEWEST_STEPS <= min(steps.values()):
+        return [(size, round((long + again / len(paces)) / step)) for size, step in paces.items()]
+    return [*steps.items(), (smallest, fewer)]
 
 
 def _sizes_and_seconds(settled: Recipe, corpus: Any, speed: float, allowed: float, training: float,
@@ -248,8 +262,11 @@ def choose(base: Recipe, probe: Probe, training: float, money: Budget, serving: 
 
 def _warning(probe: Probe) -> str | None:
     """What makes the figures rougher than they look; None where nothing does."""
-    fewest = min(run.steps for run in probe.runs[:-1])
-    if fewest >= 0.9 * FEWEST_STEPS:
+    most: dict[str, int] = {}
+    for run in probe.runs:
+        most[run.shape.size] = max(run.steps, most.get(run.shape.size, 0))
+    fewest = min(most.values())
+    if fewest >= _NEARLY * FEWEST_STEPS:
         return None
     return (f"The time was too short: a small run had {fewest} steps, and below {FEWEST_STEPS} models are still in "
             "their first, sudden progress, which says little about later. Give a longer budget before trusting this "

@@ -231,14 +231,24 @@ def test_the_probe_chooses_nearly_the_best_shape_and_its_interval_holds(world, t
 def test_no_small_run_ends_in_its_first_steps_and_sizes_are_about_halves(world, allowed, number):
     base, pace, train, _ = world
     probe = small_runs.run_probe(base, allowed, 5 * allowed, pace=pace, train=train)
-    long = probe.runs[:-1]
-    assert min(run.steps for run in long) >= 0.9 * small_runs.FEWEST_STEPS
+    assert min(run.steps for run in probe.runs) >= 0.9 * small_runs.FEWEST_STEPS
+    long, again = probe.runs[:number], probe.runs[number:]
     sizes = [run.shape.matrices for run in long]
     assert len(sizes) == number and all(1.25 < b / a < 4 for a, b in itertools.pairwise(sizes))
-    assert probe.runs[-1].shape == long[0].shape and probe.runs[-1].steps < 0.6 * long[0].steps
+    assert all(run.shape == long[0].shape and run.steps < 0.6 * long[0].steps for run in again)
     assert small_runs._warning(probe) is None
     spent = sum(run.steps * run.seconds_per_step for run in probe.runs)
     assert 0.7 * allowed < spent < 0.95 * allowed
+
+
+@pytest.mark.parametrize(("allowed", "share", "expected"), [
+    (120.0, 0.37, [("a", 444), ("b", 222), ("a", 144)]),      # all in their first steps: the fall is one for all
+    (300.0, 0.37, [("a", 1290), ("b", 645)]),                  # those that the shorter run alone would end in
+    (2000.0, 0.25, [("a", 5000), ("b", 2500), ("a", 800)])])   # none
+def test_the_smallest_trains_again_for_less_where_that_tells_of_the_same(allowed, share, expected):
+    plan = small_runs.planned_runs({"a": 0.1, "b": 0.2}, share * allowed, allowed)
+    assert plan == expected
+    assert sum(steps * {"a": 0.1, "b": 0.2}[size] for size, steps in plan) <= (2 * share + 0.12) * allowed + 0.2
 
 
 def test_speeds_between_and_beyond_the_measured_shapes():
