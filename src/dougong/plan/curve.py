@@ -81,8 +81,8 @@ def effective_tokens(tokens: float, unique: float) -> float:
 
 
 def fit_curve(runs: Sequence[SmallRun], *, ceiling: float, unique: float = np.inf, seed: int = 0) -> Curve:
-    """Samples the posterior of (E, log a, log b, log α, log β, log scatter) given runs of two sizes at least; where all have
-    about as many tokens, β stays as the prior has it.
+    """Samples the posterior of (E, log a, log b, log α, log β, log scatter) given runs of two sizes at least; where all
+    have about as many tokens, β stays as the prior has it.
 
     `ceiling` is L0 in bits per byte; `unique` the tokens of the training text, beyond which it repeats. a and b are the
     two terms at the middle of the runs, so that they hardly depend on the exponents.

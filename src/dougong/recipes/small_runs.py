@@ -1,12 +1,12 @@
 """`plan --budget … --probe`: a few small models trained here say which shape is best for the whole budget.
 
-A stated share of the budget goes into short runs of the recipe itself, each to its own end (rate decayed, so that their
-losses compare): two or three sizes for equal times, the smallest for a shorter time too. The curve through them
-(`plan.curve`) and the measured speeds give the loss that each shape reaches in the whole time. Models in their first few
-hundred steps say nothing about later: what they learn first comes at once, and later the larger they are
-(benchmarks/plan_budget.py). So a short budget is probed with smaller models rather than with shorter runs; and where the
-smallest's shorter run would end there and the others would not, it is left out, as the fall between the two would be
-taken for the slope: how loss falls with text is then the prior's.
+A stated share of the budget goes into short runs of the recipe itself, each to its own end (rate decayed, so that
+their losses compare): two or three sizes for equal times, the smallest for a shorter time too. The curve through them
+(`plan.curve`) and the measured speeds give the loss that each shape reaches in the whole time. Models in their first
+few hundred steps say nothing about later: what they learn first comes at once, and later the larger they are
+(benchmarks/plan_budget.py). So a short budget is probed with smaller models rather than with shorter runs; and where
+the smallest's shorter run would end there and the others would not, it is left out, as the fall between the two would
+be taken for the slope: how loss falls with text is then the prior's.
 """
 
 import math
