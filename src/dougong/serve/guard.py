@@ -102,6 +102,7 @@ class Guard:
                 headers.setdefault("Cache-Control", "no-store")
                 if (origin := asked.get("origin")) in self._config.allow_origins:
                     headers["Access-Control-Allow-Origin"] = origin or ""
+                    headers["Access-Control-Expose-Headers"] = "Retry-After"
                     headers["Cross-Origin-Resource-Policy"] = "cross-origin"
                     headers.add_vary_header("Origin")
                 self._metrics.requests.labels(_route(scope), str(message["status"])).inc()

@@ -142,6 +142,7 @@ def test_origins(keyed, server):
     key = bearer(keyed.keys["free"])
     allowed = keyed.client.post("/v1/completions", json=BODY, headers={**key, "Origin": "https://friend.example"})
     assert allowed.headers["access-control-allow-origin"] == "https://friend.example"
+    assert allowed.headers["access-control-expose-headers"] == "Retry-After"
     for origin in ("https://evil.example", "null", "http://[", "https://friend.example.evil.example"):
         refused = keyed.client.post("/v1/completions", json=BODY, headers={**key, "Origin": origin})
         assert refused.status_code == 403 and "access-control-allow-origin" not in refused.headers
