@@ -1,6 +1,5 @@
 """The ranking of layouts, its machines, and the pipeline's bubble."""
 
-import time
 
 import pytest
 
@@ -12,7 +11,7 @@ from dougong.optim import OPTIMIZERS
 from dougong.plan import choose, choose_layout
 from dougong.plan.choose import nothing_fits, rank
 from dougong.plan.machine import KINDS, here, load_machine, machine
-from dougong.plan.option import bill
+from dougong.plan.option import bill, evaluate
 from dougong.plan.schedule import SCHEDULES, pipeline
 from dougong.plan.work import Work
 from dougong.runtime.device import RuntimeConfig
@@ -79,12 +78,12 @@ def test_nothing_fits_says_how_many_would():
 def test_auto_layout_is_quick_and_fits_the_processes(monkeypatch):
     small = machine("h200")
     monkeypatch.setattr(choose, "here", lambda: small)
-    choose_layout(SMALL, TrainConfig(rows=16), RuntimeConfig(), OPTIMIZERS["adamw"](), 2)      # imports
+    tried = []
+    monkeypatch.setattr(choose, "evaluate", lambda *given, **more: tried.append(given) or evaluate(*given, **more))
     for processes in (1, 2, 4, 8):
-        begin = time.process_time()
         layout, reason = choose_layout(SMALL, TrainConfig(rows=16), RuntimeConfig(), OPTIMIZERS["adamw"](), processes)
-        assert time.process_time() - begin < 1.0
         assert layout.on(processes).processes == processes and reason
+    assert len(tried) == 3      # copies have room: nothing else is worked out
 
 
 def test_auto_copies_what_has_room_and_divides_what_has_none(monkeypatch):
