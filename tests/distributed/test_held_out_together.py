@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from matrix import CPU, Case
+from matrix import CPU, Case, decoder
 from processes import run_processes
 
+from dougong.nn.moe import MoEConfig
 from dougong.objectives.preference import ORPOConfig
 from dougong.parallel.parallelize import parallelize
 from dougong.recipes.held_out import held_out, held_out_together
@@ -12,6 +13,7 @@ from dougong.runtime.device import Runtime
 from dougong.runtime.layout import LayoutConfig
 
 CASE = Case(packed=True)
+EXPERTS = decoder(feed_forward=MoEConfig(num_experts=8, top_k=2, ffn_dim=16))
 ROWS = 4
 
 
@@ -26,16 +28,16 @@ def _pairs():
             for batch in _batches()[:5]]
 
 
-def _alone(objective, batches, **limits):
-    model = CASE.model.build()
+def _alone(objective, batches, *, model=CASE.model, **limits):
+    model = model.build()
     model.initialise(0)
     return held_out(objective.build(), model, batches, Runtime.start(CPU), **limits)
 
 
-def _together(objective, batches, layout, limits):
+def _together(objective, batches, layout, limits, model=CASE.model):
     runtime = Runtime.start(CPU, layout)
     with torch.device("meta"):
-        model = CASE.model.build()
+        model = model.build()
     built = objective.build()
     parallel = parallelize(model, built, runtime, micro_batches=2)
     parallel.model.to_empty(device="cpu").initialise(0)
@@ -52,6 +54,13 @@ def test_the_figures_of_one_process(layout, limits):
     for found in run_processes(layout.processes, _together, CASE.objective, _batches(), layout, limits):
         assert found == pytest.approx(expected, rel=1e-6), layout
     assert expected["loss"] > 1 and expected["weight"] > 0
+
+
+def test_experts_in_two_places():
+    expected = _alone(CASE.objective, _batches(), model=EXPERTS)
+    layout = LayoutConfig(replicate=1, expert=2)
+    for found in run_processes(2, _together, CASE.objective, _batches(), layout, {}, EXPERTS):
+        assert found == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("layout", [LayoutConfig(replicate=2), LayoutConfig(shard=2)], ids=str)

@@ -37,6 +37,7 @@ from dougong.plan.laws import (
 )
 from dougong.plan.shapes import Option, Shape, ladder
 from dougong.recipes.derive import parse_size, resolve
+from dougong.recipes.plan_recipe import check_plannable
 from dougong.recipes.recipe import Recipe, load_recipe, with_values
 
 _CHOSEN_HERE = ("size", "model.dim", "model.num_layers", "model.num_heads", "model.num_kv_heads", "model.head_dim",
@@ -102,6 +103,7 @@ def _base(name: str, overrides: list[str], text: Text) -> Recipe:
     if not base.is_language_model or base.model.kind == "decoder" or not hasattr(base.model, "num_layers"):
         raise ConfigError(f"plan --budget chooses the shape of a language model of a family, and {name} has model.kind="
                           f"{base.model.kind}.\nTry recipe first, or model.kind=qwen3, llama, gpt2 or nano.")
+    check_plannable(base)
     asked = parse_overrides(overrides)
     for key in _CHOSEN_HERE:
         section: Any = asked

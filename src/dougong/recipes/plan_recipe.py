@@ -6,6 +6,7 @@ from typing import Any
 from dougong.core.config import replace, to_dict
 from dougong.core.errors import ConfigError
 from dougong.models import count
+from dougong.objectives.objective import batch_fields, token_fields
 from dougong.plan.choose import Ranking, explain, nothing_fits, rank
 from dougong.plan.counts import ITEMSIZE, Counts
 from dougong.plan.machine import Machine
@@ -32,14 +33,12 @@ ASSUMPTIONS = (
 def plan_recipe(asked: Recipe, machine: Machine, devices: int, *, probe: bool = True, simulate: bool = False,
                 progress: Any = None) -> dict[str, Any]:
     """Everything that `dougong plan` prints, draws and gives as JSON. Raises ConfigError where nothing fits, with the
-    smallest number of devices on which it would.
+    smallest number of devices on which it would, and for what is no training on texts.
 
     `probe`: on this machine, time real steps and plan with the efficiency they reach. `simulate`: run the best layout
     on fake tensors too.
     """
-    if not asked.is_language_model:
-        raise ConfigError(f"`dougong plan` plans language models, and {asked.name} trains a {asked.model.kind}.\n"
-                          f"Try: dougong train {asked.name} --dry-run")
+    check_plannable(asked)
     recipe, derived = _elsewhere(asked, machine, devices)
     work = work_of(recipe, machine)
     counts = Counts(work.step())
@@ -67,6 +66,15 @@ def plan_recipe(asked: Recipe, machine: Machine, devices: int, *, probe: bool = 
             progress(0, None, "simulating one process")
         ranking, simulated = _confirmed(work, ranking)
     return {**_facts(recipe, derived, work, counts, machine, devices, ranking), "simulated": simulated}
+
+
+def check_plannable(recipe: Recipe) -> None:
+    """Raises ConfigError where a step reads more or other than tokens with a target each; a dry run counts those."""
+    if recipe.is_language_model and batch_fields(student_alone(recipe), 1, 1) == token_fields(1, 1):
+        return
+    trains = f"with objective.kind={recipe.objective.kind}" if recipe.is_language_model else f"a {recipe.model.kind}"
+    raise ConfigError(f"`dougong plan` plans language models that learn from texts, and {recipe.name} trains {trains}."
+                      f"\nTry: dougong train {recipe.name} --dry-run")
 
 
 def _confirmed(work: Work, ranking: Ranking) -> tuple[Ranking, dict[str, Any]]:

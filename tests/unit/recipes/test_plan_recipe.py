@@ -6,8 +6,10 @@ import pytest
 
 from dougong.core.config import replace
 from dougong.core.errors import ConfigError
+from dougong.objectives import OBJECTIVES
 from dougong.plan import probe
 from dougong.plan.machine import machine
+from dougong.recipes import choose
 from dougong.recipes import plan_recipe as module
 from dougong.recipes.launch import why_not
 from dougong.recipes.plan_recipe import plan_recipe
@@ -27,6 +29,16 @@ def cpu(mib, name="small"):
 
 def asked(*overrides):
     return load_recipe("first", [*SMALL, *overrides])[0]
+
+
+@pytest.mark.parametrize("kind", ["dpo", "ipo", "kto", "orpo", "reward", "classify_text", "grpo", "rejection"])
+def test_what_does_not_learn_from_texts_is_refused_by_name(kind, monkeypatch):
+    recipe = replace(asked(), objective=OBJECTIVES[kind]())
+    with pytest.raises(ConfigError, match=f"objective.kind={kind}.*\n.*--dry-run"):
+        plan_recipe(recipe, cpu(1024), 1)
+    monkeypatch.setattr(choose, "load_recipe", lambda *_: (recipe, recipe))
+    with pytest.raises(ConfigError, match=f"objective.kind={kind}.*\n.*--dry-run"):
+        choose.plan_budget(budget="h200 x 1 hour")
 
 
 @pytest.fixture
