@@ -22,6 +22,7 @@ from dougong.data.batch import Batch
 from dougong.models.compose import DecoderConfig
 from dougong.nn.attention import AttentionConfig
 from dougong.nn.feed_forward import SwiGLUConfig
+from dougong.nn.float8 import multiply_in_float8
 from dougong.objectives.causal_lm import CausalLMConfig
 from dougong.optim.build import AdamWConfig
 from dougong.optim.schedules import ConstantConfig
@@ -63,6 +64,7 @@ class Case:
     checkpoint_activations: str = "none"
     compiled: bool = False
     """each layer, where the model is divided"""
+    float8: bool = False
     seed: int = 0
 
     def batch(self, step: int) -> Batch:
@@ -95,8 +97,7 @@ Trace = list[Step]
 
 def reference(case: Case) -> Trace:
     """The steps in one process, whole batch at once, nothing divided."""
-    model = case.model.build()
-    return _train(case, model, Runtime.start(CPU), plain_gradients, micro_batches=1)
+    return _train(case, _build(case), Runtime.start(CPU), plain_gradients, micro_batches=1)
 
 
 def divided(case: Case, layout: LayoutConfig, fault: Callable[[nn.Module], Any] | None = None) -> Trace:
@@ -108,11 +109,18 @@ def divided(case: Case, layout: LayoutConfig, fault: Callable[[nn.Module], Any] 
 
     runtime = Runtime.start(CPU, layout)
     with torch.device("meta"):
-        model = case.model.build()
+        model = _build(case)
     parallel = parallelize(model, case.objective.build(), runtime, micro_batches=case.micro_batches,
                            compile=_compile if case.compiled else None)
     return _train(case, parallel.model.to_empty(device="cpu"), runtime, parallel.gradients,
                   micro_batches=case.micro_batches, fault=fault)
+
+
+def _build(case: Case) -> Any:
+    model = case.model.build()
+    if case.float8:
+        multiply_in_float8(model)
+    return model
 
 
 def check(expected: Trace, traces: Sequence[Trace]) -> None:

@@ -5,6 +5,7 @@ import torch
 
 from dougong.data.batch import Batch
 from dougong.models.families.qwen3 import Qwen3Config
+from dougong.nn.float8 import float8_product, multiply_in_float8, why_not_float8
 from dougong.objectives.causal_lm import CausalLMConfig
 from dougong.optim.build import MuonConfig
 from dougong.recipes.assemble import compile_blocks
@@ -44,11 +45,16 @@ def test_logits_and_gradients_on_cuda_equal_those_on_the_cpu():
         torch.testing.assert_close(found["cuda"][name], gradient, rtol=2e-3, atol=2e-3 * gradient.abs().max().item())
 
 
+@pytest.mark.parametrize("float8", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_batch_is_learned_by_heart_in_bf16(compiled):
+def test_a_batch_is_learned_by_heart_in_bf16(compiled, float8):
     runtime = Runtime(device=torch.device("cuda"), dtype=torch.bfloat16)
+    if float8 and (reason := why_not_float8(runtime.device)):
+        pytest.skip(reason)
     model = model_on("cuda")
     model.compute_dtype = torch.bfloat16
+    if float8:
+        multiply_in_float8(model)
     if compiled:
         compile_blocks(model)
     state = TrainState(model, MuonConfig().build(model), lambda step: 1.0, loader=None)
@@ -56,3 +62,21 @@ def test_a_batch_is_learned_by_heart_in_bf16(compiled):
     losses = [take_step(state, objective, batch, runtime, micro_rows=2, clip_norm=1.0,
                         weight=objective.weight(batch)).metrics["loss"] for _ in range(60)]
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("M", [48, 21])
+def test_products_in_float8_equal_those_on_the_cpu(M):
+    if reason := why_not_float8(torch.device("cuda")):
+        pytest.skip(reason)
+    found = {}
+    for device in ("cpu", "cuda"):
+        draw = torch.Generator().manual_seed(0)
+        x, weight, seed = (torch.randn(*shape, generator=draw).to(device) for shape in ((M, 64), (32, 64), (M, 32)))
+        x.requires_grad_()
+        weight.requires_grad_()
+        y = float8_product(x, weight, None)
+        y.backward(seed)
+        found[device] = [tensor.detach().cpu() for tensor in (y, x.grad, weight.grad)]
+    for mine, theirs in zip(found["cuda"], found["cpu"], strict=True):
+        assert torch.isfinite(mine).all()
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=5e-3 * float(theirs.abs().max()))   # fast sums

@@ -9,7 +9,8 @@ and `Attention.kernel` lets their queries reach keys held elsewhere, in one of t
   heads, so that each process attends over whole rows with its share of the heads. Equal work; the heads must divide.
 
 Packed documents, windows and positions are right because both see the row as it is, segments included. Ring attention
-is left out: torch's has no CPU form, and it saves memory only where a layer's gathered keys would not fit.
+is left out: torch's knows neither documents nor windows, and it saves memory only where a layer's gathered keys would
+not fit.
 """
 
 from collections.abc import Callable

@@ -156,8 +156,7 @@ class ColumnLinear(Linear):
     rows: slice
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else mine(self.bias, self.rows).to(x.dtype)
-        return F.linear(x, mine(self.weight, self.rows).to(x.dtype), bias)
+        return self.multiply(x, mine(self.weight, self.rows), None if self.bias is None else mine(self.bias, self.rows))
 
 
 class RowLinear(Linear):
@@ -166,8 +165,8 @@ class RowLinear(Linear):
     team: Team
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype) * float(self.team.rank == 0)
-        return F.linear(x, mine(self.weight).to(x.dtype), bias)
+        bias = None if self.bias is None else self.bias * float(self.team.rank == 0)
+        return self.multiply(x, mine(self.weight), bias)
 
 
 class ColumnEmbedding(Embedding):

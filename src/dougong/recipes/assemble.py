@@ -14,10 +14,11 @@ from dougong.core.errors import ConfigError
 from dougong.data.batch import Batch
 from dougong.models import count
 from dougong.models.heads import VALUE, add_value_head
+from dougong.nn.float8 import multiply_in_float8
 from dougong.objectives.objective import Objective, batch_fields
 from dougong.objectives.policy import RolloutConfig
 from dougong.recipes.companions import accompany
-from dougong.recipes.derive import Derived, fit_adapter, fit_to_data
+from dougong.recipes.derive import Derived, check_float8, fit_adapter, fit_to_data
 from dougong.recipes.launch import micro_batches
 from dougong.recipes.recipe import Recipe, with_values
 from dougong.recipes.start import Weights, begin, read_weights
@@ -185,6 +186,9 @@ def _whole_model(recipe: Recipe, runtime: Runtime, start: Weights | None) -> nn.
         recipe.adapt.apply(model, seed=derive(recipe.seed, "adapter"))
         hold_frozen(model)
     _checkpoint_activations(model, recipe)
+    if recipe.runtime.float8:
+        check_float8(recipe, runtime.device)
+        multiply_in_float8(model)
     if runtime.compile:
         compile_blocks(model)
     return model
@@ -201,6 +205,9 @@ def _divided_model(recipe: Recipe, objective: Objective, runtime: Runtime,
         _check_adapter_divisible(recipe, runtime.mesh)
         recipe.adapt.apply(whole, seed=0)
     _checkpoint_activations(whole, recipe)
+    if recipe.runtime.float8:
+        check_float8(recipe, runtime.device)
+        multiply_in_float8(whole)
     whole.compute_dtype = runtime.dtype
     parallel = parallelize(whole, objective, runtime, micro_batches=micro_batches(recipe, runtime.mesh.layout),
                            compile=compile_blocks if runtime.compile else None)

@@ -15,6 +15,7 @@ from dougong.adapt.lora import TABLES, widths
 from dougong.core.config import from_dict, to_dict
 from dougong.core.errors import ConfigError, DougongError
 from dougong.models import FAMILIES, count
+from dougong.nn.float8 import why_not_float8
 from dougong.optim.build import MUON_ADAMW_RATE, MUON_RATE, USUAL_RATE
 from dougong.recipes.recipe import Recipe, with_values
 from dougong.runtime.device import best_device, check_device, matmul_flops_per_s, measure_precision, usable_cores
@@ -231,6 +232,19 @@ def _runtime(notes: _Notes) -> None:
             notes.set("runtime.precision", "fp32", "this model is too small for the precision to matter")
     notes.set("runtime.compile", device.type == "cuda",
               "torch.compile pays on GPUs; on CPU its start-up time is longer than it saves in minutes")
+    if runtime.float8:
+        check_float8(notes.recipe, device)
+
+
+def check_float8(recipe: Recipe, device: torch.device) -> None:
+    """Raises ConfigError where this recipe's layers cannot, or should not, be multiplied in float8 on this device."""
+    reason = why_not_float8(device)
+    if recipe.adapt is not None or recipe.objective.kind != "causal_lm":
+        what = f"adapt.kind={recipe.adapt.kind}" if recipe.adapt else f"objective.kind={recipe.objective.kind}"
+        reason = ("it is for training all weights to predict text (objective.kind=causal_lm without adapt), and this "
+                  f"recipe has {what}")
+    if reason:
+        raise ConfigError(f"runtime.float8=true does not go here: {reason}.\nTry runtime.float8=false.")
 
 
 def _threads() -> tuple[int, str]:

@@ -30,6 +30,8 @@ class RuntimeConfig:
     """derived: CUDA, then MPS, then CPU"""
     precision: Literal["fp32", "bf16"] | None = None
     """derived: bf16 where its matrix products are at least 1.3 times as fast; master weights stay fp32"""
+    float8: bool = False
+    """matrix products of the layers in 8-bit floating point while training; for GPUs from compute capability 8.9 on"""
     threads: Annotated[int, Field(ge=1)] | None = None
     """derived: the cores this process may use"""
     compile: bool | None = None
