@@ -23,7 +23,7 @@ from typing import Any, Literal, Protocol
 from dougong.adapt.sandbox import code_of, run_tests
 from dougong.core.errors import ConfigError, DataError, did_you_mean
 
-_NUMBER = re.compile(r"(?:(?<!\d)[-+])?(?:\d[\d,]*(?:\.\d+)?|(?<![\w.])\.\d+)(?:[eE][-+]?\d+)?")
+_NUMBER = re.compile(r"(?:(?<!\d)[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)(?:[eE][-+]?\d+)?")
 _MINUS = "\u2212"    # the typographic sign
 _START_S = 60.0      # a file of rewards may import much
 _PLAIN = ("exact", "contains", "numeric", "tests")

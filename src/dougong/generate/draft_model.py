@@ -2,7 +2,7 @@
 
 The draft reads what was written and goes on alone for some tokens; the model then reads all of them in one forward and
 keeps them as far as `sampling.accept` allows, so the text has the model's own distribution, and at temperature 0 is the
-model's own text. The draft's keys and values lie beside the scheduler's budget.
+model's own text. The draft's keys and values lie beside the scheduler's budget; a server leaves them as much room again.
 """
 
 from collections.abc import Sequence

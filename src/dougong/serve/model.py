@@ -50,7 +50,8 @@ class ServedModel:
         if draft is not None and not self.speculate:
             raise ConfigError("--draft has no effect with --speculate 0. Leave one of them out.")
         least = -(-self.context // 64) * 64 + 128
-        free, each = available_bytes(engine.runtime.device) / (1 + beside), token_bytes(engine)
+        free = available_bytes(engine.runtime.device) / (1 + beside)
+        each = token_bytes(engine) + (0 if draft is None else token_bytes(draft))
         self.cache_tokens = max(least, config.cache_tokens or default_cache_tokens(
             free, each, least=least, most=max(config.rows, 2) * least))
         self.cache_bytes = self.cache_tokens * each

@@ -25,7 +25,8 @@ def test_exact_contains_and_numeric_read_the_answer():
 
 @pytest.mark.parametrize(("said", "answer"), [
     ("it is 0.5", ".5"), ("-.5", "-0.5"), ("it is \u22122", "-2"), ("-2", "\u22122"), ("in 2020-2021", "2021"),
-    ("10-5", "5"), ("x=-3", "-3"), ("7 - 4", "4"), ("1,234.5.", "1234.5"), ("2e\u22121", ".2")])
+    ("10-5", "5"), ("x=-3", "-3"), ("7 - 4", "4"), ("1,234.5.", "1234.5"), ("2e\u22121", ".2"),
+    ("pick 1,2", "2"), ("10,20", "20"), ("1,234,5", "5"), ("12,345,678", "12345678"), ("1234,567", "567")])
 def test_a_number_may_be_written_in_other_ways(said, answer):
     assert earned("numeric", reply(said, answer)) == [1]
 

@@ -112,6 +112,13 @@ def test_the_default_cache_is_what_free_memory_holds(monkeypatch, free, tokens):
     assert model._scheduler.blocks * 64 == tokens
 
 
+def test_a_draft_shares_the_memory(monkeypatch):
+    monkeypatch.setattr("dougong.serve.model.available_bytes", lambda device: 2e6)
+    model = ServedModel("m", tiny_engine(), BytesConfig().build(), ServeConfig(port=0), draft=tiny_engine(1))
+    assert model.cache_tokens == int(0.4 * 2e6 / (2 * TOKEN_BYTES)) // 64 * 64
+    assert model.cache_bytes == model.cache_tokens * 2 * TOKEN_BYTES
+
+
 def test_a_cache_that_was_asked_for_is_made(monkeypatch):
     monkeypatch.setattr("dougong.serve.model.available_bytes", lambda device: 0)
     assert tiny_model(ServeConfig(port=0, cache_tokens=6400)).cache_tokens == 6400
