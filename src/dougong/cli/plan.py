@@ -38,7 +38,7 @@ def plan(
         if html is not None:
             from dougong.report.budget_page import write_budget_page
 
-            out.print(f"\n{write_budget_page(chosen, html)}")
+            out.print(f"\n{write_budget_page(chosen, html)}", markup=False)
         emit(chosen, as_json)
         return
     from dougong.recipes.plan_recipe import plan_recipe
@@ -55,7 +55,7 @@ def plan(
         from dougong.report.plan_page import write_plan_page
 
         page = write_plan_page(found, html)
-        out.print(f"\n{page}  ({page.stat().st_size / 1024:,.0f} KiB)")
+        out.print(f"\n{page}  ({page.stat().st_size / 1024:,.0f} KiB)", markup=False)
     emit(found, as_json)
 
 

@@ -17,10 +17,11 @@ def report(
     """Write a self-contained HTML report, or explain a run."""
     from dougong.core.errors import ConfigError
     from dougong.core.run import RunDirectory
+    from dougong.recipes.journey import last_run
     from dougong.report import write_report
     from dougong.report.why import explain
 
-    directories = [RunDirectory.open(path) for path in runs]
+    directories = [RunDirectory.open(last_run(path)) for path in runs]
     if why:
         if len(directories) > 1 or out is not None:
             raise ConfigError("--why explains one run on the terminal; give one run and leave --out out.")
@@ -29,7 +30,7 @@ def report(
         emit(explained.to_dict(), as_json)
         return
     page = write_report(directories, out or directories[0].report)
-    console(as_json).print(f"{page}  ({page.stat().st_size / 1024:,.0f} KiB)")
+    console(as_json).print(f"{page}  ({page.stat().st_size / 1024:,.0f} KiB)", markup=False)
     emit({"report": str(page)}, as_json)
 
 

@@ -17,6 +17,7 @@ def show(
     """Print a recipe as it would run and where it differs from its base, or a journey's stages."""
     import json
 
+    from rich.markup import escape
     from rich.syntax import Syntax
     from rich.table import Table as Grid
 
@@ -42,13 +43,13 @@ def show(
     if derived:
         grid = Grid("derived", "value", "why", box=None, header_style="bold", pad_edge=False)
         for item in derived:
-            grid.add_row(item.key, str(item.value), item.reason)
+            grid.add_row(item.key, escape(str(item.value)), escape(item.reason))
         out.print(grid)
     changes = difference(base, asked)
     if changes:
         grid = Grid(f"changed from {base.name}", "was", "is", box=None, header_style="bold", pad_edge=False)
         for key, (old, new) in changes.items():
-            grid.add_row(key, str(old), str(new))
+            grid.add_row(key, escape(str(old)), escape(str(new)))
         out.print("", grid)
     emit({"recipe": to_dict(resolved), "derived": [item.to_dict() for item in derived],
           "changed": {key: list(pair) for key, pair in changes.items()}}, as_json)

@@ -61,31 +61,50 @@ def train(
 def _is_begun_journey(recipe: str | None, run: Path | None) -> bool:
     from dougong.recipes.journey import FILE
 
-    path = run or (Path("runs") / Path(recipe).stem if recipe else None)
+    path = run or (_place_of(recipe) if recipe and "=" not in recipe else None)
     return path is not None and (path / FILE).is_file()
+
+
+def _place_of(recipe: str) -> Path:
+    """Where the runs of a recipe or a journey are made unless told otherwise."""
+    from dougong.recipes.recipe import name_of
+
+    return Path("runs") / name_of(recipe)
 
 
 def _travel(recipe: str | None, overrides: list[str] | None, run: Path | None, resume: bool, out: Any,
             progress: Any) -> dict:
     """All stages, or those that are left; prints where each run is, and what to do with the last."""
-    from dougong.core.errors import ConfigError
+    from rich.markup import escape
+
     from dougong.recipes.journey import load_journey, travel, travel_on
 
-    if resume and overrides:
-        raise ConfigError(f"--resume continues a journey as it was begun; {overrides[0]!r} would change it. Leave it "
-                          "out, or begin a new one.")
-    path = run or Path("runs") / Path(str(recipe)).stem
-    travelled = travel_on(path, out=out, progress=progress) if resume else \
-        travel(load_journey(str(recipe), overrides), run, out=out, progress=progress)
+    if resume:
+        travelled = travel_on(_journey_to_resume(recipe, overrides, run), out=out, progress=progress)
+    else:
+        travelled = travel(load_journey(str(recipe), overrides), run, out=out, progress=progress)
+    path = escape(str(travelled.path))
     if travelled.stopped:
-        out.print(f"\nStopped in stage {travelled.stopped}; everything is saved.\n"
-                  f"Continue with: [bold]dougong train --resume --run {travelled.path}[/]")
+        out.print(f"\nStopped in stage {escape(travelled.stopped)}; everything is saved.\n"
+                  f"Continue with: [bold]dougong train --resume --run {path}[/]")
     else:
         _judge(travelled.path, out, progress)
-        out.print(f"\n{travelled.path} is done. Its last run is {travelled.last}.\n"
-                  f"Next: [bold]dougong chat {travelled.path}[/], [bold]dougong serve {travelled.path}[/], "
-                  f"[bold]dougong eval {travelled.path}[/]")
+        out.print(f"\n{path} is done. Its last run is {escape(str(travelled.last))}.\n"
+                  f"Next: [bold]dougong chat {path}[/], [bold]dougong serve {path}[/], [bold]dougong eval {path}[/]")
     return travelled.to_dict()
+
+
+def _journey_to_resume(recipe: str | None, overrides: list[str] | None, run: Path | None) -> Path:
+    """The journey that `--resume` means. Raises ConfigError for whatever would ask for another one."""
+    from dougong.core.errors import ConfigError
+
+    changes = [argument for argument in [recipe, *(overrides or [])] if argument and "=" in argument] or overrides
+    if changes:
+        raise ConfigError(f"--resume continues a journey as it was begun; {changes[0]!r} would change it. Leave it "
+                          "out, or begin a new one.")
+    if recipe is not None and run is not None:
+        raise ConfigError(f"--resume continues the journey inside {run}, so {recipe!r} has no effect. Leave it out.")
+    return run or _place_of(str(recipe))
 
 
 def _judge(path: Path, out: Any, progress: Any) -> None:
@@ -97,7 +116,7 @@ def _judge(path: Path, out: Any, progress: Any) -> None:
     if judged is not None:
         out.print()
         print_judged(judged, out)
-        out.print(f"Its page: {write_skills_page(judged, path / 'skills.html')}")
+        out.print(f"Its page: {write_skills_page(judged, path / 'skills.html')}", markup=False)
 
 
 def _run_to_resume(recipe: str | None, overrides: list[str] | None, run: Path | None, *,
@@ -119,7 +138,7 @@ def _run_to_resume(recipe: str | None, overrides: list[str] | None, run: Path | 
                           f"start a new run: dougong train {recipe} --run {run}")
     if recipe is None and run is None:
         raise ConfigError("--resume continues a run: name it, as in `dougong train --resume --run runs/first`.")
-    return run or Path("runs") / Path(str(recipe)).stem, _layout(changes)
+    return run or _place_of(str(recipe)), _layout(changes)
 
 
 def _layout(changes: list[str]) -> Any:
@@ -136,10 +155,12 @@ def _layout(changes: list[str]) -> Any:
 
 def _summary(finished, out) -> dict:
     """Writes the report, prints where the run is and what to do with it; returns the JSON payload."""
+    from rich.markup import escape
+
     from dougong.recipes.scoring import print_result
     from dougong.report import write_report
 
-    path = finished.directory.path
+    path = escape(str(finished.directory.path))
     if not is_first_process():
         return finished.to_dict()
     if finished.was_done:
@@ -157,6 +178,6 @@ def _summary(finished, out) -> dict:
             out.print()
             print_result(finished.result, out)
         verbs = ["generate", "eval"] if finished.is_language_model else ["eval"]
-        out.print(f"\n{path} is done; its report is {finished.directory.report}.\n"
+        out.print(f"\n{path} is done; its report is {escape(str(finished.directory.report))}.\n"
                   "Next: " + ", ".join(f"[bold]dougong {verb} {path}[/]" for verb in verbs))
     return finished.to_dict()

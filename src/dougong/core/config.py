@@ -64,6 +64,33 @@ class chosen_from:
         return value
 
 
+class _Once(yaml.SafeLoader):
+    """YAML without repeated keys, of which the first would be dropped."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node, lines = super().compose_mapping_node(anchor), {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            if key.value in lines:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} stands here again, first in line "
+                                           f"{lines[key.value]}; keep one", problem_mark=key.start_mark)
+            lines[key.value] = key.start_mark.line + 1
+        return node
+
+
+def read_yaml(text: str) -> Any:
+    """A YAML document as plain values. Raises yaml.YAMLError, for a repeated key too."""
+    return yaml.load(text, Loader=_Once)
+
+
+def yaml_problem(error: Exception) -> str:
+    """What YAML does not like, and in which line where it knows."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"line {error.problem_mark.line + 1}: {error.problem}"
+    return str(error).splitlines()[0]
+
+
 @cache
 def _adapter(cls: type) -> TypeAdapter:
     return TypeAdapter(cls)
@@ -80,7 +107,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], *, where: str = "") -> T:
 
 @dataclasses.dataclass(frozen=True)
 class _Written:
-    """A value on the command line that YAML reads as something else than text, and how it was written."""
+    """A value on the command line that YAML reads as something else than its text, and how it was written."""
 
     value: Any
     text: str
@@ -89,13 +116,25 @@ class _Written:
         return self.text
 
 
+class _WrittenSection(dict[str, Any]):
+    """The same of keys and values, which are laid over others like any."""
+
+    def __init__(self, value: Mapping[str, Any], text: str) -> None:
+        super().__init__(value)
+        self.text = text
+
+
 def _settled(annotation: Any, value: Any) -> Any:
     """`value`, and all in it, as a field of this type takes it: what was written where that is text, else as YAML."""
+    takes_text = getattr(annotation, "__origin__", annotation) in (str, str | None)
+    if isinstance(value, _WrittenSection) and takes_text:
+        return value.text
     if isinstance(value, _Written):
-        return value.text if getattr(annotation, "__origin__", annotation) in (str, str | None) else value.value
+        cut = annotation is None and isinstance(value.value, str)
+        return value.text if takes_text or cut else value.value
     if isinstance(value, Mapping) and _marker(annotation) is None:      # a choice settles its own
-        known = dataclasses.fields(annotation) if dataclasses.is_dataclass(annotation) else ()
-        types = {field.name: field.type for field in known}
+        section = _config_in(annotation)
+        types = {field.name: field.type for field in dataclasses.fields(section)} if section else {}
         return {name: _settled(types.get(name), item) for name, item in value.items()}
     return value
 
@@ -117,10 +156,13 @@ def _owner(cls: Any, loc: tuple) -> Any:
     for part in loc[:-1]:
         if not dataclasses.is_dataclass(cls):
             return None
-        annotation = next((f.type for f in dataclasses.fields(cls) if f.name == part), None)
-        cls = next((a for a in [annotation, *getattr(annotation, "__args__", ())]
-                    if dataclasses.is_dataclass(a)), None)
+        cls = _config_in(next((f.type for f in dataclasses.fields(cls) if f.name == part), None))
     return cls if dataclasses.is_dataclass(cls) else None
+
+
+def _config_in(annotation: Any) -> Any:
+    """The config class that a field of this type holds, as of `X | None`; None without one."""
+    return next((a for a in [annotation, *getattr(annotation, "__args__", ())] if dataclasses.is_dataclass(a)), None)
 
 
 def to_dict(value: Any) -> Any:
@@ -158,7 +200,7 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
         old = merged.get(key)
         if isinstance(old, Mapping) and isinstance(value, str):
             value = {"kind": value}
-        if isinstance(old, str) and isinstance(value, Mapping):
+        if isinstance(old, str) and isinstance(value, Mapping) and not isinstance(value, _WrittenSection):
             old = {"kind": old}   # `optim=muon optim.lr=0.02`
         if isinstance(old, Mapping) and isinstance(value, Mapping):
             same_kind = "kind" not in old or value.get("kind", old["kind"]) == old["kind"]
@@ -169,21 +211,25 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:
-    """`["optim.lr=3e-4"]` as nested values for `from_dict`; the right-hand sides are YAML, and text where a field takes
-    text. Raises ConfigError without `=` or a value."""
+    """`["optim.lr=3e-4"]` as nested values for `from_dict`; the right-hand sides are YAML, and where a field takes text
+    what was written, but for `null` and quotes. Raises ConfigError without `=` or a value."""
     nested: dict[str, Any] = {}
     for argument in arguments:
         key, equals, text = argument.partition("=")
+        text = text.strip()
         if not equals or not key:
             raise ConfigError(f"{argument!r} is not an override. Write key=value, such as optim.lr=3e-4.")
-        if not text.strip():
+        if not text:
             raise ConfigError(f"{argument!r} gives no value. Write one after the =, or {key}=null to leave it to the "
                               "recipe.")
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             value = text
-        if not isinstance(value, str | Mapping | None):
+        quoted = isinstance(value, str) and text[0] == text[-1] and text[0] in "'\""
+        if isinstance(value, Mapping):
+            value = _WrittenSection(value, text)
+        elif value != text and text != "null" and not quoted:
             value = _Written(value, text)
         for part in reversed(key.split(".")):
             value = {part: value}

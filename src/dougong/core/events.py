@@ -31,7 +31,7 @@ class EventLog:
 
     def write(self, event: str, **fields: Any) -> dict[str, Any]:
         """Appends one event and returns it. Non-finite numbers become null: JSON has none."""
-        record = {"event": event, "time": round(time.time(), 3), "attempt": self.attempt, **_finite(fields)}
+        record = {"event": event, "time": round(time.time(), 3), "attempt": self.attempt, **finite(fields)}
         self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
         self._file.flush()
         return record
@@ -65,13 +65,14 @@ def last_per_step(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
             if record["event"] not in REPEATED_PER_STEP or index in kept]
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The value with None for every number in it that is not finite: JSON has none."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value
 
 

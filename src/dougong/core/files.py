@@ -22,7 +22,9 @@ def default_cache() -> Path:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes `path` whole or not at all: temporary file beside it, fsync, rename."""
+    """Writes `path` whole or not at all: temporary file beside it, fsync, rename. Raises DougongError for a folder."""
+    if path.is_dir():
+        raise DougongError(f"{path} is a folder, and a file is to be written there. Name a file in it.")
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

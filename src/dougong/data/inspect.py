@@ -28,6 +28,9 @@ def look(corpus: Any, *, split: str = "train", documents: int = 3, rows: int = 1
         raise ConfigError(f"no split {split!r}. Known: {', '.join(SPLITS)}.")
     if hasattr(corpus, "look"):     # data of another kind know best what there is to see
         return corpus.look(split=split, documents=documents, tokens=tokens, first=first)
+    if not hasattr(corpus, "documents"):
+        raise ConfigError("these data are arrays, and there are no documents to show. Their facts: "
+                          "dougong data prepare RECIPE")
     view, store = corpus.documents(split), corpus.tokens(split)
     chosen = range(first, min(first + documents, len(view)))
     shown = []

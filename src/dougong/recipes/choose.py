@@ -41,7 +41,7 @@ from dougong.recipes.plan_recipe import check_plannable
 from dougong.recipes.recipe import Recipe, load_recipe, with_values
 
 _CHOSEN_HERE = ("size", "model.dim", "model.num_layers", "model.num_heads", "model.num_kv_heads", "model.head_dim",
-                "model.ffn_dim", "train.steps", "train.minutes", "train.rows")
+                "model.ffn_dim", "train.steps", "train.minutes", "train.epochs", "train.rows")
 _SAME = 0.001          # relative loss that no single run can tell apart: the smaller shape is taken
 _STATE_BYTES = 16      # fp32 weights, gradients and two moments
 _SMALLEST, _LARGEST = 100e3, 2e12
@@ -100,7 +100,8 @@ def _base(name: str, overrides: list[str], text: Text) -> Recipe:
     """The recipe whose open values are chosen. Raises ConfigError where the shape is already fixed or there is none."""
     more = [f"data.path={text.path}"] if text.path else []
     base, _ = load_recipe(name, [*overrides, *more])
-    if not base.is_language_model or base.model.kind == "decoder" or not hasattr(base.model, "num_layers"):
+    if base.model is not None and (not base.is_language_model or base.model.kind == "decoder"
+                                   or not hasattr(base.model, "num_layers")):
         raise ConfigError(f"plan --budget chooses the shape of a language model of a family, and {name} has model.kind="
                           f"{base.model.kind}.\nTry recipe first, or model.kind=qwen3, llama, gpt2 or nano.")
     check_plannable(base)
@@ -112,7 +113,7 @@ def _base(name: str, overrides: list[str], text: Text) -> Recipe:
         if section is not None:
             raise ConfigError(f"{key} is what plan --budget chooses. Leave it out, or plan a recipe that you have "
                               f"chosen: dougong plan {name} {key}={section}")
-    cleared = {key: None for key in _CHOSEN_HERE if key in ("train.steps", "train.minutes", "train.rows")}
+    cleared = {key: None for key in _CHOSEN_HERE if key.startswith("train.")}
     cleared |= {f"model.{key}": None for key in _SHAPE_KEYS if hasattr(base.model, key)}
     return with_values(base, {**cleared, "size": None})
 

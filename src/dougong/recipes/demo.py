@@ -15,7 +15,7 @@ from dougong.recipes.train import Finished, train_run
 def train_demo(minutes: float, overrides: list[str], *, path: Path | None, out: Any, progress: Any) -> Finished:
     """Trains recipe `first` at a size that fits this machine and the minutes."""
     fitted = [] if "size" in parse_overrides(overrides) else [f"size={size_for(minutes)}"]
-    recipe, base = load_recipe("first", [f"train.minutes={minutes}", *fitted, *overrides])
+    recipe, base = load_recipe("first", [*fitted, *overrides], changes={"train": {"minutes": minutes}})
     out.print(f"[bold]斗拱 dougong[/]: a language model from nothing, in about {minutes:g} minutes of training.\n"
               f"Size {recipe.size} fits this machine and this time.\n")
     return train_run(recipe, base, path=path, progress=progress)

@@ -13,9 +13,11 @@ import torch
 
 from dougong.adapt.lora import TABLES, widths
 from dougong.core.config import from_dict, to_dict
-from dougong.core.errors import ConfigError, DougongError
+from dougong.core.errors import ConfigError, DougongError, did_you_mean
+from dougong.data import DATA
 from dougong.models import FAMILIES, count
 from dougong.nn.float8 import why_not_float8
+from dougong.objectives import OBJECTIVES
 from dougong.optim.build import MUON_ADAMW_RATE, MUON_RATE, USUAL_RATE
 from dougong.recipes.recipe import Recipe, with_values
 from dougong.runtime.device import best_device, check_device, matmul_flops_per_s, measure_precision, usable_cores
@@ -30,6 +32,11 @@ _TOKENS_PER_ADAPTER_PARAMETER = 2   # a parameter holds about 2 bits (Allen-Zhu 
                                     # of tuning data has about 1 that a trained model does not know
 _TIMES_FOR_ADAPTERS = 10     # found over models, ranks and data ("LoRA Without Regret", Schulman et al. 2025)
 
+
+_TABLES = {"data": DATA, "model": FAMILIES, "objective": OBJECTIVES}
+_OF_ARRAYS = {"data": ("digits", "regression"), "model": ("linear", "cnn", "gan"),
+              "objective": ("classify", "regression", "gan")}
+"""kinds that know no tokens; all others do"""
 
 FIT = "fit"
 """a size that is derived: what this machine trains well in `train.minutes`"""
@@ -90,6 +97,7 @@ def resolve(recipe: Recipe, *, elsewhere: bool = False) -> tuple[Recipe, list[De
 
     recipe, of_start = with_start(recipe)
     recipe, of_teacher = with_teacher(recipe)
+    _check_together(recipe)
     if recipe.adapter is not None and recipe.start is None:
         raise ConfigError(f"adapt.kind={recipe.adapter.kind} adapts a model that exists, and this recipe begins from "
                           "none. Name one: --model RUN, --model FOLDER, or --model hf:OWNER/NAME.")
@@ -113,6 +121,24 @@ def resolve(recipe: Recipe, *, elsewhere: bool = False) -> tuple[Recipe, list[De
         _horizon(notes, None)
     _rates(notes, size)
     return notes.recipe, notes.items
+
+
+def _check_together(recipe: Recipe) -> None:
+    """Raises ConfigError where data, model, objective and tokenizer are not all for tokens or all for arrays."""
+    kinds = {name: getattr(recipe, name).kind for name in _OF_ARRAYS}
+    arrays = [name for name, kind in kinds.items() if kind in _OF_ARRAYS[name]]
+    tokens = [name for name in kinds if name not in arrays]
+    if not tokens and recipe.tokenizer is not None:
+        raise ConfigError(f"tokenizer.kind={recipe.tokenizer.kind} cuts text into tokens, and "
+                          f"data.kind={kinds['data']} are arrays.\nLeave the tokenizer out (tokenizer=null).")
+    if not arrays or not tokens:
+        return
+    odd = min(arrays, tokens, key=len)[0]
+    own, other = ("arrays", "tokens") if odd in arrays else ("tokens", "arrays")
+    rest = " and ".join(f"{name}.kind={kinds[name]}" for name in kinds if name != odd)
+    fits = [kind for kind in _TABLES[odd] if (kind in _OF_ARRAYS[odd]) == (other == "arrays")]
+    raise ConfigError(f"{odd}.kind={kinds[odd]} is for {own}, and {rest} are for {other}."
+                      f"{did_you_mean(kinds[odd], fits)}")
 
 
 def size_for(minutes: float) -> str:

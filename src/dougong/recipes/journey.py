@@ -17,12 +17,22 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field
 
-from dougong.core.config import chosen_from, config, dump_yaml, from_dict, merge, parse_overrides, to_dict
+from dougong.adapt import METHODS
+from dougong.core.config import (
+    chosen_from,
+    config,
+    dump_yaml,
+    from_dict,
+    merge,
+    parse_overrides,
+    read_yaml,
+    to_dict,
+)
 from dougong.core.errors import CheckpointError, ConfigError, did_you_mean
 from dougong.core.files import explained_disk_errors, lock, write_text
 from dougong.core.run import RunDirectory
 from dougong.core.table import Table
-from dougong.recipes.recipe import load_recipe
+from dougong.recipes.recipe import check_stage, load_recipe, one_horizon, read_values
 from dougong.runtime.processes import launched
 
 FILE = "journey.yaml"
@@ -45,6 +55,13 @@ class TrainStage:
     changes: dict[str, Any] = Field(default_factory=dict)
     """sections to lay over it, as a recipe file's"""
 
+    def check(self, *, first: bool) -> None:
+        """Raises ConfigError for what its recipe does not take, before anything is trained."""
+        if first:
+            load_recipe(self.recipe, changes=self.changes)
+        else:
+            check_stage(self.recipe, self.changes)
+
     def run(self, before: Path | None, path: Path, progress: Any) -> tuple[Path, str]:
         """Begins or goes on; returns its run and why it ended ("done", "early stop", "interrupted")."""
         from dougong.recipes.train import resume_run, train_run
@@ -66,6 +83,10 @@ class CompressStage:
     kind: Literal["compress"] = "compress"
     to: Literal["int8", "int4"] = "int8"
     method: str = "rtn"
+
+    def check(self, *, first: bool) -> None:
+        """Raises ConfigError for an unknown method."""
+        METHODS[self.method]
 
     def run(self, before: Path | None, path: Path, progress: Any) -> tuple[Path, str]:
         from dougong.recipes.compress import compress_run, form_for
@@ -114,8 +135,8 @@ def is_journey(source: str) -> bool:
     if path.suffix not in (".yaml", ".yml") or not path.is_file():
         return False
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
+        values = read_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
         return False        # whoever reads it as a recipe will say what is wrong
     return isinstance(values, dict) and ("stages" in values or str(values.get("base")) in JOURNEYS)
 
@@ -123,13 +144,13 @@ def is_journey(source: str) -> bool:
 def load_journey(source: str, overrides: list[str] | None = None) -> Journey:
     """A shipped journey or a YAML file, with `STAGE.key=value` overrides laid over its stages.
 
-    Raises ConfigError for unknown journeys, stages and keys.
+    Raises ConfigError for unknown journeys, stages and keys, those of each stage's recipe too.
     """
     if source in JOURNEYS:
         values = to_dict(JOURNEYS[source]())
     else:
         path = Path(source)
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        given = read_values(path)
         base = given.pop("base", None)
         values = to_dict(JOURNEYS[str(base)]()) if base else {"stages": {}}
         changes = given.pop("stages", {})
@@ -140,7 +161,13 @@ def load_journey(source: str, overrides: list[str] | None = None) -> Journey:
         values["stages"] = _laid_over(values["stages"], changes, new=True)
         values = to_dict(from_dict(Journey, values))
     values["stages"] = _laid_over(values["stages"], parse_overrides(overrides or []), new=False)
-    return from_dict(Journey, values)
+    journey = from_dict(Journey, values)
+    for number, (name, stage) in enumerate(journey.stages.items()):
+        try:
+            stage.check(first=number == 0)
+        except ConfigError as error:
+            raise ConfigError(f"stage {name}: {error}") from None
+    return journey
 
 
 def _laid_over(stages: Mapping[str, Any], changes: Mapping[str, Any], *, new: bool) -> dict[str, Any]:
@@ -157,7 +184,7 @@ def _laid_over(stages: Mapping[str, Any], changes: Mapping[str, Any], *, new: bo
         elif not isinstance(change, Mapping):
             raise ConfigError(f"stage {name} should hold keys and values, and {change!r} came.")
         elif found[name].get("kind") == "train" and not {"recipe", "changes", "kind"} & change.keys():
-            found[name] = {**found[name], "changes": merge(found[name].get("changes", {}), change)}
+            found[name] = {**found[name], "changes": merge(found[name].get("changes", {}), one_horizon(change))}
         else:
             found[name] = merge(found[name], change)
     return found
@@ -185,6 +212,8 @@ def read_journey(path: Path) -> Journey:
 
 
 def _go(journey: Journey, path: Path, *, out: Any, progress: Any) -> Travelled:
+    from rich.markup import escape
+
     if launched() > 1:
         stages = [f"dougong train {stage.recipe}" for stage in journey.stages.values() if stage.kind == "train"]
         raise ConfigError(f"a journey runs in one process, and {launched()} were launched. Launch its stages one by "
@@ -194,7 +223,7 @@ def _go(journey: Journey, path: Path, *, out: Any, progress: Any) -> Travelled:
     with lock(RunDirectory(path).lock, owner="dougong train"):
         for number, (name, stage) in enumerate(journey.stages.items(), start=1):
             here = path / f"{number}-{name}"
-            out.print(f"[bold]stage {number} of {len(journey.stages)}: {name}[/]  [dim]{here}[/]")
+            out.print(f"[bold]stage {number} of {len(journey.stages)}: {escape(name)}[/]  [dim]{escape(str(here))}[/]")
             before, reason = done[name] = stage.run(before, here, progress)
             if reason == "interrupted":
                 return Travelled(path, done, name)

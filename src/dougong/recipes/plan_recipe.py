@@ -69,7 +69,11 @@ def plan_recipe(asked: Recipe, machine: Machine, devices: int, *, probe: bool = 
 
 
 def check_plannable(recipe: Recipe) -> None:
-    """Raises ConfigError where a step reads more or other than tokens with a target each; a dry run counts those."""
+    """Raises ConfigError where a step reads more or other than tokens with a target each (a dry run counts those), and
+    where nothing says which model."""
+    if recipe.model is None:
+        raise ConfigError(f"recipe {recipe.name} begins from a model that exists. Name one: start.path=RUN, "
+                          "start.path=FOLDER, or start.path=hf:OWNER/NAME.")
     if recipe.is_language_model and batch_fields(student_alone(recipe), 1, 1) == token_fields(1, 1):
         return
     trains = f"with objective.kind={recipe.objective.kind}" if recipe.is_language_model else f"a {recipe.model.kind}"

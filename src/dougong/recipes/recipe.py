@@ -9,7 +9,16 @@ import yaml
 from pydantic import Field
 
 from dougong.adapt import ADAPTERS
-from dougong.core.config import chosen_from, config, from_dict, merge, parse_overrides, to_dict
+from dougong.core.config import (
+    chosen_from,
+    config,
+    from_dict,
+    merge,
+    parse_overrides,
+    read_yaml,
+    to_dict,
+    yaml_problem,
+)
 from dougong.core.errors import ConfigError, did_you_mean
 from dougong.data import DATA, TOKENIZERS
 from dougong.models import FAMILIES
@@ -114,13 +123,31 @@ def load_recipe(source: str, overrides: list[str] | None = None, *,
                       parse_overrides(overrides or [])), base
 
 
+def check_stage(source: str, changes: Mapping[str, Any]) -> None:
+    """Raises ConfigError for what `load_recipe` will not take from a stage whose start is a run still to be made."""
+    asked = merge(changes, {"start": {"path": "."}})
+    start = asked.pop("start")
+    values = _values(_base_of(source), _read_file(source) if _is_file(source) else {}, asked) | {"start": start}
+    for name in ("model", "tokenizer"):
+        if isinstance(values[name], Mapping) and "kind" not in values[name]:     # laid over those of the start
+            values[name] = None
+    from_dict(Recipe, values)
+
+
 def _laid_over(base: Recipe, *changes: Mapping[str, Any]) -> Recipe:
+    return from_dict(Recipe, _values(base, *changes))
+
+
+def _values(base: Recipe, *changes: Mapping[str, Any]) -> dict[str, Any]:
     values = to_dict(base)
     for over in changes:
         if isinstance(over.get("start"), dict):
-            values |= _of_start(over["start"])
-        values = merge(values, _one_horizon(over))
-    return from_dict(Recipe, values)
+            before = values.get("start") or {}
+            start = merge(before, over["start"])
+            if start.get("path") != before.get("path"):
+                values |= _of_start(start)
+        values = merge(values, one_horizon(over))
+    return values
 
 
 def _of_start(start: dict[str, Any]) -> dict[str, Any]:
@@ -131,10 +158,16 @@ def _of_start(start: dict[str, Any]) -> dict[str, Any]:
     return {"size": None, "model": to_dict(model), "tokenizer": to_dict(tokenizer)}
 
 
-def _one_horizon(changes: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Whoever says how many steps (or minutes, or epochs) to train takes back what the base says in other words."""
+def one_horizon(changes: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Whoever says how many steps (or minutes, or epochs) to train takes back what the base says in other words. Raises
+    ConfigError for two of them."""
     train = changes.get("train")
-    given = [word for word in _HORIZONS if isinstance(train, dict) and word in train]
+    if not isinstance(train, dict):
+        return changes
+    given = [word for word in _HORIZONS if train.get(word) is not None]
+    if len(given) > 1:
+        both = " and ".join(f"train.{word}={train[word]}" for word in given)
+        raise ConfigError(f"{both} each say how long to train, and one run has one length.\nGive one of them.")
     if len(given) == 1:
         return merge(changes, {"train": {word: None for word in _HORIZONS if word != given[0]}})
     return changes
@@ -142,7 +175,7 @@ def _one_horizon(changes: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def recipe_from_run(path: Path) -> tuple[Recipe, dict[str, Any]]:
     """The resolved recipe of a run and what was recorded beside it (versions, fingerprints)."""
-    values = _parse(path)
+    values = read_values(path)
     resolved = values.pop("resolved", {})
     return from_dict(Recipe, values), resolved
 
@@ -161,7 +194,13 @@ def _base_of(source: str, above: tuple[Path, ...] = ()) -> Recipe:
     if way[-1] in above:
         raise ConfigError(f"{source} is its own base: {' → '.join(path.name for path in way)}.\nBegin one of them with "
                           "a shipped recipe, such as `base: first`.")
-    name = _parse(Path(source)).get("base")
+    values = read_values(Path(source))
+    recorded = values.get("resolved")
+    name = values.get("base")
+    if name is None and isinstance(recorded, dict) and isinstance(recorded.get("base"), str):
+        name = recorded["base"]
+        if name not in RECIPES:      # a file's name; what a run has saved is whole without it
+            return recipe_from_run(Path(source))[0]
     if not isinstance(name, str):
         raise ConfigError(f"{source} names no base recipe. Begin it with `base: first` "
                           f"(or {', '.join(n for n in RECIPES if n != 'first')}).")
@@ -171,22 +210,30 @@ def _base_of(source: str, above: tuple[Path, ...] = ()) -> Recipe:
     return _base_of(name)
 
 
+def name_of(source: str) -> str:
+    """What a recipe's, or a journey's, run is called: the file's own name for it, else that of the file."""
+    return str(_read_file(source)["name"]) if _is_file(source) else source
+
+
 def _read_file(source: str) -> dict[str, Any]:
-    values = _parse(Path(source))
+    values = read_values(Path(source))
     values.pop("base", None)
-    values.pop("resolved", None)
+    train = values.get("train")
+    if values.pop("resolved", None) and isinstance(train, dict) and train.get("steps"):
+        values["train"] = {**train, "minutes": None, "epochs": None}     # from which its run derived the steps
     return {"name": re.sub(r"[^\w.\-]+", "-", Path(source).stem), **values}
 
 
-def _parse(path: Path) -> dict[str, Any]:
+def read_values(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file. Raises ConfigError for one that holds none, or a key twice."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"no recipe file at {path}.") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {str(error).splitlines()[0]}.") from None
+        raise ConfigError(f"{path} is not YAML: {yaml_problem(error)}.") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} should hold keys and values; it holds {type(values).__name__}.")
     return values

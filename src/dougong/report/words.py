@@ -318,8 +318,8 @@ PHRASES: dict[str, tuple[str, str]] = {
     "warnings_title": ("Warnings", "警告"),
     "skips_title": ("Skipped steps", "跳过的步"),
     "skips_are": (
-        "{n} steps were skipped because a loss or gradient was not finite.",
-        "有 {n} 步因损失或梯度非有限值而被跳过。",
+        "Steps skipped because a loss or gradient was not finite, or leapt: {n}.",
+        "因损失或梯度不是有限值、或突然跳升而被跳过的步数：{n}。",
     ),
     # reproduce
     "reproduce_title": ("Make it again", "再做一遍"),

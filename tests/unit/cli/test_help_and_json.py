@@ -1,6 +1,7 @@
 """The command line as people and programs meet it: instant help, JSON on the last line, the dial explained."""
 
 import json
+import math
 import os
 import resource
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import pytest
 from tiny_recipe import dougong, write_recipe, write_texts
 
+from dougong.cli.output import emit
 from dougong.data import DATA, SOURCES, TOKENIZERS
 from dougong.models import FAMILIES
 from dougong.objectives import OBJECTIVES
@@ -65,6 +67,11 @@ def test_json_is_one_object_on_the_last_line_and_nothing_else(made, arguments):
     assert isinstance(found, dict) and found
 
 
+def test_what_is_not_finite_is_null_in_json(capsys):
+    emit({"a": math.inf, "b": [math.nan, 1.5], "c": {"d": (-math.inf,)}}, True)
+    assert json.loads(capsys.readouterr().out) == {"a": None, "b": [None, 1.5], "c": {"d": [None]}}
+
+
 def test_show_prints_what_differs_from_the_base_and_why_the_rest_is_so():
     shown = dougong("show", "first", "size=8M", "runtime.precision=fp32")
     assert shown.code == 0
@@ -85,7 +92,7 @@ def test_everything_that_recipes_lists_can_be_shown():
         assert shown.code == 0 or "Name one" in shown.err, shown.err      # some begin from a model that one has to name
     stages = dougong("show", "assistant", "sft.train.minutes=1", "--json").json["journey"]["stages"]
     assert list(stages) == ["pretrain", "sft", "practise", "compress"]
-    assert stages["sft"]["changes"]["train"] == {"minutes": 1}
+    assert stages["sft"]["changes"]["train"]["minutes"] == 1
     refused = dougong("show", "assistant", "stf.train.minutes=1")
     assert refused.code == 2 and "sft" in refused.err
 

@@ -4,6 +4,7 @@ import sys
 from typing import Annotated, Literal
 
 import pytest
+import yaml
 from pydantic import Field
 
 from dougong.core.config import (
@@ -16,6 +17,7 @@ from dougong.core.config import (
     json_schema,
     merge,
     parse_overrides,
+    read_yaml,
     to_dict,
 )
 from dougong.core.errors import ConfigError
@@ -53,6 +55,7 @@ class Outer:
     optim: Annotated[Slow | Fast, chosen_from(TABLE)] = Slow()
     other: Annotated[Slow | Fast | None, chosen_from(TABLE, optional=True)] = None
     inner: Inner = Inner()
+    maybe: Inner | None = None
 
 
 def override(*arguments: str) -> Outer:
@@ -125,10 +128,29 @@ def test_a_kind_given_after_its_keys_keeps_them():
     assert override("optim.betas=[0.5, 0.6]", "optim=fast").optim == Fast(betas=(0.5, 0.6))
 
 
-@pytest.mark.parametrize("text", ["2024", "007", "1_000", "[SEP]", "2024-01-01", "no", "~/texts", "1.50"])
+@pytest.mark.parametrize("text", ["2024", "007", "1_000", "[SEP]", "2024-01-01", "no", "~/texts", "1.50", "~",
+                                  "t2/[raw] dir/x y #1", "t2/a: b", "{a, b}", "'a' #1"])
 def test_text_is_taken_as_it_was_written(text):
     assert override(f"inner.name={text}").inner.name == text
+    assert override("inner.name=before", f"inner.name={text}").inner.name == text
+    assert override(f"maybe.name={text}").maybe == Inner(name=text)
     assert override("optim=fast", f"optim.mark={text}").optim == Fast(mark=text)
+
+
+def test_keys_and_values_in_one_override_are_laid_over_others():
+    assert override("optim={kind: fast, betas: [0.5, 0.6]}", "optim.mark=b").optim == Fast(betas=(0.5, 0.6), mark="b")
+    assert override("inner.number=3", "inner={name: x}").inner == Inner(number=3, name="x")
+    assert override("other={kind: slow, lr: 0.5}", "maybe={number: 3}").other == Slow(lr=0.5)
+
+
+@pytest.mark.parametrize("text", ["a: 1\nb: {}\na: 2\n", "s:\n  a: {b: 1,\n    c: 2}\n  a: 3\n", "1: a\n1: b\n"])
+def test_a_repeated_key_is_refused_with_its_line(text):
+    with pytest.raises(yaml.YAMLError, match=r"key '[a1]' stands here again, first in line \d"):
+        read_yaml(text)
+
+
+def test_a_key_may_replace_one_that_was_merged_in():
+    assert read_yaml("x: &x {a: 1, b: 2}\ny: {<<: *x, a: 3}\n")["y"] == {"a": 3, "b": 2}
 
 
 def test_text_may_be_null_or_quoted():

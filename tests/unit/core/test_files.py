@@ -27,6 +27,12 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     assert os.listdir(tmp_path) == ["x.json"]
 
 
+def test_a_folder_is_not_written_over(tmp_path):
+    with pytest.raises(DougongError, match="is a folder, and a file is to be written there"):
+        files.write_text(tmp_path, "page")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_lock_is_exclusive_and_freed_with_its_process(tmp_path):
     script = ("import sys, time; from pathlib import Path; from dougong.core.files import lock\n"
               f"with lock(Path({str(tmp_path / '.lock')!r}), owner='a training'):\n"

@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 
 from dougong.core.errors import ConfigError
+from dougong.data.arrays import DigitsData
 from dougong.data.dedup import DedupConfig
 from dougong.data.inspect import look, render
 from dougong.data.prepare import TextData, prepare
@@ -61,3 +62,8 @@ def test_the_page_names_duplicates_skipped_files_and_colours_tokens(corpus):
 def test_an_unknown_split_is_refused(corpus):
     with pytest.raises(ConfigError, match="Known: train, validation, test"):
         look(corpus, split="dev")
+
+
+def test_arrays_have_no_documents_to_show():
+    with pytest.raises(ConfigError, match="arrays, and there are no documents"):
+        look(DigitsData().prepare())

@@ -20,6 +20,7 @@ from dougong.recipes import small_runs
 from dougong.recipes.choose import _launch, plan_budget
 from dougong.recipes.derive import fit_to_data, parse_size, resolve
 from dougong.recipes.launch import why_not
+from dougong.recipes.plan_recipe import plan_recipe
 from dougong.recipes.recipe import load_recipe
 from dougong.recipes.show_choice import print_choice
 from dougong.report.budget_page import render_budget
@@ -298,3 +299,17 @@ def test_no_shape_is_considered_twice(three_days):
     for plan in (three_days, plan_budget(budget="here x 1 min")):
         shapes = [(o["num_layers"], o["dim"], o["vocab_size"]) for o in plan["curve"]]
         assert len(set(shapes)) == len(shapes)
+
+
+@pytest.mark.parametrize("recipe", ["sft", "dpo", "grpo"])
+def test_a_recipe_that_begins_from_a_model_has_to_name_it(recipe):
+    for planned in (lambda: plan_budget(budget="here x 1 hour", recipe=recipe),
+                    lambda: plan_recipe(load_recipe(recipe, HERE)[0], machine("here"), 1)):
+        with pytest.raises(ConfigError, match=r"begins from a model that exists.*start\.path=RUN"):
+            planned()
+
+
+@pytest.mark.parametrize("change", ["train.epochs=3", "model={dim: 64}"])
+def test_what_the_budget_chooses_cannot_be_given_beside_it(change):
+    with pytest.raises(ConfigError, match="is what plan --budget chooses"):
+        plan_budget(budget="here x 1 hour", overrides=[change])

@@ -118,8 +118,23 @@ def test_whoever_gives_steps_takes_back_the_minutes_and_the_other_way_round():
     assert load_recipe("first", ["train.steps=9"])[0].train.minutes is None
     digits = load_recipe("digits_cnn", ["train.minutes=1"])[0].train
     assert digits.steps is None and digits.minutes == 1
-    both = load_recipe("first", ["train.steps=9", "train.minutes=2"])[0].train
-    assert (both.steps, both.minutes) == (9, 2)
+    assert load_recipe("first", ["train.steps=9", "train.minutes=null"])[0].train.steps == 9
+
+
+def test_two_horizons_together_are_refused():
+    with pytest.raises(ConfigError, match=r"train\.minutes=60 and train\.epochs=2 .*\nGive one"):
+        load_recipe("first", ["train.epochs=2", "train.minutes=60"])
+
+
+@pytest.mark.parametrize(("base", "change", "says"), [
+    ("first", "objective=classify", r"objective\.kind=classify is for arrays.*'classify_text'"),
+    ("first", "data=digits", r"data\.kind=digits is for arrays.*text"),
+    ("first", "model=cnn", r"model\.kind=cnn is for arrays"),
+    ("digits_cnn", "objective=causal_lm", r"objective\.kind=causal_lm is for tokens.*Known: classify, gan"),
+    ("digits_cnn", "tokenizer=bytes", r"tokenizer\.kind=bytes.*\n.*tokenizer=null")])
+def test_tokens_and_arrays_do_not_go_together(base, change, says):
+    with pytest.raises(ConfigError, match=says):
+        resolved(change, base=base)
 
 
 def test_minutes_become_steps_once():
@@ -182,6 +197,38 @@ def test_a_file_may_stand_on_another_file(tmp_path):
     recipe, base = load_recipe(str(tmp_path / "my own.yaml"))
     assert (recipe.name, recipe.size, recipe.train.steps, recipe.train.minutes) == ("my-own", "5M", 7, None)
     assert base.size == "5M"
+
+
+@pytest.mark.parametrize("base", ["first", "mine"])
+def test_what_a_run_saved_is_a_recipe_file(tmp_path, base):
+    from dougong.core.config import dump_yaml
+
+    made = fit_to_time(resolved("size=1M", "optim=adamw", "train.minutes=2")[0], 0.1)[0]
+    (tmp_path / "again.yaml").write_text(dump_yaml(made) + dump_yaml({"resolved": {"base": base}}))
+    recipe, of = load_recipe(str(tmp_path / "again.yaml"))
+    assert (recipe.model, recipe.optim, recipe.train.steps) == (made.model, made.optim, 1200) and of.name == "first"
+    assert load_recipe(str(tmp_path / "again.yaml"), ["train.minutes=3"])[0].train.steps is None
+
+
+def test_another_checkpoint_of_the_same_start_needs_no_path(tmp_path, monkeypatch):
+    from dougong.data.tokenizer import BytesConfig
+    from dougong.models.families.qwen3 import Qwen3Config
+
+    monkeypatch.setattr("dougong.recipes.start.shape_of_start", lambda start: (Qwen3Config(dim=64), BytesConfig()))
+    (tmp_path / "tuned.yaml").write_text("base: sft\nstart: {path: runs/a}\nmodel: {context: 128}\n")
+    recipe, _ = load_recipe(str(tmp_path / "tuned.yaml"), ["start.checkpoint=3"])
+    assert (recipe.start.path, recipe.start.checkpoint, recipe.model.context) == ("runs/a", "3", 128)
+    with pytest.raises(ConfigError, match=r"start\.path.*required"):
+        load_recipe("sft", ["start.checkpoint=last"])
+
+
+@pytest.mark.parametrize(("content", "says"), [
+    ("base: first\ntrain: {steps: 3}\ntrain: {rows: 3}\n", "line 3: the key 'train' stands here again"),
+    ("base: first\ntrain:\n\tsteps: 3\n", "line 3: found character")])
+def test_a_file_that_yaml_does_not_take_is_refused_with_the_line(tmp_path, content, says):
+    (tmp_path / "mine.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=says):
+        load_recipe(str(tmp_path / "mine.yaml"))
 
 
 def test_a_start_decides_rate_rows_and_their_length(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from tiny_recipe import dougong, write_recipe, write_texts
 
-from dougong.core.errors import CheckpointError
+from dougong.core.errors import CheckpointError, ConfigError
 from dougong.core.files import lock
 from dougong.core.run import RunDirectory
 from dougong.recipes.journey import TrainStage, load_journey
@@ -99,3 +99,46 @@ def test_a_journey_file_that_is_none(tmp_path, content, says):
 def test_a_stage_given_by_its_kind_alone_takes_changes(tmp_path):
     (tmp_path / "trip.yaml").write_text("stages: {first: {kind: train, recipe: first}, small: compress}\n")
     assert load_journey(str(tmp_path / "trip.yaml"), ["small.to=int4"]).stages["small"].to == "int4"
+
+
+@pytest.mark.parametrize(("stage", "says"), [
+    ("more: {train: {mintues: 3}}", ["stage more", "train.mintues", "'minutes'"]),
+    ("more: {start: {chekpoint: last}}", ["stage more", "start.chekpoint", "'checkpoint'"]),
+    ("small: {kind: compress, method: gptqq}", ["stage small", "'gptqq'", "'gptq'"]),
+    ("last: {kind: train, recipe: frist}", ["stage last", "'frist'", "'first'"])])
+def test_a_mistake_in_a_later_stage_is_found_before_the_first_trains(journey, stage, says):
+    name, change = next(iter(yaml.safe_load(stage).items()))
+    values = yaml.safe_load(journey.read_text())
+    values["stages"][name] = {**values["stages"].get(name, {}), **({"changes": change} if name == "more" else change)}
+    journey.write_text(yaml.safe_dump(values, sort_keys=False))
+    with pytest.raises(ConfigError) as refused:
+        load_journey(str(journey))
+    assert all(word in str(refused.value) for word in says), str(refused.value)
+
+
+def test_a_later_stage_may_change_a_model_that_is_still_to_be_made(tmp_path):
+    (tmp_path / "trip.yaml").write_text("base: assistant\nstages: {sft: {model: {dropout: 0.1}, "
+                                        "start: {checkpoint: last}}}\n")
+    changes = load_journey(str(tmp_path / "trip.yaml")).stages["sft"].changes
+    assert changes["model"] == {"dropout": 0.1} and changes["start"] == {"checkpoint": "last"}
+
+
+def test_steps_of_a_stage_take_back_its_minutes():
+    train = load_journey("assistant", ["sft.train.steps=5"]).stages["sft"].changes["train"]
+    assert train["steps"] == 5 and train["minutes"] is None
+
+
+def test_a_repeated_key_in_a_journey_is_refused(tmp_path):
+    (tmp_path / "trip.yaml").write_text("base: assistant\nstages: {}\nstages: {sft: null}\n")
+    told = dougong("show", tmp_path / "trip.yaml")
+    assert told.code == 2 and "line 3: the key 'stages' stands here again" in told.err
+
+
+def test_a_file_that_cannot_be_read_is_no_journey_and_told_as_such(tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "trip.yaml").write_text("stages: {}\n")
+    monkeypatch.setattr("pathlib.Path.read_text", fails)
+    told = dougong("show", tmp_path / "trip.yaml")
+    assert told.code == 2 and "trip.yaml cannot be read: Permission denied" in told.err

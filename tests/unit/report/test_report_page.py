@@ -9,6 +9,7 @@ from pathlib import Path
 
 import fake_runs
 import pytest
+from tiny_recipe import dougong
 
 from dougong.core.errors import CheckpointError, ConfigError
 from dougong.core.events import EventLog
@@ -328,3 +329,13 @@ def test_the_report_reads_what_the_event_log_writes(tmp_path):
     log.write("end", step=2, reason="failed")
     log.close()
     assert read_facts(run).status == "failed"
+
+
+def test_a_journey_stands_for_its_last_run(tmp_path):
+    fake_runs.digits(tmp_path / "trip" / "1-pretrain")
+    fake_runs.digits(tmp_path / "trip" / "2-tune")
+    stage = "{kind: train, recipe: digits_cnn}"
+    (tmp_path / "trip" / "journey.yaml").write_text(f"name: trip\nstages:\n  pretrain: {stage}\n  tune: {stage}\n")
+    told = dougong("report", tmp_path / "trip")
+    assert told.code == 0, told.err
+    assert (tmp_path / "trip" / "2-tune" / "report.html").is_file()
