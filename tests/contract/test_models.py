@@ -333,3 +333,9 @@ def test_batch_statistics_are_declared_and_really_do_not_add():
 def test_missing_sizes_of_other_models_are_named(kind, word):
     with pytest.raises(ConfigError, match=word):
         FAMILIES[kind]().build()
+
+
+def test_a_width_that_halves_to_nothing_is_refused():
+    with pytest.raises(ConfigError, match="dim"):
+        from_dict(FAMILIES["gan"], {"image_size": 8, "dim": 1})
+    assert FAMILIES["gan"](image_size=8, dim=2).build()(torch.randn(3, 32)).shape == (3, 1, 8, 8)

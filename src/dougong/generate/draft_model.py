@@ -2,7 +2,8 @@
 
 The draft reads what was written and goes on alone for some tokens; the model then reads all of them in one forward and
 keeps them as far as `sampling.accept` allows, so the text has the model's own distribution, and at temperature 0 is the
-model's own text. The draft's keys and values lie beside the scheduler's budget; a server leaves them as much room again.
+model's own text. The draft's keys and values lie beside the scheduler's budget; a server leaves them as much room
+again.
 """
 
 from collections.abc import Sequence
@@ -51,7 +52,8 @@ class DraftModel:
         self.engine, self.vocab_size = engine, least
 
     def guess(self, rows: Sequence[Row], rooms: Sequence[int]) -> list[Guess]:
-        """At most `rooms[i]` tokens that may follow row i; none where the draft's context is full."""
+        """At most `rooms[i]` tokens that may follow row i; none where the draft's context is full, or its logits are
+        not finite."""
         context = self.engine.context
         sizes = [min(room, _of(row).ahead, room if context is None else context - len(row.text))
                  for row, room in zip(rows, rooms)]
@@ -61,7 +63,7 @@ class DraftModel:
         for step in range(max(sizes, default=0)):
             for n, logits_V in zip(live, logits):
                 self._draw(rows[n], logits_V, guesses[n])
-            live = [n for n in live if sizes[n] > step + 1]
+            live = [n for n in live if step < len(guesses[n].tokens) < sizes[n]]
             if not live:
                 break
             newest_N1 = torch.tensor([[guesses[n].tokens[-1]] for n in live])
@@ -71,6 +73,8 @@ class DraftModel:
     def _draw(self, row: Row, logits_V: Tensor, guess: Guess) -> None:
         sampling = row.request.sampling
         logits_1V = adjust(logits_V[None, :self.vocab_size].float(), sampling)
+        if not logits_1V.max().isfinite():
+            return
         if not sampling.temperature:
             guess.tokens.append(int(logits_1V.argmax()))
             return

@@ -77,27 +77,32 @@ class Engine:
 
         A row's draws depend on `config.seed` and its sample number alone, so a text never depends on what
         else is in the batch, nor on the prompt's place in it. Equal prompts are read once. Raises ConfigError
-        for an empty prompt, or one longer than the context under `long_prompt="error"`.
+        for an empty prompt, one with tokens that the model does not know, or one longer than the context under
+        `long_prompt="error"`.
         """
         samples = samples if samples is not None else [0] * len(prompts)
         rows = []
         for i, (prompt, sample) in enumerate(zip(prompts, samples, strict=True)):
-            tokens = self.fit(prompt, config)
+            tokens = self.fit(prompt, config, vocab_size)
             rows.append(_Row(i, tokens, len(tokens), Draws(sample_seed(config.seed, sample))))
         return Decoding(self, rows, config, frozenset(stop_ids), vocab_size)
 
-    def fit(self, tokens: Sequence[int], config: SamplingConfig) -> list[int]:
+    def fit(self, tokens: Sequence[int], config: SamplingConfig, vocab_size: int | None = None) -> list[int]:
         """The prompt as the model will read it. Raises ConfigError where it cannot."""
         tokens = [int(token) for token in tokens]
         if not tokens:
             raise ConfigError("a prompt has no tokens, and the model needs one to predict the next. "
                               "Begin it with the tokenizer's document_id.")
-        if self.context is None or len(tokens) <= self.context:
-            return tokens
-        if config.long_prompt == "error":
-            raise ConfigError(f"a prompt has {len(tokens)} tokens; the model reads at most {self.context}. "
-                              "Shorten it, or keep its end with long_prompt=truncate (--truncate).")
-        return tokens[-self.context:]
+        if self.context is not None and len(tokens) > self.context:
+            if config.long_prompt == "error":
+                raise ConfigError(f"a prompt has {len(tokens)} tokens; the model reads at most {self.context}. "
+                                  "Shorten it, or keep its end with long_prompt=truncate (--truncate).")
+            tokens = tokens[-self.context:]
+        vocabulary = vocab_size or self.vocab_size
+        if vocabulary is not None and not all(0 <= token < vocabulary for token in tokens):
+            raise ConfigError(f"a prompt has the token {next(t for t in tokens if not 0 <= t < vocabulary)}; the model "
+                              f"knows 0 to {vocabulary - 1}. Encode it with the model's own tokenizer.")
+        return tokens
 
     @torch.inference_mode()
     def read(self, tokens_BT: Tensor, cache: KVCache | Reading, lengths: Sequence[int] | None = None) -> Tensor:

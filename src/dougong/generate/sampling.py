@@ -110,13 +110,16 @@ def truncate(logits_BV: Float[Tensor, "B V"], config: SamplingConfig) -> Float[T
     result does not depend on how a sort breaks ties.
     """
     V = logits_BV.shape[-1]
-    ranked = None
+    ranked, ties_B1 = None, 1
     if config.top_k is not None and config.top_k < V:
         ranked = logits_BV.topk(config.top_k).values
         logits_BV = logits_BV.masked_fill(logits_BV < ranked[:, -1:], -torch.inf)
     if config.top_p is not None and config.top_p < 1:
-        ranked = _descending(logits_BV) if ranked is None else ranked
-        logits_BV = logits_BV.masked_fill(logits_BV < _nucleus_floor(ranked, config.top_p), -torch.inf)
+        if ranked is None:
+            ranked = _descending(logits_BV)
+        else:
+            ties_B1 = (logits_BV >= ranked[:, -1:]).sum(-1, keepdim=True) - ranked.shape[-1] + 1
+        logits_BV = logits_BV.masked_fill(logits_BV < _nucleus_floor(ranked, ties_B1, config.top_p), -torch.inf)
     if config.min_p:
         floor = logits_BV.max(-1, keepdim=True).values + math.log(config.min_p)
         logits_BV = logits_BV.masked_fill(logits_BV < floor, -torch.inf)
@@ -131,12 +134,21 @@ def _descending(logits_BV: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
     return logits_BV.sort(descending=True).values
 
 
-def _nucleus_floor(ranked_BC: Float[Tensor, "B C"], top_p: float) -> Float[Tensor, "B 1"]:
-    """The least logit of the nucleus: a token stays while those before it hold less than `top_p`."""
-    weights = (ranked_BC - ranked_BC[:, :1]).exp_().double()
+def _nucleus_floor(ranked_BC: Float[Tensor, "B C"], ties_B1: Int[Tensor, "B 1"] | int, top_p: float,
+                   ) -> Float[Tensor, "B 1"]:
+    """The least logit of the nucleus: a token stays while those before it hold less than `top_p`. The last of the C
+    stands for `ties_B1` tokens."""
+    weights = (ranked_BC - ranked_BC[:, :1]).exp_()
+    weights[:, -1:] *= ties_B1
+    weights = _in_float64(weights)
     sums = weights.cumsum(-1)
     last = (sums.sub_(weights) < top_p * (sums[:, -1:] + weights[:, -1:])).sum(-1, keepdim=True).clamp(min=1) - 1
-    return ranked_BC.gather(-1, last)
+    return ranked_BC.gather(-1, last.to(ranked_BC.device))
+
+
+def _in_float64(x: Tensor) -> Tensor:
+    """On the CPU where the device, as MPS, has no float64."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
 
 
 def adjust(logits_BV: Float[Tensor, "B V"], config: SamplingConfig, seen_BV: Bool[Tensor, "B V"] | None = None,
@@ -187,9 +199,7 @@ def _weights(shifted_BV: Float[Tensor, "B V"], config: SamplingConfig) -> Float[
     """What each token's probability is proportional to, in float64. `shifted_BV` are logits less their largest: a tiny
     temperature then sends the others to -inf, never the best to +inf.
     """
-    scaled_BV = truncate(shifted_BV.div_(_bounded(config.temperature)), config)
-    device = "cpu" if scaled_BV.device.type == "mps" else scaled_BV.device   # MPS has no float64
-    return scaled_BV.exp().to(device).double()
+    return _in_float64(truncate(shifted_BV.div_(_bounded(config.temperature)), config).exp())
 
 
 def probabilities(logits_BV: Float[Tensor, "B V"], config: SamplingConfig) -> Float[Tensor, "B V"]:
@@ -200,11 +210,11 @@ def probabilities(logits_BV: Float[Tensor, "B V"], config: SamplingConfig) -> Fl
 
 def accept(p_V: Float[Tensor, "V"], q_V: Float[Tensor, "V"], guess: int, uniforms: tuple[float, float]) -> int:
     """A draw from p, given a draw from q: the guess with probability min(1, p/q), else a draw from what p has more than
-    q (Leviathan et al. 2023, arXiv:2211.17192, algorithm 1).
+    q (Leviathan et al. 2023, arXiv:2211.17192, algorithm 1). A q that is not finite refuses the guess.
     """
     if uniforms[0] * float(q_V[guess]) < float(p_V[guess]):
         return guess
-    cdf_V = (p_V - q_V).clamp_(min=0).cumsum_(0)
+    cdf_V = (p_V - q_V.nan_to_num()).clamp_(min=0).cumsum_(0)
     if not float(cdf_V[-1]):        # p is q but for rounding
         return guess
     return int(torch.searchsorted(cdf_V, cdf_V[-1] * uniforms[1], right=True))

@@ -83,11 +83,7 @@ class Scheduler:
     def add(self, request: Request) -> int:
         """Queues a request; returns its id, the `row` of its tokens. Raises ConfigError for what can never run."""
         sampling = request.sampling
-        tokens = self.engine.fit(request.prompt, sampling)
-        vocabulary = self.vocab_size or self.engine.vocab_size
-        if vocabulary is not None and not all(0 <= token < vocabulary for token in tokens):
-            raise ConfigError(f"a prompt has the token {next(t for t in tokens if not 0 <= t < vocabulary)}; the model "
-                              f"knows 0 to {vocabulary - 1}. Encode it with the model's own tokenizer.")
+        tokens = self.engine.fit(request.prompt, sampling, self.vocab_size)
         if request.speculate < 0:
             raise ConfigError(f"speculate={request.speculate}: how many tokens are guessed ahead, 0 for none.")
         most = len(tokens) + sampling.max_tokens
@@ -163,8 +159,6 @@ class Scheduler:
                 if row.lane is lane:    # else sent back meanwhile
                     self._move(row, 1, expected=len(crowded))
             lane.shift(1)
-            if not lane.members:
-                self._lanes.pop(lane.width, None)
 
     def _move(self, row: Row, need: int, expected: int = 0) -> None:
         assert row.lane is not None
@@ -187,7 +181,7 @@ class Scheduler:
         most = self.blocks * BLOCK
         if self.engine.context is not None:
             most = min(most, -(-self.engine.context // BLOCK) * BLOCK)
-        return width_for(length, most)
+        return width_for(min(length, most), most)
 
     def _take(self, blocks: int) -> bool:
         """Books blocks, from kept prefixes where none is free."""
@@ -393,7 +387,6 @@ class Scheduler:
         finish = self._finish(row)
         if finish is None and self._places(row) < 1:       # the context slides
             row.window = len(row.tokens) - ((self.engine.context or 0) + 1) // 2
-            row.drafts = self._drafts(row.request) if row.drafts else None
             self._send_back(row)
         return Token(row.id, id, finish, *told)
 

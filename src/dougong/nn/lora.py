@@ -118,7 +118,7 @@ class LowRankRows(LowRank):
     @torch.no_grad()
     def stretch(self) -> Float[Tensor, " O"]:
         """m / ‖V‖ is what each row is multiplied with; here 1 / ‖V‖."""
-        return 1 / torch.linalg.vector_norm(super().whole(), dim=1)
+        return _inverse(torch.linalg.vector_norm(super().whole(), dim=1))
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         y = super().product(x, None) * (self.magnitude * self.stretch()).to(x.dtype)
@@ -126,7 +126,7 @@ class LowRankRows(LowRank):
 
     def product_of(self, x: Tensor) -> Tensor:
         directions = self.dequantize(x.dtype) + self.factor * self.lora_b.to(x.dtype) @ self.lora_a.to(x.dtype)
-        return super().product_of(x) * (self.magnitude.to(x.dtype) / directions.norm(dim=1))
+        return super().product_of(x) * (self.magnitude.to(x.dtype) * _inverse(directions.norm(dim=1)))
 
     @torch.no_grad()
     def whole(self) -> Float[Tensor, "O I"]:
@@ -176,6 +176,11 @@ class QuantizedLoRALinear(LowRank, QuantizedLinear):
 
 class QuantizedDoRALinear(LowRankRows, QuantizedLoRALinear):
     """DoRA over integers."""
+
+
+def _inverse(lengths: Tensor) -> Tensor:
+    """0 for a row of zeros, which has no direction and stays one."""
+    return 1 / lengths.masked_fill(lengths == 0, torch.inf)
 
 
 def _empty(kind: Any, *sizes: int, **options: Any) -> Any:

@@ -57,6 +57,13 @@ class Muon(torch.optim.Optimizer):
             assert group["algorithm"] in ("muon", "adamw")
             assert group["algorithm"] == "adamw" or all(p.ndim in (2, 3) for p in group["params"])
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, which knows of no fused AdamW here and would leave its counts of steps on the host."""
+        super().load_state_dict(state_dict)
+        for p, state in self.state.items():
+            if "step" in state:
+                state["step"] = state["step"].to(p.device)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         assert closure is None, "the loop computes gradients before the step"

@@ -69,6 +69,8 @@ class WSDConfig:
 
     def build(self, total_steps: int) -> Schedule:
         warmup, decay = _steps(self.warmup, total_steps, "warmup"), _steps(self.decay, total_steps, "decay")
+        if self.warmup + self.decay <= 1:       # fractions that fit; both may have been rounded up
+            decay = min(decay, total_steps - warmup)
         if warmup + decay > total_steps:
             raise ConfigError(f"warmup={warmup} and decay={decay} steps do not fit into {total_steps} "
                               f"steps.\n"

@@ -77,7 +77,7 @@ def _up_to(batches: Iterable[Batch], most_tokens: int | None) -> Iterator[Batch]
 
 
 def _sums(found: Losses) -> dict[str, float]:
-    return {"loss": float(sum(loss.double() for loss in found.sums.values()))} | {
+    return {"loss": float(sum(loss.cpu().double() for loss in found.sums.values()))} | {
         name: float(value) for name, value in found.metrics.items()}
 
 

@@ -14,7 +14,7 @@ from dougong.runtime.collectives import all_sum
 from dougong.runtime.layout import AXES
 from dougong.runtime.mesh import Mesh
 from dougong.train.layers import Layers
-from dougong.train.spikes import Spikes
+from dougong.train.spikes import NO_LIMIT, Spikes
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,11 @@ class Reading:
         return dict(zip(self._groups, self._judged[len(self._groups):]))
 
     def above(self, limits: tuple[float, float]) -> Tensor:
-        """1 on the device where a loss or norm lies above its limit or is no number, else 0 (scalar, bool)."""
+        """1 on the device where a loss or norm lies above its limit or is no number, else 0 (scalar, bool); the limits
+        are for one loss, as in `why_not`."""
         groups = len(self._groups)
+        if self._groups != ["model"]:
+            limits = NO_LIMIT, NO_LIMIT
         bounds = torch.tensor([limits[0]] * groups + [limits[1]] * groups, dtype=self._judged.dtype)
         return (self._judged <= bounds.to(self._judged.device, non_blocking=True)).all().logical_not()
 

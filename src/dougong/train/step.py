@@ -84,6 +84,7 @@ def take_step(state: TrainState, objective: Objective, batch: Batch, runtime: Ru
         if suspicious and rerun:
             with clock("rerun"):
                 before.put_back()
+                _after_step(state.model, runtime, applied=False)    # experts have counted the tokens
                 state.optimizer.zero_grad(set_to_none=True)
                 first, found = found, compute().read()
                 reason = why_not(found, state.spikes)

@@ -34,6 +34,41 @@ def test_a_draft_of_a_draw_becomes_a_draw_of_the_model():
     assert all(accept(q, q, 2, (draws.next(), 0.5)) == 2 for _ in range(50))
 
 
+def test_a_law_that_is_not_finite_refuses_the_guess_for_a_draw_of_the_model():
+    p, draws, count = torch.tensor([0.5, 0.3, 0.2, 0.0]).double(), Draws(5), torch.zeros(4)
+    for _ in range(4000):
+        count[accept(p, torch.full((4,), torch.nan).double(), 3, (draws.next(), draws.next()))] += 1
+    assert count[3] == 0 and chisquare(count[:3].numpy(), (p[:3] * 4000).numpy()).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_draft_with_nan_guesses_nothing_and_no_text_suffers(temperature):
+    model, draft = build("qwen3", tied=False), build("qwen3", tied=False)
+    with torch.no_grad():
+        draft.stem.tokens.weight[5] = torch.nan
+    engine = Engine(model)
+    settings = {"max_tokens": 20, "temperature": temperature}
+    ill = Request([1, 2, 5], SamplingConfig(**settings), speculate=4)
+    later = Request([1, 2], SamplingConfig(**settings, logit_bias=((5, 100.0),)), speculate=4)
+    well = Request([3, 4], SamplingConfig(**settings), speculate=4)
+    scheduler = Scheduler(engine, draft=Engine(draft))
+    texts = run(scheduler, [(0, request) for request in (ill, later, well)])
+    assert texts[0] == alone(engine, ill) and texts[1] == ([5] * 20, "length")
+    assert len(texts[2][0]) == 20 and scheduler.free_blocks == scheduler.blocks
+
+
+def test_the_draft_goes_on_drawing_where_the_context_slides():
+    """All tokens are equally likely, and the draft is the model: each token is one of its draws."""
+    model = build("qwen3", context=32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(parameter.ndim < 2)
+    engine = Engine(model)
+    request = Request([1, 2, 3], SamplingConfig(max_tokens=90, seed=3, at_context_end="slide"), speculate=4)
+    [(text, _)] = run(Scheduler(engine, draft=engine), [(0, request)])
+    assert len({tuple(text[t:t + 4]) for t in range(len(text) - 3)}) == len(text) - 3, "draws began again"
+
+
 @pytest.mark.parametrize("temperature, amount", [(4.0, 0.3), (2.0, 3.0)])
 def test_drawn_texts_have_the_models_distribution(temperature, amount):
     shape = {"vocab_size": 4, "num_layers": 1}

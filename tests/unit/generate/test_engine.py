@@ -142,6 +142,12 @@ def test_an_empty_prompt_is_refused(qwen3):
         Engine(qwen3).start([[]], GREEDY)
 
 
+def test_a_token_the_model_does_not_know_is_refused(qwen3):
+    for prompt, vocab_size, known in (([5, VOCABULARY], None, VOCABULARY), ([5, -1], None, VOCABULARY), ([60], 60, 60)):
+        with pytest.raises(ConfigError, match=f"the token {prompt[-1]}; the model knows 0 to {known - 1}"):
+            Engine(qwen3).start([[1], prompt], GREEDY, vocab_size=vocab_size)
+
+
 def test_logprobs_are_the_models_own_whatever_the_sampling(qwen3):
     config = SamplingConfig(max_tokens=6, temperature=0.5, top_k=3, repetition_penalty=1.5, logprobs=2)
     text = [5, 9]

@@ -82,6 +82,18 @@ def test_tokens_of_equal_logit_are_kept_or_dropped_together():
         assert (truncate(x, settings) > -torch.inf).tolist() == [[True, True, True, True, False]]
 
 
+@pytest.mark.parametrize("top_k, top_p", [(2, 0.6), (50, 0.9), (20, 0.3), (50, 0.999)])
+def test_top_p_of_what_top_k_left_counts_all_that_are_as_likely_as_the_kth(top_k, top_p):
+    """bf16 logits are often equal. Transformers drops some of equal ones, by their place; the least that it keeps is
+    the least kept here."""
+    coarse = torch.cat([torch.tensor([3.0]), torch.full((8191,), 2.0)])
+    x = torch.cat([coarse[None], (torch.randn(30, 8192) * 2).bfloat16().float()])
+    theirs = reference.TopPLogitsWarper(top_p)(None, reference.TopKLogitsWarper(top_k)(None, x))
+    least = theirs.masked_fill(theirs == -torch.inf, torch.inf).amin(-1, keepdim=True)
+    ours = truncate(x, SamplingConfig(top_k=top_k, top_p=top_p))
+    assert torch.equal(ours > -torch.inf, x >= least)
+
+
 def test_greedy_ties_take_the_lowest_id():
     x = torch.zeros(3, 5000)
     x[0, [17, 3, 4999]] = 2.0

@@ -142,6 +142,15 @@ def test_the_newest_gives_way_and_is_written_all_the_same():
     assert [2] in waited and not any(0 in row for row in waited)
 
 
+def test_a_row_that_moves_to_a_lane_as_wide_as_that_of_one_it_sent_back_is_written_to_its_end():
+    engine = Engine(build("qwen3", context=512))
+    requests = [Request([*range(1, 31)], SamplingConfig(temperature=0, max_tokens=200)),
+                Request([1 + i % 60 for i in range(100)], SamplingConfig(temperature=0, max_tokens=60))]
+    scheduler = Scheduler(engine, cache_tokens=5 * BLOCK)
+    assert run(scheduler, zip((0, 90), requests)) == [alone(engine, request) for request in requests]
+    check_nothing_is_left(scheduler)
+
+
 def test_a_long_prompt_does_not_stall_the_others():
     engine = Engine(build("qwen3", context=512))
     scheduler, read = Scheduler(engine, chunk=32), []
@@ -293,6 +302,25 @@ def test_what_the_cache_cannot_hold_is_refused_and_what_just_fits_is_written():
         scheduler.add(Request([1] * 100, SamplingConfig(max_tokens=93)))
     request = Request([1] * 100, SamplingConfig(max_tokens=92, temperature=0))
     assert run(scheduler, [(0, request)] * 2) == [alone(engine, request)] * 2
+
+
+@pytest.mark.parametrize("speculate", [0, 4])
+@pytest.mark.parametrize("at_context_end", ["stop", "slide"])
+def test_a_prompt_that_fills_the_context_and_the_cache_is_written(at_context_end, speculate):
+    engine = Engine(build("qwen3", context=2 * BLOCK))
+    request = Request([1 + i % 60 for i in range(2 * BLOCK)], speculate=speculate,
+                      sampling=SamplingConfig(temperature=0, max_tokens=80, at_context_end=at_context_end))
+    scheduler = Scheduler(engine, cache_tokens=2 * BLOCK)
+    assert run(scheduler, [(0, request)]) == [alone(engine, request)]
+    check_nothing_is_left(scheduler)
+
+
+def test_guessing_beyond_the_cache_sends_nobody_back():
+    engine = Engine(build("qwen3", context=512))
+    request = Request([1, 2, 3, 4] * 15, SamplingConfig(temperature=0, max_tokens=68), speculate=20)
+    scheduler, sent_back = Scheduler(engine, cache_tokens=2 * BLOCK), []
+    scheduler._send_back = sent_back.append
+    assert run(scheduler, [(0, request)]) == [alone(engine, request)] and not sent_back
 
 
 def test_logprobs_are_the_models_own(qwen3):

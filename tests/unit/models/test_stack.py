@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dougong.core.config import from_dict
 from dougong.core.errors import ConfigError
 from dougong.models import FAMILIES
 from dougong.models.compose import DecoderConfig
@@ -124,6 +125,18 @@ def test_window_patterns():
     for pattern, window in (("SX", 4), ("", 4), ("SSSL", None), ("L", 4)):
         with pytest.raises(ConfigError, match="window"):
             windows(pattern, window)
+
+
+@pytest.mark.parametrize("full_layers, windows", [(0, (4, 4, 4)), (2, (None, None, 4)), (3, (None,) * 3),
+                                                  (28, (None,) * 3)])
+def test_qwen3_has_as_many_far_sighted_layers_as_it_can(full_layers, windows):
+    config = FAMILIES["qwen3"](**SIZES, window=4, full_layers=full_layers)
+    assert tuple(config.build().stack.windows.values()) == windows == config.decoder().windows()
+
+
+def test_qwen3_has_no_negative_number_of_far_sighted_layers():
+    with pytest.raises(ConfigError, match="full_layers"):
+        from_dict(FAMILIES["qwen3"], SIZES | {"window": 4, "full_layers": -1})
 
 
 def test_a_window_limits_how_far_the_stack_reads():

@@ -167,6 +167,15 @@ def test_dropout_drops_the_same_elements_on_the_way_back_and_again_after_a_resto
     assert torch.allclose(added, 1 + y) and torch.equal(again.grad, x.grad) and torch.equal(stream.grad, stream)
 
 
+@pytest.mark.parametrize("p", [0.998, 0.9999])
+def test_dropout_of_nearly_all_keeps_one_of_256(p):
+    x = torch.ones(200_000, requires_grad=True)
+    for y in (Dropout(p)(x), Dropout(p)(x, onto=torch.zeros_like(x))):
+        assert y.unique().tolist() == [0, 256]
+        y.sum().backward()
+    assert x.grad.isfinite().all()
+
+
 def test_x0_residual_mixes_with_its_scalars():
     part = X0ResidualConfig(carry=0.5, origin=2.0).build()
     initialise(part, 0)

@@ -129,3 +129,15 @@ def test_computing_in_bf16_keeps_fp32_momentum():
     optimizer.step()
     assert optimizer.dtype == torch.bfloat16
     assert optimizer.state[net.c.weight]["momentum"].dtype == torch.float32
+
+
+def test_all_of_a_restored_state_is_where_its_parameter_is():
+    """torch's fused AdamW wants its count of steps there; `meta` stands for a device that is not the host."""
+    saved = MuonConfig().build(net := Net())
+    with_gradients(net, 0)
+    saved.step()
+    with torch.device("meta"):
+        optimizer = MuonConfig().build(Net())
+    optimizer.load_state_dict(saved.state_dict())
+    places = {name: value.device.type for state in optimizer.state.values() for name, value in state.items()}
+    assert places == dict.fromkeys(("momentum", "step", "exp_avg", "exp_avg_sq"), "meta")

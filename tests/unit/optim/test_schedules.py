@@ -56,3 +56,10 @@ def test_spans_longer_than_the_run_are_refused():
         SCHEDULES["linear"](warmup=TOTAL + 1).build(TOTAL)
     with pytest.raises(ConfigError, match="do not fit"):
         SCHEDULES["wsd"](warmup=0.5, decay=0.6).build(TOTAL)
+
+
+@pytest.mark.parametrize("total", range(1, 12))
+@pytest.mark.parametrize("warmup, decay", [(0.5, 0.5), (0.3, 0.7), (0.1, 0.9), (0.25, 0.75), (0, 1.0)])
+def test_fractions_that_fit_fit_a_run_of_any_length(warmup, decay, total):
+    schedule = SCHEDULES["wsd"](warmup=warmup, decay=decay).build(total)
+    assert all(0 < schedule(step) <= 1 for step in range(total))

@@ -10,6 +10,8 @@ from tiny_training import ADAMW, OBJECTIVE, RUNTIME, CountingLoader, assert_same
 from dougong.core.errors import DougongError
 from dougong.core.run import RunDirectory
 from dougong.data.batch import Batch
+from dougong.models import FAMILIES
+from dougong.objectives import OBJECTIVES
 from dougong.objectives.losses import Losses
 from dougong.optim.build import AdamConfig, MuonConfig, SGDConfig
 from dougong.train import step as step_module
@@ -18,6 +20,7 @@ from dougong.train.config import SpikeConfig
 from dougong.train.loop import fit
 from dougong.train.rewind import go_back
 from dougong.train.spikes import NO_LIMIT, Spikes
+from dougong.train.state import TrainState
 
 QUICK = SpikeConfig(window=8, sigmas=6.0, times=2.0, rewind_after=3, rewind_within=6)
 
@@ -131,6 +134,26 @@ def test_the_device_decides_as_the_host_does(optimizer, monkeypatch):
         torch.testing.assert_close(host[name], device[name], rtol=1e-5, atol=1e-7, msg=name)
 
 
+def test_leaps_are_of_one_loss_alone_for_the_device_as_for_the_host(monkeypatch):
+    """A game's losses play against each other; a batch far from the others is taken by both."""
+
+    def trained(on_device):
+        monkeypatch.setattr(step_module, "decides_on_device", lambda optimizer, _: on_device and state.step > 0)
+        torch.manual_seed(1)
+        model = FAMILIES["gan"](image_size=8, dim=4).build()
+        model.initialise(0)
+        batches = [Batch(pixels=torch.rand(6, 1, 8, 8) * (1e3 if number == 12 else 1)) for number in range(16)]
+        state = TrainState(model, AdamConfig().build(model), lambda step: 1.0, batches)
+        results = list(fit(state, OBJECTIVES["gan"]().build(), RUNTIME, config(16)))
+        assert max(result.loss for result in results[12:13]) > 20 * results[11].loss
+        assert not any(result.skipped for result in results)
+        return model.state_dict()
+
+    host, device = trained(False), trained(True)
+    for name in host:
+        torch.testing.assert_close(host[name], device[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_a_leap_moves_nothing_and_without_spikes_it_would():
     for spikes, skipped in ((QUICK, True), (None, False)):
         state = state_with(wild={12})
@@ -191,6 +214,28 @@ def test_a_fault_that_does_not_come_back_is_the_machines_and_costs_nothing(wrong
     assert bad.verdict == "transient" and bad.fault["here"] and bad.fault["taken"]
     assert bad.fault["second"]["loss"] == pytest.approx(healthy[15].loss)
     assert_same(flaky_end, flat(sound))
+
+
+class Misread(Flaky):
+    """The `at`-th time it reads other tokens, too."""
+
+    def losses(self, model, batch):
+        if self.calls + 1 == self.at:
+            batch = Batch(**{**batch, "tokens": torch.zeros_like(batch["tokens"])})
+        return super().losses(model, batch)
+
+
+def test_experts_forget_the_tokens_of_a_faulty_run():
+    runs = []
+    for objective in (Misread(at=3, wrong=math.nan), STEADY):
+        model = FAMILIES["qwen3_moe"](vocab_size=11, context=5, dim=16, num_layers=1, num_heads=2, num_experts=4,
+                                      top_k=1, ffn_dim=8, balance="bias", balance_rate=0.1).build()
+        model.initialise(0)
+        state = TrainState(model, ADAMW.build(model), lambda step: 1.0, Numbered())
+        assert [r.verdict for r in fit(state, objective, RUNTIME, config(4)) if r.verdict] == (
+            ["transient"] if objective is not STEADY else [])
+        runs.append(flat(state))
+    assert_same(*runs)
 
 
 def test_bad_data_come_back_and_the_row_and_its_document_are_named():

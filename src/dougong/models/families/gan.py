@@ -1,10 +1,11 @@
 """Generative adversarial network for small images (Goodfellow et al. 2014, arXiv:1406.2661)."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor, nn
 
 from dougong.core.config import config
@@ -29,7 +30,7 @@ class GANConfig:
     """1 for grey images, 3 for colour"""
     noise_dim: Count = 32
     """numbers the generator draws an image from"""
-    dim: Count = 128
+    dim: Annotated[int, Field(ge=2)] = 128
     """width of both networks"""
     dropout: Probability = 0.3
     """in the discriminator, so that it cannot learn a small data set by heart"""

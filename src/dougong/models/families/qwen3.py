@@ -1,6 +1,8 @@
 """Qwen3 (Yang et al. 2025, arXiv:2505.09388): Llama's layout with QK-norm and a head width of its own."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
 
 from dougong.core.config import config
 from dougong.nn.ranges import Count, NotNegative, Positive, Probability
@@ -41,7 +43,7 @@ class Qwen3Config:
     """biases on queries, keys, values and output"""
     window: Count | None = None
     """`sliding_window`: keys a short-sighted layer looks back on"""
-    full_layers: int | None = None
+    full_layers: Annotated[int, Field(ge=0)] | None = None
     """`max_window_layers`: this many first layers look back on everything, the others on `window`; only with
     `window`"""
     attention_dropout: Probability = 0.0
@@ -62,6 +64,7 @@ class Qwen3Config:
         from dougong.nn.norm import RMSNormConfig
         from dougong.nn.position import RoPEConfig
 
+        pattern = self._window_pattern()
         return DecoderConfig(
             vocab_size=self.vocab_size, context=self.context, dim=self.dim, num_layers=self.num_layers,
             attention=AttentionConfig(num_heads=self.num_heads, num_kv_heads=self.num_kv_heads,
@@ -70,8 +73,8 @@ class Qwen3Config:
                                       dropout=self.attention_dropout),
             position=RoPEConfig(theta=self.rope_theta),
             feed_forward=SwiGLUConfig(ffn_dim=self.ffn_dim),
-            norm=RMSNormConfig(eps=self.norm_eps), window=self.window, window_pattern=self._window_pattern(),
-            tied=self.tied, embedding_dropout=self.embedding_dropout, dropout=self.dropout,
+            norm=RMSNormConfig(eps=self.norm_eps), window=self.window if "S" in pattern else None,
+            window_pattern=pattern, tied=self.tied, embedding_dropout=self.embedding_dropout, dropout=self.dropout,
             init_std=self.init_std, embedding_std=self.init_std or 0.02,
             previous_token_head=self.previous_token_head)
 
