@@ -53,7 +53,7 @@ def compress(
     elif kind:
         from dougong.recipes.smaller import prune_run, trim_run
 
-        place = out or _beside(opened, "pruned" if prune is not None else "trimmed")
+        place = out or opened.beside("pruned" if prune is not None else "trimmed")
         made = prune_run(opened, place, ratio=prune, text=text, say=lambda said: screen.print(said, style="dim")) \
             if prune is not None else trim_run(opened, place, least=least or 1, text=text)
         _tell_smaller(made, screen)
@@ -82,25 +82,20 @@ def _belongs(option: str, given: bool, to: str, kind: str) -> None:
         raise ConfigError(f"{option} has no effect without {to}. Leave it out.")
 
 
-def _beside(opened: Any, what: str) -> Path:
-    path = opened.directory.path
-    return path.with_name(f"{path.resolve().name}-{what}")
-
-
 def _integers(opened: Any, text: Any, to: str, method: str, group: int | None, activations: Any, out: Path | None,
               screen: Any) -> dict[str, Any]:
     from dougong.recipes.compress import compress_run, form_for
 
     form = form_for(to, group=group, activations=activations)
-    place = out or _beside(opened, to if method == "rtn" else f"{to}-{method}")
+    place = out or opened.beside(to if method == "rtn" else f"{to}-{method}")
     made = compress_run(opened, place, form, method=method, text=text)
     screen.print(f"{made.compression.title()}: {made.bytes_before:,} bytes of weights are {made.bytes_after:,} "
                  f"({made.bytes_before / made.bytes_after:.1f} times smaller)")
     for note in made.notes:
-        screen.print(note)
-    screen.print(f"written: {made.directory.path}", style="bold")
+        screen.print(note, markup=False)
+    screen.print(f"written: {made.directory.path}", style="bold", markup=False)
     screen.print(f"what it costs: dougong eval {made.directory.path}, or beside others: dougong compress "
-                 f"{opened.directory.path} --card", style="dim")
+                 f"{opened.directory.path} --card", style="dim", markup=False)
     return made.to_dict()
 
 
@@ -116,9 +111,9 @@ def _tell_smaller(made: Any, screen: Any) -> None:
     else:
         screen.print(f"{facts['vocabulary_before']:,} tokens are {facts['vocabulary']:,}")
     for note in made.notes:
-        screen.print(note)
-    screen.print(f"written: {made.directory.path}", style="bold")
-    screen.print(f"train it on: dougong train RECIPE --model {made.directory.path}", style="dim")
+        screen.print(note, markup=False)
+    screen.print(f"written: {made.directory.path}", style="bold", markup=False)
+    screen.print(f"train it on: dougong train RECIPE --model {made.directory.path}", style="dim", markup=False)
 
 
 def _card(opened: Any, others: list[Path] | None, out: Path | None, screen: Any) -> dict[str, Any]:
@@ -131,7 +126,7 @@ def _card(opened: Any, others: list[Path] | None, out: Path | None, screen: Any)
                  say=lambda text: screen.print(text, style="dim"))
     said = advice(found["variants"])
     found["advice"] = {"en": said.en, "zh": said.zh}
-    place = out or opened.directory.path / "compression.html"
+    place = out or (Path() if opened.hub else opened.directory.path) / "compression.html"
     write_json(place.with_suffix(".json"), found)
     write_card_page(found, place)
     for row in found["variants"]:

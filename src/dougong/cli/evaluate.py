@@ -28,6 +28,6 @@ def evaluate(
                    progress=progress_bar(as_json))
     tell_passed_over(opened)
     out = console(as_json)
-    out.print(f"{run}, step {opened.step:,} ({opened.weights} weights)", style="dim")
+    out.print(f"{run}, step {opened.step:,} ({opened.weights} weights)", style="dim", markup=False)
     print_result(result, out)
     emit({**result, "step": opened.step}, as_json)

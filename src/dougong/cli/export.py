@@ -37,7 +37,7 @@ def export(
                           f"{'--quant' if to == 'gguf' else '--dtype'}.")
     opened = open_run(run, checkpoint=checkpoint, merge=to != "peft")
     tell_passed_over(opened)
-    place = out or opened.directory.path.with_name(f"{opened.directory.path.resolve().name}-{quant or to}")
+    place = out or opened.beside(quant or to)
     common: dict[str, Any] = {"verify": not no_verify, "license": license}
     exported = {"hf": lambda: export_hf(opened, place, dtype=dtype, **common),
                 "gguf": lambda: export_gguf(opened, place, quant=quant, **common),
@@ -45,9 +45,9 @@ def export(
                 "peft": lambda: export_peft(opened, place, verify=not no_verify)}[to]()
     screen = console(as_json)
     for name, size in exported.files.items():
-        screen.print(f"  {name:<36}{size:>16,} bytes", style="dim")
+        screen.print(f"  {name:<36}{size:>16,} bytes", style="dim", markup=False)
     for note in exported.notes:
-        screen.print(note)
-    screen.print(exported.verified.sentence() if exported.verified else "not verified (--no-verify).")
-    screen.print(f"written: {exported.path}", style="bold")
+        screen.print(note, markup=False)
+    screen.print(exported.verified.sentence() if exported.verified else "not verified (--no-verify).", markup=False)
+    screen.print(f"written: {exported.path}", style="bold", markup=False)
     emit(exported.to_dict(), as_json)

@@ -20,7 +20,7 @@ def import_model(
 ) -> None:
     """Make a run of a model in Hugging Face's format, or of an adapter in PEFT's."""
     from dougong.core.errors import ConfigError
-    from dougong.interop.hub import is_hub_name, local_directory
+    from dougong.interop.hub import is_hub_name, local_directory, model_name
     from dougong.interop.import_hf import read_hf
     from dougong.interop.peft_form import is_peft_directory
     from dougong.recipes.import_model import import_run
@@ -31,7 +31,7 @@ def import_model(
         return
     if base is not None:
         raise ConfigError(f"--model has no effect here: {model} holds a whole model, no adapter (adapter_config.json).")
-    name = model.split("@")[0].split("/")[-1] if is_hub_name(model) else directory.resolve().name
+    name = model_name(model) if is_hub_name(model) else directory.resolve().name
     place = run or Path("runs") / name
     imported = import_run(read_hf(directory), place, source=model, data=data)
     screen = console(as_json)

@@ -25,6 +25,7 @@ def inspect(
 
 
 def _show(found: dict[str, Any], out: Any) -> None:
+    from rich.markup import escape
     from rich.table import Table as Grid
 
     facts = found["facts"]
@@ -35,7 +36,7 @@ def _show(found: dict[str, Any], out: Any) -> None:
     for title in ("tensors", "parameters", "bytes"):
         grid.add_column(title, justify="right")
     for part in found["parts"]:
-        grid.add_row(part["part"], " × ".join(map(str, part["shape"])), part["dtype"], f"{part['tensors']:,}",
+        grid.add_row(escape(part["part"]), " × ".join(map(str, part["shape"])), part["dtype"], f"{part['tensors']:,}",
                      f"{part['parameters']:,}", f"{part['bytes']:,}")
     if found["parts"]:
         out.print(grid)

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from dougong.core.events import finite
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line of standard output.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
                                                        help="Changes, such as optim.lr=3e-4 or data.path=~/texts.")]
@@ -30,9 +32,9 @@ def console(as_json: bool = False) -> Any:
 
 
 def emit(value: Any, as_json: bool) -> None:
-    """Prints the JSON object if it was asked for."""
+    """Prints the JSON object if it was asked for; numbers that are not finite are null."""
     if as_json and is_first_process():
-        print(json.dumps(value, ensure_ascii=False, allow_nan=False))
+        print(json.dumps(finite(value), ensure_ascii=False, allow_nan=False))
         sys.stdout.flush()
 
 

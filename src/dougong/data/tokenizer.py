@@ -109,7 +109,7 @@ class Tokenizer:
 
     def ending_with(self, token: int | None) -> "Tokenizer":
         """The same tokenizer with this token as `document_id`; itself where there is no such token."""
-        name = None if token is None else self.backend.id_to_token(token)
+        name = self.backend.id_to_token(token) if token is not None and 0 <= token < self.vocab_size else None
         if name is None:
             return self
         return Tokenizer(self.backend, document_id=token, settings={**self._settings, "eos_token": name})
@@ -138,6 +138,9 @@ class Tokenizer:
     def chat_template(self) -> str | None:
         """The Jinja template that turns a conversation into text, where there is one."""
         template = self._settings.get("chat_template")
+        if isinstance(template, list):      # transformers' form of several, by name
+            template = next((one.get("template") for one in template
+                             if isinstance(one, dict) and one.get("name") == "default"), None)
         return template if isinstance(template, str) and template else None
 
     @cached_property
@@ -373,15 +376,23 @@ def _read(path: Path) -> tuple[HuggingFaceTokenizer, dict[str, Any]]:
         )
     try:
         backend = HuggingFaceTokenizer.from_file(str(file))
-        settings_file, template = directory / "tokenizer_config.json", directory / "chat_template.jinja"
-        settings = json.loads(settings_file.read_text("utf-8")) if settings_file.is_file() else {}
-        if template.is_file():
-            settings["chat_template"] = template.read_text("utf-8")
     except Exception as error:   # the library raises bare Exception for a file it cannot read
         raise DataError(f"{file} is not a tokenizer.json that can be read: {error}") from None
+    settings_file, template = directory / "tokenizer_config.json", directory / "chat_template.jinja"
+    try:
+        settings = json.loads(settings_file.read_text("utf-8")) if settings_file.is_file() else {}
+        if not isinstance(settings, dict):
+            raise ValueError(f"it should hold keys and values, and holds {type(settings).__name__}")
+        if template.is_file():
+            settings["chat_template"] = template.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{settings_file} is damaged: {error}. Fetch it again.") from None
     return backend, settings
 
 
 def _content(token: Any) -> str | None:
-    """A token as settings give it: a string, or a mapping with its `content`."""
-    return token.get("content") if isinstance(token, dict) else token
+    """A token as settings give it: a string, or a mapping with its `content`. Raises DataError for anything else."""
+    name = token.get("content") if isinstance(token, dict) else token
+    if name is not None and not isinstance(name, str):
+        raise DataError(f"tokenizer_config.json names a token by {name!r}, which is no text. Fetch it again.")
+    return name

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dougong.evaluate.bits_per_byte import _Reader, evaluating
+from dougong.evaluate.bits_per_byte import _Reader, begins_with, evaluating
 from dougong.runtime.device import Runtime
 
 _LOGITS_AT_ONCE = 1 << 22
@@ -33,9 +33,10 @@ class Agreement:
 
 def agreement(original: nn.Module, variant: nn.Module, tokenizer: Any, documents: Iterable[Any], *, context: int,
               runtime: Runtime | None = None, batch_tokens: int = 8192) -> Agreement:
-    """Both models on every token of the documents, each read in disjoint windows of `context` after `document_id`."""
-    begin = [] if tokenizer.document_id is None else [tokenizer.document_id]
-    texts = [np.concatenate([begin, tokenizer.encode(document.text)]).astype(np.int64) for document in documents]
+    """Both models on every token of the documents, read in disjoint windows of `context` as `bits_per_byte` does."""
+    begin = begins_with(tokenizer)
+    first = [] if begin is None else [begin]
+    texts = [np.concatenate([first, tokenizer.encode(document.text)]).astype(np.int64) for document in documents]
     reader = _Beside(original, variant, runtime or Runtime(), context, batch_tokens)
     with evaluating(original), evaluating(variant):
         divergence = reader.token_nats(texts)
@@ -58,4 +59,4 @@ class _Beside(_Reader):
             log_p, log_q = (model.head(x).float().log_softmax(-1) for model, x in ((self.model, a), (self.variant, b)))
             found.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0))
             self.same.append((log_p.argmax(-1) == log_q.argmax(-1)).cpu().numpy())
-        return torch.cat(found).double().cpu().numpy()
+        return torch.cat(found).cpu().double().numpy()

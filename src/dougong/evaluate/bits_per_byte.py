@@ -1,9 +1,9 @@
 """Exact bits per byte of a language model: every token of every document scored once, over true UTF-8 bytes.
 
-What is counted. A document is read as `document_id` followed by its tokens, and each of its tokens is
-predicted. The `document_id` that ends it is not text and is not scored. The model reads windows of at most
-`context` tokens that begin `stride` apart: with stride = context the windows are disjoint, with a smaller one
-each window reads again what came before and scores only what is new. A tokenizer without a document_id makes
+What is counted. A document is read as the token that a text follows (`begins_with`) and its tokens, and each of
+its tokens is predicted. The `document_id` that ends it is not text and is not scored. The model reads windows of
+at most `context` tokens that begin `stride` apart: with stride = context the windows are disjoint, with a smaller
+one each window reads again what came before and scores only what is new. A tokenizer without such a token makes
 one stream of all documents; its very first token, before which there is nothing to read, costs
 ln(vocabulary). Divide by `bytes` and the result is the length of a code from which the texts could be
 restored, so it compares with any compressor.
@@ -73,10 +73,10 @@ def bits_per_byte(model: nn.Module, tokenizer, documents: Iterable, *, context: 
     columns = _Columns([], [], [], [], [])
     reader = _Reader(model, runtime or Runtime(), context, stride, batch_tokens, poll, calibration)
     with evaluating(model):
-        if tokenizer.document_id is None:
+        if (first := begins_with(tokenizer)) is None:
             _score_stream(reader, tokenizer, documents, columns)
         else:
-            _score_documents(reader, tokenizer, documents, columns)
+            _score_documents(reader, tokenizer, documents, columns, first)
     if not sum(columns.bytes):
         raise DataError("there is no text to evaluate: the split holds no documents, or only empty ones.")
     nats = np.array(columns.nats)
@@ -86,6 +86,12 @@ def bits_per_byte(model: nn.Module, tokenizer, documents: Iterable, *, context: 
     return BitsPerByte(name=name, ids=columns.ids, sources=columns.sources, nats=nats,
                        bytes=np.array(columns.bytes), tokens=np.array(columns.tokens), context=context,
                        stride=stride, lossy=columns.lossy, seconds=time.perf_counter() - begin)
+
+
+def begins_with(tokenizer: Any) -> int | None:
+    """The token that a document is read after: the tokenizer's own first one (Llama's), else `document_id`."""
+    begin = getattr(tokenizer, "begin_id", None)
+    return tokenizer.document_id if begin is None else begin
 
 
 def calibration(model: nn.Module, tokenizer, documents: Iterable, *, context: int, stride: int | None = None,
@@ -117,12 +123,12 @@ class _Columns:
         return ids
 
 
-def _score_documents(reader: "_Reader", tokenizer, documents: Iterable, columns: _Columns) -> None:
-    """Every document alone, after its document_id; a group of documents at a time."""
+def _score_documents(reader: "_Reader", tokenizer, documents: Iterable, columns: _Columns, first: int) -> None:
+    """Every document alone, after the token `first`; a group of documents at a time."""
     group: list[np.ndarray] = []
     held = 0
     for document in documents:
-        group.append(np.concatenate([[tokenizer.document_id], columns.read(document, tokenizer)]))
+        group.append(np.concatenate([[first], columns.read(document, tokenizer)]))
         held += len(group[-1])
         if held >= _GROUP_TOKENS:
             columns.nats += [float(nats.sum()) for nats in reader.token_nats(group)]
@@ -223,7 +229,7 @@ class _Reader:
             spent.append(F.cross_entropy(logits_NV, t_N, reduction="none"))
             if self.calibration is not None:
                 self.calibration.add(logits_NV, t_N)
-        return torch.cat(spent).double().cpu().numpy()
+        return torch.cat(spent).cpu().double().numpy()
 
 
 @contextmanager

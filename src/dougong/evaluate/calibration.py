@@ -35,8 +35,8 @@ class Calibration:
         bin_N = (top_N * BINS).ceil().long().clamp(1, BINS) - 1     # (0, 1/15], (1/15, 2/15], …
         for sums, values in ((self.count, torch.ones_like(top_N)), (self.confidence, top_N),
                              (self.right, (first_N == targets_N).to(top_N.dtype))):
-            sums += np.bincount(bin_N.cpu().numpy(), values.double().cpu().numpy(), minlength=BINS)
-        self.squares += float(brier_N.double().sum())
+            sums += np.bincount(bin_N.cpu().numpy(), values.cpu().double().numpy(), minlength=BINS)
+        self.squares += float(brier_N.cpu().double().sum())
 
     @property
     def tokens(self) -> int:

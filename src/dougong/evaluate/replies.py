@@ -1,7 +1,7 @@
 """How well a model says what it should in conversations: the loss of each, and whether checkable answers are right."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,9 +49,9 @@ def reply_losses(model: Any, batches: Iterable[Batch], runtime: Runtime, *, most
                                 for part in learned.split(at_once)]) if len(learned) else x_ND.new_zeros(0)
             row = torch.arange(batch.rows, device=runtime.device)[:, None]
             of = (here["segment"] + row * batch["tokens"].shape[1]).flatten()[learned].cpu().numpy()
-            weight = here["weight"].flatten()[learned].double().cpu().numpy()
+            weight = here["weight"].flatten()[learned].cpu().double().numpy()
             _, place = np.unique(of, return_inverse=True)
-            nats.append(np.bincount(place, losses.double().cpu().numpy() * weight))
+            nats.append(np.bincount(place, losses.cpu().double().numpy() * weight))
             weights.append(np.bincount(place, weight))
             if most is not None and sum(map(len, nats)) >= most:
                 break
@@ -65,9 +65,4 @@ def paired_losses(after: ReplyLosses, before: ReplyLosses, *, seed: int = 0) -> 
     alike; below 0: `after` is better."""
     assert np.array_equal(after.weight, before.weight), "different conversations were scored"
     return after.mean - before.mean, bootstrap_ratio(after.nats - before.nats, after.weight, seed=seed)
-
-
-def exact_matches(said: Sequence[str], answers: Sequence[str]) -> list[bool]:
-    """Whether each reply is its answer, but for white space around it."""
-    return [reply.strip() == answer.strip() for reply, answer in zip(said, answers, strict=True)]
 

@@ -24,8 +24,10 @@ def bootstrap_ratio(numerator: np.ndarray, denominator: np.ndarray, *, confidenc
     """Percentile interval of Σ numerator / Σ denominator over resampled rows (Efron & Tibshirani 1993, ch.
     13).
 
-    None with fewer than two rows, as they say nothing of the spread.
+    Rows whose denominator is 0, such as empty documents, are left out. None with fewer than two others, as they say
+    nothing of the spread.
     """
+    numerator, denominator = numerator[denominator != 0], denominator[denominator != 0]
     if len(numerator) < 2:
         return None
     ratios = np.concatenate([numerator[rows].sum(1) / denominator[rows].sum(1)

@@ -13,6 +13,7 @@ import torch
 
 from dougong.core.errors import DataError
 from dougong.data.batch import Batch
+from dougong.evaluate.bits_per_byte import begins_with
 from dougong.objectives.losses import Losses
 from dougong.runtime.collectives import all_sum
 from dougong.runtime.device import Runtime
@@ -38,7 +39,7 @@ def bits_per_byte_together(losses: Callable[[Batch], Losses], tokenizer: Any, do
         poll()
         first = begin + mesh.data_rank * rows
         mine = windows[first:first + rows]
-        nats += losses(_batch(mine, rows, context).to(runtime.device)).metrics["loss"].double().cpu()
+        nats += losses(_batch(mine, rows, context).to(runtime.device)).metrics["loss"].cpu().double()
     total = float(all_sum(nats, mesh.group(*LOSS))) + free_nats
     return {"loss": total / max(tokens, 1), "bits_per_byte": total / math.log(2) / size, "tokens": tokens}
 
@@ -46,9 +47,10 @@ def bits_per_byte_together(losses: Callable[[Batch], Losses], tokenizer: Any, do
 def _streams(tokenizer: Any, documents: Sequence[Any]) -> tuple[list[np.ndarray], float]:
     """Token sequences whose first token is not scored, and the nats of a first token that nothing precedes."""
     ids = [np.asarray(tokenizer.encode(document.text), dtype=np.int64) for document in documents]
-    if tokenizer.document_id is None:
+    begin = begins_with(tokenizer)
+    if begin is None:
         return [np.concatenate(ids)], math.log(tokenizer.vocab_size)
-    return [np.concatenate([[tokenizer.document_id], part]) for part in ids], 0.0
+    return [np.concatenate([[begin], part]) for part in ids], 0.0
 
 
 def _batch(windows: Sequence[tuple[np.ndarray, int]], rows: int, context: int) -> Batch:

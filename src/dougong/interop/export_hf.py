@@ -87,9 +87,11 @@ def _write_tokenizer(directory: Path, tokenizer: Tokenizer, context: int) -> Non
     settings.setdefault("model_input_names", ["input_ids", "attention_mask"])
     if tokenizer.begin_id is not None:
         settings["bos_token"] = tokenizer.backend.id_to_token(tokenizer.begin_id)
+    settings.pop("chat_template", None)
+    if tokenizer.chat_template:
+        settings["chat_template"] = tokenizer.chat_template
+        write_text(directory / "chat_template.jinja", tokenizer.chat_template)
     write_json(path, settings)
-    if settings.get("chat_template"):
-        write_text(directory / "chat_template.jinja", settings["chat_template"])
 
 
 def verify_hf(directory: Path, model: nn.Module, tokenizer: Tokenizer, texts: Sequence[str], *, dtype: str) -> Verified:

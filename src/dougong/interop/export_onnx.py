@@ -5,6 +5,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,9 @@ def verify_onnx(directory: Path, model: nn.Module, tokenizer: Tokenizer, texts: 
                                          ("through the cache", session.stepwise, rows[:6]),
                                          ("a left-padded batch", session.padded, shorter))]
     worst = max(found, key=lambda one: one.largest_difference)
-    return Verified(f"{READER} (whole texts, through the cache, in left-padded batches)", len(texts),
-                    sum(one.tokens for one in found), worst.largest_difference, worst.allowed, worst.own_rounding)
+    return replace(worst, reader=f"{READER} (whole texts, through the cache, in left-padded batches)",
+                   tokens=sum(one.tokens for one in found), tipped=sum(one.tipped for one in found),
+                   tipped_difference=max(one.tipped_difference for one in found))
 
 
 def _raising(reading: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import AddedToken
 from torch import Tensor, nn
 
 from dougong.core.errors import MissingExtraError
-from dougong.data.bpe import PATTERNS, add_special_tokens, byte_level
+from dougong.data.bpe import PATTERNS, byte_level
 from dougong.data.tokenizer import Tokenizer
 from dougong.interop.export_hf import context_of, transformers_package, with_weights, without_special_tokens
 from dougong.interop.gguf_file import BLOCK, dequantized, read_gguf
@@ -91,7 +92,8 @@ def _tokenizer_of(fields: Mapping[str, Any]) -> Any:
     words = {token: index for index, (token, kind) in enumerate(zip(tokens, types)) if kind == 1}
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     rebuilt = byte_level(words, merges, PATTERNS[fields["tokenizer.ggml.pre"]])
-    add_special_tokens(rebuilt, [token for token, kind in zip(tokens, types) if kind == 3])
+    rebuilt.add_tokens([AddedToken(token, special=kind == 3, normalized=False)    # in their order: ids count on
+                        for token, kind in zip(tokens, types) if kind in (3, 4)])
     rebuilt.encode_special_tokens = True
     return rebuilt
 

@@ -19,6 +19,11 @@ def is_hub_name(name: str) -> bool:
     return ":" in name and name.partition(":")[0] in HUBS
 
 
+def model_name(name: str) -> str:
+    """The last part of a name on a hub, such as `Qwen3-0.6B`."""
+    return name.partition("@")[0].rpartition("/")[2]
+
+
 def local_directory(name: str) -> Path:
     """The folder of a model, fetched first where its name has a hub's prefix.
 

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,12 @@ def read_hf(directory: Path) -> HuggingFaceModel:
     CheckpointError and DataError for files that are damaged, absent or do not belong together."""
     given = read_config(directory)
     family, config = family_of(directory, given)
-    _check_headers(directory, family, config)
+    wanted = _check_headers(directory, family, config)
     tensors = family.tensors_from_hf(config, dict(read_tensors(directory)))
+    for name, tensor in tensors.items():    # of what some version joins the headers say nothing that could be compared
+        if tensor.shape != wanted[name].shape:
+            raise CheckpointError(f"{directory}: {name} is of shape {list(tensor.shape)}, and config.json asks for "
+                                  f"{list(wanted[name].shape)}. They do not belong together; fetch both again.")
     tokenizer = read_tokenizer(directory, given)
     rows, notes = config.vocab_size, []
     if tokenizer.vocab_size > rows:
@@ -82,6 +87,13 @@ def read_config(directory: Path) -> dict[str, Any]:
 def family_of(directory: Path, given: dict[str, Any]) -> tuple[FamilyMap, Any]:
     """The family that config.json names, and its config in our words. Raises ConfigError for others, naming what is
     known and what is nearest."""
+    try:
+        return _family_of(directory, given)
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise ConfigError(f"{directory}/config.json holds a value of the wrong type or size: {error}.") from None
+
+
+def _family_of(directory: Path, given: dict[str, Any]) -> tuple[FamilyMap, Any]:
     architectures = [str(name) for name in given.get("architectures") or []]
     kind: Any = given.get("model_type") or next((k for k in MAPS if MAPS[k].architecture in architectures), None)
     if kind not in MAPS:
@@ -93,11 +105,7 @@ def family_of(directory: Path, given: dict[str, Any]) -> tuple[FamilyMap, Any]:
         method = given["quantization_config"].get("quant_method", "in an unknown way")
         raise ConfigError(f"the weights in {directory} are quantised ({method}), and only plain ones are read. Take "
                           "the model that they were made from.")
-    try:
-        return MAPS[kind], MAPS[kind].config_from_hf(given)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{directory}/config.json holds a value of the wrong type: {error}."
-                          ) from None
+    return MAPS[kind], MAPS[kind].config_from_hf(given)
 
 
 def read_tokenizer(directory: Path, given: dict[str, Any]) -> Tokenizer:
@@ -112,14 +120,15 @@ def read_tokenizer(directory: Path, given: dict[str, Any]) -> Tokenizer:
         raise DataError(f"{generation} is damaged: {error}. Fetch it again.") from None
     ends: Any = given.get("eos_token_id") if ends is None else ends
     end: Any = ends[0] if isinstance(ends, list) and ends else ends
-    return tokenizer.ending_with(end if isinstance(end, int) else None)
+    return tokenizer.ending_with(end if type(end) is int else None)     # true is no token
 
 
-def _check_headers(directory: Path, family: FamilyMap, config: Any) -> None:
-    """Compares the files' headers with what config.json asks for, before any weight is read."""
+def _check_headers(directory: Path, family: FamilyMap, config: Any) -> Mapping[str, Tensor]:
+    """Compares the files' headers with what config.json asks for, before any weight is read; returns that by our names,
+    on the meta device."""
     with torch.device("meta"):
-        model = config.build()
-    wanted = {name: list(tensor.shape) for name, tensor in family.tensors_to_hf(config, tracked(model)).items()}
+        ours = tracked(config.build())
+    wanted = {name: list(tensor.shape) for name, tensor in family.tensors_to_hf(config, ours).items()}
     for file, entries in headers(directory).items():
         for name, entry in entries.items():
             shape = wanted.get(name, wanted.get(family.base_prefix + name))
@@ -129,3 +138,4 @@ def _check_headers(directory: Path, family: FamilyMap, config: Any) -> None:
             if shape is not None and entry["dtype"] not in _PLAIN:
                 raise CheckpointError(f"{directory / file}: {name} is stored as {entry['dtype']}, which is no plain "
                                       f"weight. Known: {', '.join(_PLAIN)}.")
+    return ours

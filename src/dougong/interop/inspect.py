@@ -51,7 +51,7 @@ def inspect_path(path: Path) -> dict[str, Any]:
         return _answer("safetensors file", path, {"bytes": path.stat().st_size}, entries, [])
     if (path / "recipe.yaml").is_file():
         return _run(path)
-    if (path / "manifest.json").is_file() or path.name.startswith("step-"):
+    if (path / "manifest.json").is_file() or (path.name.startswith("step-") and path.is_dir()):
         return _checkpoint(path)
     if is_hf_directory(path):
         return _hugging_face(path)
@@ -145,7 +145,8 @@ def _gguf(path: Path) -> dict[str, Any]:
     fields, tensors = read_gguf(path)
     keys = {key: value if not isinstance(value, list) or len(value) <= _MANY else f"{len(value):,} values"
             for key, value in fields.items()}
-    tokens = fields.get("tokenizer.ggml.tokens") or []
+    tokens = fields.get("tokenizer.ggml.tokens")
+    tokens = tokens if isinstance(tokens, list) else []
     facts = {"family": fields.get("general.architecture"), "metadata": keys, "bytes": path.stat().st_size,
              "tokenizer": {"kind": fields.get("tokenizer.ggml.model"), "vocab_size": len(tokens),
                            "pre_tokenizer": fields.get("tokenizer.ggml.pre"),

@@ -31,12 +31,19 @@ def read_onnx(path: Path) -> OnnxFile:
     """Raises CheckpointError for a file that cannot be read as a graph; what else is wrong stands in `problems`."""
     onnx = _package()
     try:
-        model = onnx.load(str(path), load_external_data=False)
-    except (OSError, *_unreadable()) as error:
-        raise CheckpointError(f"{path} is no whole ONNX file: {str(error).splitlines()[0]}. Fetch or export it again."
-                              ) from None
+        return _described(onnx, path, onnx.load(str(path), load_external_data=False))
+    except (OSError, TypeError, *_unreadable()) as error:     # names that are no text come as bytes
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path} is no whole ONNX file: {why}. Fetch or export it again.") from None
+
+
+def _described(onnx: Any, path: Path, model: Any) -> OnnxFile:
     if not model.graph.node:
-        raise CheckpointError(f"{path} is no whole ONNX file: it holds no graph. Fetch or export it again.")
+        raise ValueError("it holds no graph")
+    named = (*model.graph.initializer, *model.graph.input, *model.graph.output)
+    if not all(isinstance(text, str) for text in (*(one.name for one in named),
+                                                  *(one.key for one in model.metadata_props))):
+        raise ValueError("a name in it is no text")
     tensors = {tensor.name: _entry(onnx, tensor) for tensor in model.graph.initializer}
     beside, problems = _external(path, model, tensors)
     problems += changed_files(path.parent) if path.name == MODEL else []

@@ -9,6 +9,7 @@ ranks' sum, and apart again on the way back:
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -133,8 +134,7 @@ def read_peft(directory: Path, family: FamilyMap, config: Any) -> PeftAdapter:
         if (rank := len(parts.get("lora_A", ()))) == 0 or "lora_B" not in parts:
             raise CheckpointError(f"{directory / WEIGHTS}: {module} has {', '.join(parts)}; lora_A and lora_B are "
                                   "needed.")
-        factor = _of(given, "alpha_pattern", module, given.get("lora_alpha", 8)) / (
-            rank ** 0.5 if given.get("use_rslora") else rank)
+        factor = _alpha(directory, given, module) / (rank ** 0.5 if given.get("use_rslora") else rank)
         for name, found in zip(stored.ours, _apart(parts, len(stored.ours))):
             name = name.removesuffix(".weight")
             _check_shapes(directory, module, found, model.get_submodule(name))
@@ -150,12 +150,16 @@ def _settings(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{directory / CONFIG} cannot be read: {error}. Fetch it again.") from None
     if not isinstance(given, dict):
         raise CheckpointError(f"{directory / CONFIG} should hold keys and values. Fetch it again.")
+    dropout = given.setdefault("lora_dropout", 0.0)
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise CheckpointError(f"{directory / CONFIG} has lora_dropout={dropout!r}; a share from 0 up to 1 is needed.")
     return given
 
 
 def _modules(directory: Path, family: FamilyMap, config: Any) -> dict[str, tuple[Stored, dict[str, Tensor]]]:
     """Stored module -> its place in ours, and its tensors by kind."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
     path = directory / WEIGHTS
     if not path.is_file():
@@ -164,37 +168,51 @@ def _modules(directory: Path, family: FamilyMap, config: Any) -> dict[str, tuple
     read_header(path)
     known = family.names(config)
     found: dict[str, tuple[Stored, dict[str, Tensor]]] = {}
-    with safe_open(path, framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118 (no mapping)
-            match = _KEY.fullmatch(key)
-            module = match[1] if match else key
-            if not module.startswith((family.base_prefix, "lm_head")):
-                module = family.base_prefix + module
-            stored = known.get(f"{module}.weight")
-            if match is None or stored is None or not stored.ours[0].startswith("stack."):
-                near = did_you_mean(module, [n.removesuffix(".weight") for n in known])
-                raise CheckpointError(f"{path}: {key} is of no matrix that {family.architecture} with "
-                                      f"{config.num_layers} layers has an adapter for.{near}")
-            tensor = file.get_tensor(key)
-            tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-            if not bool(torch.isfinite(tensor).all()):
-                raise CheckpointError(f"{path}: {key} holds values that are no numbers (NaN or infinity).")
-            found.setdefault(module, (stored, {}))[1][match[2]] = tensor
+    try:
+        held = load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. Fetch it again.") from None
+    for key, tensor in held.items():
+        match = _KEY.fullmatch(key)
+        module = match[1] if match else key
+        if not module.startswith((family.base_prefix, "lm_head")):
+            module = family.base_prefix + module
+        stored = known.get(f"{module}.weight")
+        if match is None or stored is None or not stored.ours[0].startswith("stack."):
+            near = did_you_mean(module, [n.removesuffix(".weight") for n in known])
+            raise CheckpointError(f"{path}: {key} is of no matrix that {family.architecture} with "
+                                  f"{config.num_layers} layers has an adapter for.{near}")
+        if tensor.dim() != (1 if match[2] == "lora_magnitude_vector" else 2):
+            raise CheckpointError(f"{path}: {key} is of shape {tuple(tensor.shape)}, and no {match[2]} is. Fetch it "
+                                  "again.")
+        tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{path}: {key} holds values that are no numbers (NaN or infinity).")
+        found.setdefault(module, (stored, {}))[1][match[2]] = tensor
     if not found:
         raise CheckpointError(f"{path} holds no tensors.")
     return found
 
 
-def _of(given: Mapping[str, Any], pattern: str, module: str, otherwise: float) -> float:
-    """PEFT's own rule: the first key that the name ends with, read as a regular expression."""
-    return next((value for key, value in (given.get(pattern) or {}).items()
-                 if re.match(rf"(.*\.)?({key})$", module)), otherwise)
+def _alpha(directory: Path, given: Mapping[str, Any], module: str) -> float:
+    """PEFT's own rule: of the first key of `alpha_pattern` that the name ends with, read as a regular expression."""
+    pattern = given.get("alpha_pattern") or {}
+    try:
+        alpha = next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module)),
+                     given.get("lora_alpha", 8))
+    except (AttributeError, re.error) as error:
+        raise CheckpointError(f"{directory / CONFIG} has alpha_pattern={pattern!r}, which is no mapping of patterns: "
+                              f"{error}. Fetch it again.") from None
+    if not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+        raise CheckpointError(f"{directory / CONFIG} has lora_alpha={alpha!r} for {module}; a number above 0 is "
+                              "needed.")
+    return alpha
 
 
 def _apart(parts: Mapping[str, Tensor], number: int) -> list[dict[str, Tensor]]:
     """The adapters of the matrices that a stored one holds: each its own ranks, where B is so; else all share A."""
     a, b = parts["lora_A"], parts["lora_B"].chunk(number)
-    magnitude = parts["lora_magnitude_vector"].chunk(number) if "lora_magnitude_vector" in parts else None
+    magnitude = parts["lora_magnitude_vector"].chunk(number) if "lora_magnitude_vector" in parts else ()
     own = len(a) // number
     used = [rows.any(0).nonzero().flatten().tolist() for rows in b]     # columns of B
     diagonal = number > 1 and len(a) % number == 0 and any(used) and all(
@@ -203,7 +221,7 @@ def _apart(parts: Mapping[str, Tensor], number: int) -> list[dict[str, Tensor]]:
     for i, rows in enumerate(b):
         mine = slice(i * own, (i + 1) * own) if diagonal else slice(None)
         found.append({"lora_a": a[mine].contiguous(), "lora_b": rows[:, mine].contiguous()}
-                     | ({"magnitude": magnitude[i].contiguous()} if magnitude else {}))
+                     | ({"magnitude": magnitude[i].contiguous()} if i < len(magnitude) else {}))
     return found
 
 
@@ -233,7 +251,7 @@ def _alike(given: Mapping[str, Any], tensors: dict[str, Tensor], factors: Mappin
             tensors[f"{name}.lora_a"] = torch.cat([a, fresh])
             tensors[f"{name}.lora_b"] = nn.functional.pad(tensors[f"{name}.lora_b"], (0, more))
     adapt = LoRAConfig(kind="dora" if given.get("use_dora") else "lora", rank=rank, alpha=factor * rank,
-                       dropout=given.get("lora_dropout", 0.0))
+                       dropout=given["lora_dropout"])
     linears = [name for name, part in model.named_modules() if type(part) is Linear]
     if set(factors) != set(linears):
         adapt = replace(adapt, targets=tuple(_patterns(list(factors), linears)))

@@ -118,6 +118,8 @@ def read_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
 def _weight_map(path: Path) -> dict[str, str]:
     try:
         found = json.loads(path.read_bytes())["weight_map"]
+        if not isinstance(found, dict):
+            raise TypeError(type(found).__name__)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}. It should hold a weight_map. Fetch it again.") from None
     for tensor, name in found.items():

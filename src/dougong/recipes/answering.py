@@ -7,6 +7,9 @@ from typing import Any
 from torch import nn
 
 from dougong.data.conversations import Conversation
+from dougong.evaluate.skills import same
+from dougong.generate import SamplingConfig
+from dougong.generate.replies import GREEDY, replies
 from dougong.recipes.recipe import Recipe
 from dougong.recipes.start import begin, read_weights
 from dougong.runtime.device import Runtime
@@ -22,7 +25,9 @@ def answered(model: nn.Module, corpus: Any, runtime: Runtime, split: str, *,
     chosen = _spread([one for one in _spread(corpus.conversations(split), _READ) if one.answer is not None], _CHECKED)
     if not chosen:
         return {}
-    right = _right(chosen, _say(model, corpus, runtime, chosen, poll))
+    answers = [one.answer or "" for one in chosen]
+    said = _say(model, corpus, runtime, chosen, long_enough(corpus.tokenizer, answers), poll)
+    right = list(map(same, said, answers))
     skills = {one.skill: [r for r, other in zip(right, chosen) if other.skill == one.skill] for one in chosen}
     return {"exact_match": sum(right) / len(right), "exact_match_items": len(right),
             "exact_match_by_skill": {skill or "none": sum(hits) / len(hits) for skill, hits in sorted(
@@ -40,7 +45,7 @@ def before_and_after(recipe: Recipe, corpus: Any, model: nn.Module, runtime: Run
 
     def measure() -> tuple[Any, list[str], dict[str, Any]]:
         return (reply_losses(model, corpus.batches(split, rows=rows), runtime, most=_SCORED),
-                _say(model, corpus, runtime, shown), answered(model, corpus, runtime, split))
+                _say(model, corpus, runtime, shown, GREEDY), answered(model, corpus, runtime, split))
 
     after, said_after, matched_after = measure()
     begin(model, read_weights(recipe.start), seed=recipe.seed)
@@ -50,31 +55,29 @@ def before_and_after(recipe: Recipe, corpus: Any, model: nn.Module, runtime: Run
             "loss": {"before": before.mean, "after": after.mean, "difference": difference, "interval": interval,
                      "conversations": len(after.nats), "tokens": float(after.weight.sum())},
             "exact_match": {"before": matched_before, "after": matched_after} if matched_after else None,
-            "replies": [{"id": one.id, "skill": one.skill, "asked": [_cut(m) for m in _asked(one)],
+            "replies": [{"id": one.id, "skill": one.skill, "asked": [_cut(m) for m in asked(one)],
                          "reference": one.messages[_last_reply(one)]["content"][:_CHARACTERS],
                          "before": b[:_CHARACTERS], "after": a[:_CHARACTERS]}
                         for one, b, a in zip(shown, said_before, said_after)]}
 
 
-def _say(model: nn.Module, corpus: Any, runtime: Runtime, chosen: Sequence[Conversation],
+def long_enough(tokenizer: Any, answers: Sequence[str]) -> SamplingConfig:
+    """Greedy replies that have room for each of the answers, and to go on after it."""
+    longest = max(len(tokenizer.encode(answer)) for answer in answers)
+    return SamplingConfig(temperature=0, max_tokens=longest + 8, long_prompt="truncate")
+
+
+def _say(model: nn.Module, corpus: Any, runtime: Runtime, chosen: Sequence[Conversation], config: SamplingConfig,
          poll: Callable[[], None] = lambda: None) -> list[str]:
-    from dougong.generate.replies import replies
-
-    return replies(model, corpus.tokenizer, [_asked(one) for one in chosen], tools=[one.tools for one in chosen],
-                   runtime=runtime, poll=poll)
-
-
-def _right(chosen: Sequence[Conversation], said: Sequence[str]) -> list[bool]:
-    from dougong.evaluate.replies import exact_matches
-
-    return exact_matches(said, [one.answer or "" for one in chosen])
+    return replies(model, corpus.tokenizer, [asked(one) for one in chosen], config,
+                   tools=[one.tools for one in chosen], runtime=runtime, poll=poll)
 
 
 def _last_reply(conversation: Conversation) -> int:
     return max(i for i, message in enumerate(conversation.messages) if message["role"] == "assistant")
 
 
-def _asked(conversation: Conversation) -> list[dict[str, Any]]:
+def asked(conversation: Conversation) -> list[dict[str, Any]]:
     """What was said before the last reply."""
     return [{key: value for key, value in message.items() if key != "train"}
             for message in conversation.messages[:_last_reply(conversation)]]

@@ -63,7 +63,7 @@ def _distance_to_minimum_norm(model: nn.Module, corpus: Any) -> float:
     from dougong.data.arrays import minimum_norm
 
     train = corpus.arrays("train")
-    weights = next(model.parameters()).detach().double().cpu().numpy()
+    weights = next(model.parameters()).detach().cpu().double().numpy()
     return float(np.abs(weights.T - minimum_norm(train["features"], train["targets"])).max())
 
 

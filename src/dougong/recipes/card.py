@@ -83,13 +83,16 @@ def card(original: OpenRun, others: Sequence[Path], *, split: str | None = None,
                           f"  dougong compress {original.directory.path} --to int4\nor name runs with --with.")
     split = split or (original.recipe.evaluate.split if original.recipe.evaluate.split in
                       held_out_splits(original.corpus) else "validation")
+    if not hasattr(original.corpus, "documents"):
+        raise ConfigError(f"{original.directory.path} was trained on {original.recipe.data.kind}, and the card scores "
+                          "text. Name some: --data FOLDER.")
     documents = list(original.corpus.documents(split))
     close = _some(documents, original.tokenizer, most_tokens)
     models = [original, *(open_run(path) for path in others)]
     rows: list[dict[str, Any]] = []
     scores: list[BitsPerByte] = []
     for opened in models:
-        name = opened.directory.path.resolve().name
+        name = opened.name
         say(f"scoring {name}")
         sure = Calibration()
         scores.append(bits_per_byte(opened.model, opened.tokenizer, documents, context=opened.recipe.model.context,
@@ -104,7 +107,7 @@ def card(original: OpenRun, others: Sequence[Path], *, split: str | None = None,
         row["bandwidth_share"] = row["tokens_per_s"]["1"]["median"] * _read_bytes(opened) / bandwidth
     for row, best in zip(rows, pareto(rows)):
         row["front"] = best
-    return {"run": original.directory.path.resolve().name, "split": split, "documents": len(documents),
+    return {"run": original.name, "split": split, "documents": len(documents),
             "tokens": int(scores[0].tokens.sum()), "bytes": int(scores[0].bytes.sum()), "close_documents": len(close),
             "machine": machine_facts(original.runtime.device), "threads": torch.get_num_threads(),
             "bandwidth_bytes_per_s": bandwidth, "written_tokens": _WRITTEN, "variants": rows}

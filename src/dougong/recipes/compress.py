@@ -77,7 +77,7 @@ def compress_run(opened: OpenRun, path: Path, form: Form, *, method: str = "rtn"
     if path.exists():
         raise ConfigError(f"{path} exists already, and compressing overwrites nothing. Choose another --out.")
     model = opened.model
-    source = {"run": opened.directory.path.resolve().name, "step": opened.step, "weights": opened.weights,
+    source = {"run": opened.name, "step": opened.step, "weights": opened.weights,
               "fingerprint": fingerprint(tracked(model))}
     before = sum(tensor.numel() * tensor.element_size() for tensor in tracked(model).values())
     refuse_integers(model)

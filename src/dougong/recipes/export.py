@@ -4,7 +4,7 @@ Written beside its place under a name with a dot, read back by another program, 
 """
 
 import os
-import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from dougong.interop.export_onnx import settings, verify_onnx, write_onnx_direct
 from dougong.interop.gguf_file import vocabulary, write_gguf, write_modelfile
 from dougong.interop.gguf_form import gguf_form
 from dougong.interop.gguf_verify import verify_gguf
+from dougong.interop.hub import is_hub_name
 from dougong.interop.model_card import CardFacts, model_card
 from dougong.interop.published import published_form
 from dougong.interop.tensor_files import SHARD_BYTES
@@ -115,7 +116,7 @@ def export_gguf(opened: OpenRun, out: Path, *, quant: str | None = None, verify:
     quant = quant or _type_of_integers(opened) or "f32"
     words = vocabulary(opened.tokenizer, config.vocab_size)
     state = tracked(opened.model)
-    name = opened.directory.path.resolve().name
+    name = opened.name
     file = f"{name}-{quant}.gguf"
     notes = []
 
@@ -158,21 +159,25 @@ def _type_of_integers(opened: OpenRun) -> str | None:
 
 def published_whole(out: Path, write: Callable[[Path], Any]) -> Any:
     """Lets `write` fill a directory that gets the name `out` only if nothing was raised; returns what it returned."""
+    _refuse_taken(out)
+    with explained_disk_errors(f"the export {out}"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as aside:
+            place = Path(aside) / out.name
+            place.mkdir()
+            result = write(place)
+            _refuse_taken(out)      # another export may have been quicker
+            os.replace(place, out)
+            sync_directory(out.parent)
+    return result
+
+
+def _refuse_taken(out: Path) -> None:
+    if out.resolve() == Path.cwd():
+        raise ConfigError(f"--out {out} is the folder you are in, and an export makes a new one. Name it: --out NAME.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists already, and an export overwrites nothing. Choose another --out, or "
                           "remove it.")
-    place = out.with_name(f".{out.name}-writing")
-    with explained_disk_errors(f"the export {out}"):
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir(parents=True)
-        try:
-            result = write(place)
-            os.replace(place, out)
-            sync_directory(out.parent)
-        except BaseException:
-            shutil.rmtree(place, ignore_errors=True)
-            raise
-    return result
 
 
 def sizes_of(directory: Path) -> dict[str, int]:
@@ -180,11 +185,17 @@ def sizes_of(directory: Path) -> dict[str, int]:
 
 
 def refuse_without_tokens(opened: OpenRun) -> Any:
-    """The recipe of a language model. Raises ConfigError for other runs."""
+    """The recipe of a language model. Raises ConfigError for other runs, and where what was trained is no language
+    model's head."""
     if opened.tokenizer is None:
         raise ConfigError(f"{opened.directory.path} holds no language model (model.kind={opened.recipe.model.kind}), "
                           "and the formats here hold nothing else. Its weights are safetensors already: "
                           f"{opened.directory.checkpoints}.")
+    if getattr(opened.recipe.objective, "value_outputs", None):
+        raise ConfigError(f"{opened.directory.path} was trained with objective.kind={opened.recipe.objective.kind}: it "
+                          "learned a head that gives numbers, for which the formats here have no place. Use the run "
+                          "itself, with objective.reward=model:RUN or dougong eval. Its weights are safetensors "
+                          f"already: {opened.directory.checkpoints}.")
     return opened.recipe
 
 
@@ -194,10 +205,12 @@ def stored_dtype(opened: OpenRun) -> str:
 
 
 def held_out_texts(opened: OpenRun) -> list[str]:
-    """Beginnings of held-out documents to compare on; none where the data are gone, and unusual strings remain."""
+    """Beginnings of held-out documents to compare on; none where the data are gone or are judgements, and unusual
+    strings remain."""
     texts = list(opened.recipe.sample.prompts)
     try:
-        view = next((v for v in map(opened.corpus.documents, ("test", "validation", "train")) if len(v)), [])
+        documents = getattr(opened.corpus, "documents", lambda _split: [])
+        view = next((v for v in map(documents, ("test", "validation", "train")) if len(v)), [])
     except DougongError:
         return texts
     step = max(1, len(view) // _TEXTS)
@@ -210,12 +223,13 @@ def card_facts(opened: OpenRun, architecture: str, dtype: str, license: str) -> 
     steps = [event for event in events if event["event"] == "step" and event.get("step", 0) <= opened.step]
     imported, begin = opened.recorded.get("imported") or {}, opened.tokenizer.begin_id
     return CardFacts(
-        name=opened.directory.path.resolve().name, architecture=architecture, dtype=dtype, license=license,
+        name=opened.name, architecture=architecture, dtype=dtype, license=license,
         parameters=count.parameters(opened.recipe.model)["total"], context=opened.recipe.model.context,
         step=opened.step, version=__version__,
         recipe="" if imported else _recipe_text(opened),
         data=_last(events, "data").get("facts", {}), result=_last(events, "result"),
-        tokens=steps[-1].get("tokens") if steps else None, imported_from=imported.get("from"),
+        tokens=steps[-1].get("tokens") if steps else None,
+        imported_from=_without_place(imported["from"]) if imported else None,
         begins_with=None if begin is None else opened.tokenizer.backend.id_to_token(begin),
         chat=opened.tokenizer.chat_template is not None,
         rounding="" if dtype in ("f32", stored_dtype(opened)) else f" The weights were rounded to {dtype} from f32.")
@@ -224,9 +238,18 @@ def card_facts(opened: OpenRun, architecture: str, dtype: str, license: str) -> 
 def _recipe_text(opened: OpenRun) -> str:
     """The recipe without what is about this machine: a card is published, and paths name people."""
     values = to_dict(opened.recipe)
-    if values["tokenizer"].get("path"):
-        values["tokenizer"]["path"] = Path(values["tokenizer"]["path"]).name
+    for section, key in (("tokenizer", "path"), ("objective", "teacher"), ("objective", "reward")):
+        if given := values[section].get(key):
+            values[section][key] = _without_place(given)
     return dump_yaml({key: values[key] for key in _PUBLISHED_SECTIONS})
+
+
+def _without_place(name: str) -> str:
+    """A model, a file or a reward by its name alone; a name on a hub is one."""
+    kind, _, rest = name.partition(":")
+    if kind == "model":
+        return f"model:{_without_place(rest)}"
+    return name if is_hub_name(name) or kind == "regex" else Path(name).name
 
 
 def _notes(opened: OpenRun, dtype: str, state: Any) -> tuple[str, ...]:

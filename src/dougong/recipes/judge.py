@@ -13,9 +13,9 @@ from dougong.core.files import write_json
 from dougong.core.run import RunDirectory
 from dougong.data.conversations import Conversation
 from dougong.evaluate.skills import OUTSIDE, Answered, answer_all, same, scores
-from dougong.generate import SamplingConfig
 from dougong.generate.replies import replies
 from dougong.models import count
+from dougong.recipes.answering import asked, long_enough
 from dougong.recipes.assemble import prepare_data
 from dougong.recipes.journey import read_journey, stage_runs
 from dougong.recipes.open_run import open_run
@@ -31,18 +31,19 @@ _MOST = 400
 
 @dataclass(frozen=True)
 class Question:
-    """A conversation up to the reply that can be checked."""
+    """A conversation up to the reply that can be checked, and the tools that may be called in it."""
 
     skill: str
     prompt: str
     answer: str
-    messages: tuple[dict[str, Any], ...]
+    messages: list[dict[str, Any]]
+    tools: tuple[dict[str, Any], ...]
 
 
 def questions(conversations: Sequence[Conversation]) -> list[Question]:
     """Those that have an answer to be checked."""
-    return [Question(one.skill or "answers", one.messages[-2]["content"], one.answer, one.messages[:-1])
-            for one in conversations if one.answer is not None and len(one.messages) > 1]
+    return [Question(one.skill or "answers", before[-1]["content"], one.answer, before, one.tools)
+            for one in conversations if one.answer is not None and (before := asked(one))]
 
 
 def judge(model: nn.Module, tokenizer: Any, runtime: Runtime, corpus: Any, split: str, *, seed: int = 0,
@@ -56,19 +57,19 @@ def judge(model: nn.Module, tokenizer: Any, runtime: Runtime, corpus: Any, split
         return None
     known = questions(corpus.conversations("train"))
     seen = {question.prompt for question in known}      # another module may have a function of the same first line
-    asked = [question for question in questions(corpus.conversations(split)) if question.prompt not in seen]
     by_skill: dict[str, list[Question]] = {}
-    for question in asked:
-        by_skill.setdefault(question.skill, []).append(question)
-    asked = [question for own in by_skill.values() for question in _spread(own)]
-    if not asked:
+    for question in questions(corpus.conversations(split)):
+        if question.prompt not in seen:
+            by_skill.setdefault(question.skill, []).append(question)
+    held_out = [question for own in by_skill.values() for question in _spread(own)]
+    if not held_out:
         return None
-    longest = max(len(tokenizer.encode(question.answer)) for question in asked)
     if progress:
-        progress(0, None, f"asking {len(asked):,} questions")
-    said = replies(model, tokenizer, [question.messages for question in asked],
-                   SamplingConfig(temperature=0, max_tokens=longest + 8, long_prompt="truncate"), runtime=runtime)
-    answered = answer_all(asked, known, lambda _prompts: said)
+        progress(0, None, f"asking {len(held_out):,} questions")
+    said = replies(model, tokenizer, [question.messages for question in held_out],
+                   long_enough(tokenizer, [question.answer for question in held_out]),
+                   tools=[question.tools for question in held_out], runtime=runtime)
+    answered = answer_all(held_out, known, lambda _prompts: said)
     inside = [one for one in answered if one.skill != OUTSIDE]
     outside = [one for one in answered if one.skill == OUTSIDE]
     refusals = {one.answer for one in outside}
@@ -129,14 +130,15 @@ def _stage(run: Path) -> dict[str, Any]:
 
 def print_judged(judged: dict[str, Any], out: Any) -> None:
     """The skills as a table for people."""
+    from rich.markup import escape
     from rich.table import Table as Grid
 
     grid = Grid(box=None, header_style="bold", pad_edge=False)
     for title in ("skill", "questions", "right", "commonest answer", "most similar question", "claimed"):
         grid.add_column(title, justify="left" if title in ("skill", "claimed") else "right")
     for score in judged["scores"]:
-        grid.add_row(score["skill"], str(score["items"]), f"[bold]{score['model']:.1%}[/]", f"{score['majority']:.1%}",
-                     f"{score['nearest']:.1%}", "yes" if score["claimed"] else "no")
+        grid.add_row(escape(score["skill"]), str(score["items"]), f"[bold]{score['model']:.1%}[/]",
+                     f"{score['majority']:.1%}", f"{score['nearest']:.1%}", "yes" if score["claimed"] else "no")
     out.print(grid)
     if outside := judged["outside"]:
         out.print(f"declined: {outside['declined']:.0%} of {outside['items']} questions outside its skills, "

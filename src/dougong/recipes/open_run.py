@@ -14,7 +14,7 @@ from dougong.core.errors import CheckpointError, ConfigError
 from dougong.core.run import RunDirectory
 from dougong.data.prepare import TextData
 from dougong.data.split import SplitConfig
-from dougong.interop.hub import is_hub_name, local_directory
+from dougong.interop.hub import is_hub_name, local_directory, model_name
 from dougong.interop.import_hf import is_hf_directory, read_hf
 from dougong.objectives.distil import COMPANION
 from dougong.recipes.assemble import build_model, prepare_data
@@ -53,6 +53,20 @@ class OpenRun:
     """how the weights were made smaller; None: they are floats"""
     merged: Any = None
     """of a run with an adapter: how near its merged matrices are to what was trained (`adapt.lora.Merged`)"""
+    hub: str | None = None
+    """the name by which a hub's client fetched it, into a folder of its own that is named by a hash"""
+
+    @property
+    def name(self) -> str:
+        """What it is called: its folder's name, or the model's on a hub."""
+        return self.directory.path.resolve().name if self.hub is None else model_name(self.hub)
+
+    def beside(self, what: str) -> Path:
+        """Where something that is made of it goes: beside it, or here where a hub's client keeps it."""
+        path = self.directory.path
+        if self.hub is not None:
+            return Path(f"{self.name}-{what}")
+        return (path if path.name not in ("", "..") else path.resolve()).with_name(f"{self.name}-{what}")
 
     @cached_property
     def corpus(self) -> Any:
@@ -69,7 +83,7 @@ class OpenRun:
         recipe = replace(_on_text(self.recipe, path, **settings), tokenizer=FileConfig(path=self.tokenizer_path))
         recorded = {key: value for key, value in self.recorded.items() if key not in ("data_fingerprint", "imported")}
         return OpenRun(self.directory, recipe, self.runtime, self.model, self.tokenizer, self.step, self.weights,
-                       recorded, self.passed_over, self.compression)
+                       recorded, self.passed_over, self.compression, hub=self.hub)
 
     @property
     def tokenizer_path(self) -> str:
@@ -153,7 +167,7 @@ def _open_hf(name: str, checkpoint: str) -> OpenRun:
     model = build_model(recipe, runtime)
     load_weights(model, read.tensors)
     return OpenRun(RunDirectory(read.directory), recipe, runtime, model.eval(), read.tokenizer, 0, "raw",
-                   recorded_facts(read, name, None), [])
+                   recorded_facts(read, name, None), [], hub=name if is_hub_name(name) else None)
 
 
 def runtime_here(section: RuntimeConfig) -> RuntimeConfig:

@@ -60,6 +60,9 @@ def final_score(recipe: Recipe, corpus: Any, model: nn.Module, runtime: Runtime,
     if recipe.is_language_model and recipe.data.kind != "text":
         from dougong.recipes.judge import judge
 
+        if stride is not None:
+            raise ConfigError(f"stride belongs to the windows of text, and this run's data are {recipe.data.kind}, of "
+                              "which each row is read whole. Leave it out.")
         objective, corpus = accompany(recipe, corpus, recipe.objective.build(), model, runtime)
         found = _on_rows(recipe, corpus, runtime, objective, model, split)
         if judged := judge(model, corpus.tokenizer, runtime, corpus, split, seed=recipe.seed, progress=progress):
@@ -122,10 +125,8 @@ def _print_measures(result: dict[str, Any], out: Any) -> None:
     """A model of arrays: its figures, and under the first of them those it is compared with."""
     measures = {key: value for key, value in result.items() if isinstance(value, int | float)}
     for number, (key, value) in enumerate(measures.items()):
-        form = ",d" if isinstance(value, int) else ".4f" if value >= 1e-3 or not value else ".1e"
+        form = ",d" if isinstance(value, int) else ".4f" if abs(value) >= 1e-3 or not value else ".1e"
         out.print(f"  {key.replace('_', ' '):<28}{value:{form}}")
-        for part, share in (result.get(f"{key}_by_skill") or {}).items():
-            out.print(f"    {part:<26}{share:.4f}")
         for row in result.get("baselines", []) if number == 0 else []:
             gap = f"   model − it {row['difference']:+.4f} {_interval(row['interval'])}" if "difference" in row else ""
             out.print(f"    {row['name']:<26}{row[key]:.4f}{gap}")

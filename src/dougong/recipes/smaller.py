@@ -111,7 +111,7 @@ def _of(path: Path) -> FileConfig:
 def _write(path: Path, opened: OpenRun, recipe: Recipe, model: Any, tokenizer: Tokenizer, how: str,
            facts: dict[str, Any], notes: Sequence[str]) -> Smaller:
     """The run, whole or not at all."""
-    source = opened.directory.path.resolve().name
+    source = opened.name
     place = path.with_name(f".{path.name}-writing")
     with explained_disk_errors(f"the run {path}"):
         shutil.rmtree(place, ignore_errors=True)

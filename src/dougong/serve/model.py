@@ -79,7 +79,7 @@ class ServedModel:
         facts = {"family": opened.recipe.model.kind, "parameters": parameters, "step": opened.step}
         fingerprint = f"{opened.weights}-{opened.step}-{opened.tokenizer.fingerprint[:12]}"
         guesses = None if draft is None else open_run(draft).drafting_for(opened)
-        return cls(name or opened.directory.path.resolve().name, Engine(opened.model, opened.runtime),
+        return cls(name or opened.name, Engine(opened.model, opened.runtime),
                    opened.tokenizer, config, facts=facts, fingerprint=fingerprint, draft=guesses, beside=beside)
 
     def start(self, metrics: Metrics) -> None:

@@ -137,6 +137,43 @@ def test_other_kinds_of_adapter_are_refused_by_name(change, says, tmp_path):
         read_peft(tmp_path, MAPS["qwen3"], ours_like("qwen3")[0])
 
 
+@pytest.mark.parametrize(("change", "says"), [
+    ({"lora_alpha": None}, "lora_alpha=None"), ({"lora_alpha": "4"}, "lora_alpha='4'"), (
+    {"lora_alpha": 0}, "lora_alpha=0"), ({"alpha_pattern": {"q_proj": None}}, "lora_alpha=None"),
+    ({"alpha_pattern": {"(": 4}}, "alpha_pattern=.*no mapping"), ({"alpha_pattern": ["q_proj"]}, "no mapping"),
+    ({"lora_dropout": None}, "lora_dropout=None"), ({"lora_dropout": "0.1"}, "lora_dropout='0.1'")])
+def test_damaged_settings_are_named(change, says, tmp_path):
+    with_peft("qwen3", "lora").save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CheckpointError, match=says):
+        read_peft(tmp_path, MAPS["qwen3"], ours_like("qwen3")[0])
+
+
+def test_damaged_tensors_are_named(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    with_peft("qwen3", "lora").save_pretrained(tmp_path)
+    held = load_file(tmp_path / WEIGHTS)
+    name = next(iter(held))
+    for wrong in (torch.tensor(1.0), held[name][0].clone()):
+        save_file({**held, name: wrong}, tmp_path / WEIGHTS)
+        with pytest.raises(CheckpointError, match=f"{name} is of shape"):
+            read_peft(tmp_path, MAPS["qwen3"], ours_like("qwen3")[0])
+    with_peft("gpt2", "dora").save_pretrained(tmp_path / "gpt2")
+    joined = load_file(tmp_path / "gpt2" / WEIGHTS)
+    short = next(key for key in joined if "c_attn" in key and "magnitude" in key)
+    save_file({**joined, short: torch.ones(1)}, tmp_path / "gpt2" / WEIGHTS)
+    with pytest.raises(CheckpointError, match="c_attn has magnitude of shape"):
+        read_peft(tmp_path / "gpt2", MAPS["gpt2"], ours_like("gpt2")[0])
+    save_file(held, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    data = (tmp_path / WEIGHTS).read_bytes()
+    assert b'"format":"pt"' in data
+    (tmp_path / WEIGHTS).write_bytes(data.replace(b'"format":"pt"', b'"format":1234'))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_peft(tmp_path, MAPS["qwen3"], ours_like("qwen3")[0])
+
+
 def test_an_adapter_of_another_model_is_refused_with_its_name(tmp_path):
     with_peft("llama", "lora").save_pretrained(tmp_path)
     config = replace(ours_like("llama")[0], ffn_dim=64)

@@ -71,6 +71,29 @@ def test_options_without_an_effect_are_refused(made, tmp_path, arguments, messag
     assert outcome.code == 2 and message in outcome.err and not (tmp_path / "out").exists()
 
 
+def test_a_run_leaves_from_inside_it_and_never_into_the_folder_one_is_in(made, tmp_path, monkeypatch):
+    run, empty = shutil.copytree(made / "qwen3", tmp_path / "run"), tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.chdir(run)
+    for command in ("export", "compress"):
+        done = dougong(command, ".", *(["--no-verify"] if command == "export" else []))
+        assert done.code == 0, done.err
+    monkeypatch.chdir(empty)
+    refused = dougong("export", "../run", "-o", ".", "--no-verify")
+    assert refused.code == 2 and "--out . is the folder you are in" in refused.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "run", "run-hf", "run-int8"]
+
+
+def test_names_in_brackets_are_told_as_they_are(made, tmp_path):
+    run = shutil.copytree(made / "qwen3", tmp_path / "r[/v2]")
+    outcome = dougong("export", run, "--out", tmp_path / "o[v2]", "--no-verify")
+    assert outcome.code == 0 and "o[v2]" in "".join(outcome.out.split()), outcome.err
+    outcome = dougong("eval", run, "--no-baselines")
+    assert outcome.code == 0 and "r[/v2]" in "".join(outcome.out.split()), outcome.err
+    outcome = dougong("compress", run, "--out", tmp_path / "c[v2]")
+    assert outcome.code == 0 and "c[v2]" in "".join(outcome.out.split()), outcome.err
+
+
 def test_a_model_without_a_published_form_is_refused_by_name(made, tmp_path):
     for to in ("hf", "gguf"):
         outcome = dougong("export", made / "nano", "--out", tmp_path / "out", "--to", to)
@@ -158,5 +181,6 @@ def test_inspect_names_what_is_damaged(made, tmp_path):
     (tmp_path / "cut.gguf").write_bytes(b"GGUF\x03\x00")
     outcome = dougong("inspect", tmp_path / "cut.gguf")
     assert outcome.code == 2 and "cut.gguf is no whole GGUF file" in outcome.err
-    outcome = dougong("inspect", made / "texts")
-    assert outcome.code == 2 and "holds no run" in outcome.err
+    for place in (made / "texts", run / "checkpoints/step-000099"):
+        outcome = dougong("inspect", place)
+        assert outcome.code == 2 and "holds no run" in outcome.err

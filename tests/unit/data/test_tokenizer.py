@@ -298,6 +298,20 @@ def test_a_text_begins_with_the_document_token_unless_the_settings_say_with_none
     assert tokenizer.begin_id == (made.document_id if begins else None)
 
 
+@pytest.mark.parametrize("settings", ["[]", "null", "{", '{"eos_token": 5}', '{"eos_token": {"content": [1]}}'])
+def test_damaged_settings_are_named(tmp_path, settings):
+    BytesConfig().build().save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(settings)
+    with pytest.raises(DataError, match=r"tokenizer_config\.json (is damaged|names a token by)"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_token_outside_the_vocabulary_ends_nothing():
+    tokenizer = Tokenizer(BytesConfig(separator=False).build().backend, document_id=None)
+    assert all(tokenizer.ending_with(token) is tokenizer for token in (None, -5, tokenizer.vocab_size, 2**40))
+    assert tokenizer.ending_with(7).document_id == 7
+
+
 def test_a_tokenizer_that_cannot_be_used_says_why(tmp_path):
     with pytest.raises(DataError, match=r"no tokenizer at .*tokenizer\.json"):
         FileConfig(path=str(tmp_path)).build()

@@ -6,7 +6,7 @@ import torch
 from tiny_decoders import tiny
 
 from dougong.data.documents import Document
-from dougong.data.tokenizer import BytesConfig
+from dougong.data.tokenizer import BytesConfig, Tokenizer
 from dougong.evaluate.agreement import agreement
 
 TOKENIZER = BytesConfig().build()
@@ -34,6 +34,17 @@ def test_it_is_the_divergence_over_every_token_of_every_window():
     np.testing.assert_allclose(found.divergence, expected, rtol=1e-4, atol=1e-5)
     assert found.payload()["top1_agreement"] == pytest.approx(np.mean(same))
     assert found.payload()["kl_p99"] == pytest.approx(np.percentile(expected, 99), rel=1e-4)
+
+
+def test_a_document_is_read_after_the_token_that_begins_it():
+    a, b = models()
+    llamas = Tokenizer(TOKENIZER.backend, document_id=TOKENIZER.document_id, settings={"bos_token": "b"})
+    assert llamas.begin_id not in (None, TOKENIZER.document_id)
+    found = agreement(a, b, llamas, DOCUMENTS[:1], context=32).divergence
+    ids = torch.tensor([[llamas.begin_id, *TOKENIZER.encode(DOCUMENTS[0].text).tolist()][:-1]])
+    with torch.no_grad():
+        p, q = (torch.distributions.Categorical(logits=m(ids)[0].double()) for m in (a, b))
+    np.testing.assert_allclose(found, torch.distributions.kl_divergence(p, q), rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_agrees_with_itself():

@@ -8,7 +8,9 @@ import torch
 from dougong.core.errors import ConfigError, DataError
 from dougong.evaluate import bits_per_byte, token_nats
 from dougong.evaluate.bits_per_byte import _score_documents
+from dougong.evaluate.together import bits_per_byte_together
 from dougong.models.families.qwen3 import Qwen3Config
+from dougong.objectives.losses import Losses
 from dougong.runtime.device import Runtime
 
 TEXTS = ["the cat", "斗拱 naïve 🏯" * 5, "", "a" * 40, "x", "to be or not to be, that is the question"]
@@ -95,6 +97,27 @@ def test_a_stream_is_scored_across_documents_and_its_first_token_uniformly():
     assert result.nats[0] == pytest.approx(np.log(257) + model.nats(ids[:7]), rel=1e-5)
     assert result.nats[1] == pytest.approx(model.nats(ids[6:7 + len(TEXTS[1].encode())]), rel=1e-5)
     assert result.nats[2] == 0 and result.tokens[2] == 0
+
+
+class Llamas(Bytes):
+    """Begins a text with another token than ends it."""
+
+    begin_id = 0
+
+
+def test_a_document_is_read_after_the_token_that_begins_it_not_the_one_that_ends_it():
+    model = Bigram()
+    expected = [model.nats([0, *text.encode()]) for text in TEXTS]
+    assert bits_per_byte(model, Llamas(), documents(), context=1000).nats == pytest.approx(expected, rel=1e-5)
+
+    def losses(batch):
+        assert all(batch["tokens"][row, 0] == 0 for row in range(len(TEXTS)) if batch["weight"][row].any())
+        nats = torch.nn.functional.cross_entropy(model.head(model.hidden(batch["tokens"])).flatten(0, 1),
+                                                 batch["targets"].flatten(), reduction="none")
+        return Losses({}, {"loss": (nats * batch["weight"].flatten()).sum()})
+
+    together = bits_per_byte_together(losses, Llamas(), documents(), rows=len(TEXTS), context=1000, runtime=Runtime())
+    assert together["loss"] * together["tokens"] == pytest.approx(sum(expected), rel=1e-5)
 
 
 def test_the_result_does_not_depend_on_batches_or_order(qwen3, monkeypatch):

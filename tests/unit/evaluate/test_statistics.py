@@ -50,6 +50,13 @@ def test_one_document_has_no_interval():
     assert paired_difference(scores([1], [9]), scores([2], [9])) == (pytest.approx(-1), None)
 
 
+def test_an_empty_document_says_nothing_of_the_spread():
+    assert bootstrap_ratio(np.array([3.0, 0.0]), np.array([2.0, 0.0])) is None
+    with_it = bootstrap_ratio(np.array([3.0, 0.0, 5.0]), np.array([2.0, 0.0, 2.0]))
+    assert with_it == bootstrap_ratio(np.array([3.0, 5.0]), np.array([2.0, 2.0]))
+    assert paired_difference(scores([1, 0], [9, 0]), scores([2, 0], [9, 0]))[1] is None
+
+
 def test_pairing_shows_a_difference_that_is_small_beside_the_spread_of_documents():
     random = np.random.default_rng(3)
     hard = random.normal(2, 0.5, size=200)

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from tokenizers import AddedToken
 
 from dougong.core.errors import CheckpointError, ConfigError
 from dougong.data.chat_template import ChatTemplate
@@ -13,7 +14,7 @@ from dougong.data.turns import CHATML, TURN_TOKENS, with_turns
 from dougong.interop import gguf_form as form_module
 from dougong.interop.gguf_file import QUANTS, read_gguf, vocabulary, write_gguf
 from dougong.interop.gguf_form import gguf_form
-from dougong.interop.gguf_verify import _bound
+from dougong.interop.gguf_verify import _bound, verify_gguf
 from dougong.interop.maps import MAPS
 from dougong.interop.verify import Mismatch
 from dougong.models.families.gpt2 import GPT2Config
@@ -187,8 +188,6 @@ def test_a_cut_file_is_named(runs, tmp_path, size):
 
 
 def test_one_changed_value_is_found_and_named(runs, tmp_path):
-    from dougong.interop.gguf_verify import verify_gguf
-
     export_gguf(runs["qwen3"], tmp_path / "out", verify=False)
     path = tmp_path / "out/qwen3-f32.gguf"
     offset = int(read_gguf(path)[1]["blk.1.ffn_up.weight"].data_offset)
@@ -200,6 +199,21 @@ def test_one_changed_value_is_found_and_named(runs, tmp_path):
     with pytest.raises(Mismatch, match=r"other values in blk.1.ffn_up.weight \(f32\)"):
         verify_gguf(path, gguf_form(family, opened.recipe.model), opened.model, opened.tokenizer, [],
                     family.config_to_hf(opened.recipe.model))
+
+
+def test_a_token_that_text_may_spell_is_verified_like_any_other(tmp_path):
+    directory = tiny_hf.write(tmp_path / "thinks", "qwen3")
+    text = tiny_hf.tokenizer(vocab_size=297)
+    text.backend.add_tokens([AddedToken("<think>", special=False, normalized=False), AddedToken(
+        "<|last|>", special=True, normalized=False), AddedToken("</think>", special=False, normalized=False)])
+    text.save(directory)
+    opened = open_run(directory)
+    assert opened.tokenizer.encode("a<think>")[-1] == 297 and len(opened.tokenizer.encode("<|last|>")) > 1
+    family = MAPS["qwen3"]
+    export_gguf(opened, tmp_path / "out", verify=False)
+    found, _ = verify_gguf(tmp_path / "out/thinks-f32.gguf", gguf_form(family, opened.recipe.model), opened.model,
+                           opened.tokenizer, ["<think>\nfoxes </think>dogs"], family.config_to_hf(opened.recipe.model))
+    assert found.texts > 10
 
 
 def test_permutation_and_its_inverse():

@@ -15,10 +15,10 @@ from dougong.interop.hub import local_directory
 from dougong.interop.import_hf import read_hf
 from dougong.interop.published import published_form
 from dougong.interop.tensor_files import headers, read_tensors, write_shards
-from dougong.interop.verify import Mismatch
+from dougong.interop.verify import Mismatch, compare_logits
 from dougong.models.compose import DecoderConfig
 from dougong.models.families.nano import NanoConfig
-from dougong.recipes.export import export_hf
+from dougong.recipes.export import _without_place, export_hf, published_whole
 from dougong.recipes.import_model import import_run
 from dougong.recipes.open_run import open_run
 
@@ -102,6 +102,46 @@ def test_a_chat_template_travels_in_both_forms_and_renders_alike(qwen3, tmp_path
     assert theirs.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == "<user>x"
 
 
+def test_of_several_chat_templates_the_default_one_leaves(qwen3, tmp_path):
+    settings = json.loads((qwen3 / "tokenizer_config.json").read_text())
+    several = [{"name": "tool_use", "template": "other"}, {"name": "default", "template": tiny_hf.TEMPLATE}]
+    (qwen3 / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": several}))
+    opened = open_run(qwen3)
+    assert opened.tokenizer.chat_template == tiny_hf.TEMPLATE
+    export_hf(opened, tmp_path / "out")
+    assert (tmp_path / "out/chat_template.jinja").read_text() == tiny_hf.TEMPLATE
+    assert json.loads((tmp_path / "out/tokenizer_config.json").read_text())["chat_template"] == tiny_hf.TEMPLATE
+
+
+def test_the_card_of_an_imported_model_names_no_folder(models, tmp_path):
+    run = import_run(read_hf(models["llama"]), tmp_path / "run", source=str(models["llama"])).directory.path
+    export_hf(open_run(run), tmp_path / "out", verify=False)
+    card = (tmp_path / "out/README.md").read_text()
+    assert "imported from `llama`" in card and str(models["llama"].parent) not in card
+
+
+@pytest.mark.parametrize(("given", "told"), [
+    ("/home/ann/runs/big", "big"), ("hf:org/name@main", "hf:org/name@main"), ("ms:org/name", "ms:org/name"),
+    ("model:/home/ann/judge", "model:judge"), ("/home/ann/rewards.py:f", "rewards.py:f"), ("exact", "exact"),
+    ("regex:a/b", "regex:a/b")])
+def test_what_a_card_tells_of_models_and_rewards_names_no_folder(given, told):
+    assert _without_place(given) == told
+
+
+def test_two_exports_to_one_place_do_not_disturb_each_other(tmp_path):
+    out = tmp_path / "out"
+
+    def quicker(place):
+        (place / "mine").write_text("a")
+        published_whole(out, lambda other: (other / "theirs").write_text("b"))
+
+    with pytest.raises(ConfigError, match="exists already"):
+        published_whole(out, quicker)
+    assert [path.name for path in out.iterdir()] == ["theirs"] and [path.name for path in tmp_path.iterdir()] == ["out"]
+    (tmp_path / "plain").mkdir()
+    assert out.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 # -- a wrong export does not survive --------------------------------------------------------------------------------
 
 def _swap(state, a, b):
@@ -149,6 +189,38 @@ def test_a_wrong_constant_is_found(models, tmp_path, monkeypatch, key, value, me
     finally:
         object.__setattr__(MAPS["qwen3"], "config_to_hf", real)
     assert not (tmp_path / "out").exists()
+
+
+def beside(model, wrong):
+    """Compares a model with itself, of whose logits `wrong` changes the first row's."""
+    calls = []
+
+    def reader(tokens):
+        calls.append(0)
+        logits = model(tokens).detach()
+        return wrong(logits) if len(calls) == 1 else logits
+
+    rows = torch.randint(300, (6, 20), generator=torch.Generator().manual_seed(0)).tolist()
+    return compare_logits(model, reader, rows, "another", texts=6)
+
+
+@pytest.mark.parametrize(("wrong", "message"), [
+    (lambda logits: logits * torch.nan, "another gives logits that are no numbers .* in row 0"),
+    (lambda logits: logits.index_fill(1, torch.tensor([3]), torch.inf), "no numbers"),
+    (lambda logits: logits.flip(-1), "computes something else"),
+    (lambda logits: logits + 0.2 * logits.abs().max(), "row 0, position 0: logits differ by 2.0e-01")])
+def test_experts_excuse_no_garbage_in_any_row(models, wrong, message):
+    with pytest.raises(Mismatch, match=message):
+        beside(open_run(models["qwen3_moe"]).model, wrong)
+
+
+def test_a_tipped_choice_of_experts_is_told(models):
+    found = beside(open_run(models["qwen3_moe"]).model, lambda logits: logits + 0.01 * logits.abs().max())
+    assert found.tipped == 1 and found.tipped_difference == pytest.approx(0.01, rel=1e-3)
+    assert found.largest_difference <= found.allowed < 1e-4
+    assert "rounding tips the choice of experts: 1, which differ by up to 1.0e-02" in found.sentence()
+    with pytest.raises(Mismatch, match="computes something else"):
+        beside(open_run(models["qwen3"]).model, lambda logits: logits + 0.01 * logits.abs().max())
 
 
 def test_another_tokenizer_is_found_at_its_first_token(models, tmp_path, monkeypatch):
@@ -280,6 +352,51 @@ def test_an_index_that_points_elsewhere_is_refused(tmp_path):
             read_hf(directory)
 
 
+@pytest.mark.parametrize("index", [{"weight_map": ["a"]}, {"weight_map": 5}, []])
+def test_an_index_without_a_map_is_refused(tmp_path, index):
+    directory = tiny_hf.write(tmp_path / "model", "qwen3", shard="60KB")
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"index\.json is damaged"):
+        read_hf(directory)
+
+
+@pytest.mark.parametrize("end", [-5, True, 2**40])
+def test_a_token_that_cannot_be_ends_nothing(qwen3, end):
+    settings = json.loads((qwen3 / "tokenizer_config.json").read_text())
+    del settings["eos_token"]
+    (qwen3 / "tokenizer_config.json").write_text(json.dumps(settings))
+    (qwen3 / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    assert read_hf(qwen3).tokenizer.document_id is None
+
+
+@pytest.fixture
+def joined(models, tmp_path):
+    """A mixture of experts as transformers 5 holds it in memory, and what changes its tensors."""
+    directory = shutil.copytree(models["qwen3_moe"], tmp_path / "joined")
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).state_dict()
+    held = {name: tensor for name, tensor in tensors(directory).items() if ".experts." not in name}
+    held |= {name: tensor for name, tensor in theirs.items() if ".experts." in name}
+
+    def write(change):
+        save_file(change(held), directory / "model.safetensors", metadata={"format": "pt"})
+        return directory
+
+    return write
+
+
+def test_joined_experts_are_read_and_held_against_the_config(models, joined):
+    found, published = read_hf(joined(lambda held: held)).tensors, read_hf(models["qwen3_moe"]).tensors
+    assert all(torch.equal(found[name], tensor) for name, tensor in published.items())
+    first = "model.layers.0.mlp.experts.down_proj"
+    with pytest.raises(CheckpointError, match=r"experts.down is of shape \[4, 64, 16\], .* asks for \[4, 64, 32\]"):
+        read_hf(joined(lambda held: held | {name: tensor[:, :, :16].contiguous() for name, tensor in held.items()
+                                            if name.endswith("experts.down_proj")}))
+    for wrong in ({first: torch.ones(4, 8)}, {"odd": torch.ones(3)}):
+        with pytest.raises(CheckpointError, match="left over"):
+            read_hf(joined(lambda held, wrong=wrong: held | wrong))
+
+
 def test_pickled_weights_are_refused_with_the_reason(qwen3):
     (qwen3 / "model.safetensors").rename(qwen3 / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"pytorch_model.bin.*loading a pickle runs"):
@@ -303,7 +420,10 @@ def test_weights_of_another_shape_are_refused(qwen3):
     ({"model_type": "qwen4"}, r"model_type='qwen4'.*Known: gpt2, llama, qwen3.*Nearest: 'qwen3'"),
     ({"model_type": "mamba"}, "Known: gpt2, llama"), (
     {"quantization_config": {"quant_method": "awq"}}, "quantised .awq"),
-    ({"hidden_act": "relu"}, "hidden_act='relu'"), ({"hidden_size": "wide"}, "wrong type")])
+    ({"hidden_act": "relu"}, "hidden_act='relu'"), ({"hidden_size": "wide"}, "wrong type"),
+    ({"architectures": 5}, "wrong type"), ({"model_type": ["qwen3"]}, "wrong type"),
+    ({"quantization_config": "int8"}, "wrong type"),
+    ({"model_type": "llama", "head_dim": None, "num_attention_heads": 0}, "wrong type or size: .*zero")])
 def test_what_is_not_known_is_named(qwen3, changes, message):
     config = json.loads((qwen3 / "config.json").read_text())
     (qwen3 / "config.json").write_text(json.dumps(config | changes))
@@ -346,6 +466,21 @@ def test_hub_names_and_places(tmp_path, monkeypatch):
     assert local_directory("hf:owner/model") == tmp_path
     with pytest.raises(MissingExtraError, match="modelscope"):
         local_directory("ms:owner/model")
+
+
+def test_a_model_of_the_hub_leaves_under_its_name_into_the_folder_one_is_in(models, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    kept = shutil.copytree(models["llama"], tmp_path / "hub/models--org--Tiny-0.1B/snapshots/0a1b2c")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_more: str(kept))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for command in (["export", "hf:org/Tiny-0.1B@main", "--no-verify"], ["compress", "hf:org/Tiny-0.1B"]):
+        done = dougong(*command)
+        assert done.code == 0, done.err
+    assert sorted(path.name for path in (tmp_path / "here").iterdir()) == ["Tiny-0.1B-hf", "Tiny-0.1B-int8"]
+    assert "# Tiny-0.1B\n" in (tmp_path / "here/Tiny-0.1B-hf/README.md").read_text()
+    assert [path.name for path in kept.parent.iterdir()] == ["0a1b2c"]
 
 
 def test_a_shard_holds_what_fits_and_the_index_says_where(tmp_path):

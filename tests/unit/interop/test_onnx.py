@@ -198,6 +198,23 @@ def test_a_cut_file_is_named(copy, size):
         inspect_path(copy)
 
 
+@pytest.mark.parametrize("damage", [
+    lambda data: data.replace(b"stack.0.attention.query.weight", b"stack.0.attention.query.weigh\xff"),
+    lambda data: data.replace(b"dougong.family", b"dougong.famil\xff"),
+    lambda data: data.replace(b"past_sequence_length", b"past_sequence_lengt\xff")])
+def test_names_that_are_no_text_are_damage(copy, damage):
+    path = copy / "model.onnx"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(CheckpointError, match=r"model\.onnx is no whole ONNX file"):
+        inspect_path(copy)
+
+
+def test_a_type_of_no_tensor_is_damage(copy):
+    edited(copy, lambda graph: setattr(initializer(graph, "norm.weight"), "data_type", 77))
+    with pytest.raises(CheckpointError, match=r"model\.onnx is no whole ONNX file.*77"):
+        inspect_path(copy)
+
+
 def test_inspect_checks_graphs_of_others(copy):
     (copy / "SHA256SUMS").unlink()
 

@@ -138,6 +138,44 @@ def test_a_reward_model_rewards_rollouts(root):
     assert refused.code == 2 and "objective.kind=reward" in refused.err
 
 
+def test_runs_of_judgements_are_exported_and_their_card_asks_for_text(root, tmp_path):
+    pytest.importorskip("transformers")
+    recipe = write_feedback_recipe(root / "leaves.yaml", "dpo", pairs(root))
+    trained(root, "leaves", recipe)
+    out = dougong("export", root / "leaves", "--out", tmp_path / "hf", "--json")
+    assert out.code == 0 and out.json["verified"]["tokens"] > 100, out.err
+    made = dougong("compress", root / "leaves", "--card", "--with", root / "base")
+    assert made.code == 2 and "--data FOLDER" in made.err
+
+
+def test_an_adapter_of_judgements_leaves_for_peft(root, tmp_path):
+    pytest.importorskip("peft")
+    recipe = write_feedback_recipe(root / "apart-dpo.yaml", "dpo", pairs(root))
+    trained(root, "apart-dpo", recipe, "adapt=lora", "adapt.rank=2")
+    out = dougong("export", root / "apart-dpo", "--to", "peft", "--out", tmp_path / "peft", "--json")
+    assert out.code == 0 and out.json["verified"]["reader"] == "PEFT", out.err
+
+
+def test_a_head_that_gives_numbers_does_not_leave_without_a_word(root, tmp_path):
+    recipe = write_feedback_recipe(root / "stays.yaml", "dpo", pairs(root, spelling="chat"), objective="reward")
+    trained(root, "stays", recipe)
+    for to in ("hf", "gguf", "onnx", "peft"):
+        refused = dougong("export", root / "stays", "--to", to, "--out", tmp_path / "out")
+        assert refused.code == 2 and "objective.kind=reward" in refused.err and "objective.reward=model:" in refused.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_card_of_a_rewarded_run_names_no_folder(root, tmp_path):
+    judge = write_feedback_recipe(root / "named-judge.yaml", "dpo", pairs(root, spelling="chat"), objective="reward")
+    trained(root, "named-judge", judge)
+    recipe = write_feedback_recipe(root / "named.yaml", "grpo", tasks(root), objective={
+        "kind": "grpo", "samples": 4, "max_tokens": 6, "reward": f"model:{root / 'named-judge'}"})
+    trained(root, "named", recipe)
+    assert dougong("export", root / "named", "--out", tmp_path / "hf", "--no-verify").code == 0
+    card = (tmp_path / "hf/README.md").read_text()
+    assert "reward: model:named-judge" in card and str(root) not in card
+
+
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_a_value_head_is_trained_and_kept_beside_an_adapter(root, kind):
     recipe = write_feedback_recipe(root / "beside.yaml", "dpo", pairs(root), objective="reward")

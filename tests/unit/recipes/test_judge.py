@@ -1,13 +1,20 @@
 """Held-out questions with answers, asked of a run that learned conversations."""
 
+import io
 import json
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from rich.console import Console
 from tiny_recipe import MODELS, dougong, write_recipe
 
+from dougong.data.conversations import Conversation
 from dougong.generate.replies import replies
-from dougong.recipes.judge import questions
+from dougong.recipes import answering
+from dougong.recipes import judge as judging
+from dougong.recipes.answering import answered
+from dougong.recipes.judge import judge, print_judged, questions
 from dougong.recipes.open_run import open_run
 
 
@@ -69,3 +76,42 @@ def test_a_journey_without_a_test_split_is_judged_on_validation_or_not_at_all(ru
     assert (tmp_path / "trip" / "skills.json").is_file() == judged
     refused = dougong("eval", tmp_path / "trip", "--split", "test")
     assert refused.code == 2 and "data.fractions=" in refused.err
+
+
+def test_stride_has_no_meaning_for_conversations(run):
+    refused = dougong("eval", run[0], "--stride", 8)
+    assert refused.code == 2 and "stride belongs to the windows of text" in refused.err and "chats" in refused.err
+
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
+TALK = Conversation("1", "here", (
+    {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "", "train": False, "tool_calls": [
+        {"type": "function", "function": {"name": "add", "arguments": {}}}]},
+    {"role": "tool", "content": "4"}, {"role": "assistant", "content": "It is  4."},
+    {"role": "user", "content": "Thank you."}), tools=(TOOL,), skill="sums [/hard]", answer="It is 4.")
+
+
+def test_a_question_ends_before_the_last_reply_and_keeps_its_tools():
+    (question,) = questions([TALK])
+    assert [message["role"] for message in question.messages] == ["user", "assistant", "tool"]
+    assert question.tools == (TOOL,) and question.prompt == "4" and "train" not in question.messages[1]
+
+
+def test_both_figures_of_exact_answers_ask_alike_and_compare_alike(run, monkeypatch):
+    opened, seen = open_run(run[0]), []
+
+    def said(_model, _tokenizer, talks, config, *, tools, runtime, **_):
+        seen.append((talks, tools, config.max_tokens))
+        return ["It is\n4." for _ in talks]
+
+    monkeypatch.setattr(answering, "replies", said)
+    monkeypatch.setattr(judging, "replies", said)
+    corpus = SimpleNamespace(tokenizer=opened.tokenizer, conversations=lambda split: [TALK] * (split == "test"))
+    judged = judge(opened.model, opened.tokenizer, opened.runtime, corpus, "test")
+    beside = answered(opened.model, corpus, opened.runtime, "test")
+    assert seen[0] == seen[1] and seen[0][1] == [(TOOL,)]
+    assert seen[0][2] == len(opened.tokenizer.encode(TALK.answer)) + 8
+    assert judged["exact_match"] == beside["exact_match"] == 1
+    out = io.StringIO()
+    print_judged(judged, Console(file=out, width=200))
+    assert "sums [/hard]" in out.getvalue()

@@ -80,9 +80,9 @@ def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Experts joined by transformers 5, in the published form."""
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        prefix, joined = name.rsplit(".", 1)
+        prefix, _, joined = name.rpartition(".")
         parts = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}.get(joined)
-        if parts is None or not prefix.endswith(".experts"):
+        if parts is None or not prefix.endswith(".experts") or tensor.dim() != 3:
             found[name] = tensor
             continue
         for part, stack in zip(parts, tensor.chunk(len(parts), dim=1)):
