@@ -126,15 +126,20 @@ def test_ranks_and_factors_of_their_own_are_read_as_one(tmp_path):
     torch.testing.assert_close(ours(tokens()), theirs(tokens()).logits, **EXACT)
 
 
+def read_with(change, directory):
+    """An adapter of PEFT's whose settings were changed."""
+    with_peft("qwen3", "lora").save_pretrained(directory)
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    return read_peft(directory, MAPS["qwen3"], ours_like("qwen3")[0])
+
+
 @pytest.mark.parametrize(("change", "says"), [
     ({"modules_to_save": ["embed_tokens"]}, "modules_to_save"), ({"init_lora_weights": "pissa"}, "pissa"),
     ({"peft_type": "VERA"}, "VERA")])
 def test_other_kinds_of_adapter_are_refused_by_name(change, says, tmp_path):
-    with_peft("qwen3", "lora").save_pretrained(tmp_path)
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ConfigError, match=says):
-        read_peft(tmp_path, MAPS["qwen3"], ours_like("qwen3")[0])
+        read_with(change, tmp_path)
 
 
 @pytest.mark.parametrize(("change", "says"), [
@@ -143,11 +148,8 @@ def test_other_kinds_of_adapter_are_refused_by_name(change, says, tmp_path):
     ({"alpha_pattern": {"(": 4}}, "alpha_pattern=.*no mapping"), ({"alpha_pattern": ["q_proj"]}, "no mapping"),
     ({"lora_dropout": None}, "lora_dropout=None"), ({"lora_dropout": "0.1"}, "lora_dropout='0.1'")])
 def test_damaged_settings_are_named(change, says, tmp_path):
-    with_peft("qwen3", "lora").save_pretrained(tmp_path)
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(CheckpointError, match=says):
-        read_peft(tmp_path, MAPS["qwen3"], ours_like("qwen3")[0])
+        read_with(change, tmp_path)
 
 
 def test_damaged_tensors_are_named(tmp_path):
