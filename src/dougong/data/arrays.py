@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ class DigitsData:
     """
 
     kind: Literal["digits"] = "digits"
+    of_arrays: ClassVar[bool] = True
 
     def prepare(self) -> "ArrayCorpus":
         """Raises MissingExtraError without scikit-learn."""
@@ -65,6 +66,7 @@ class RegressionData:
     """
 
     kind: Literal["regression"] = "regression"
+    of_arrays: ClassVar[bool] = True
     features: int = Field(default=64, ge=1)
     rows: int = Field(default=32, ge=1)
     """rows for training; fewer than features: under-determined"""

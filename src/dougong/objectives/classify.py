@@ -1,6 +1,6 @@
 """One class for each row: images of digits, sentiment, anything with a fixed set of labels."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch.nn.functional as F
 from pydantic import Field
@@ -17,6 +17,7 @@ class ClassifyConfig:
     """Cross-entropy over classes."""
 
     kind: Literal["classify"] = "classify"
+    of_arrays: ClassVar[bool] = True
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """share of the target's probability spread evenly over the classes"""
 

@@ -1,6 +1,6 @@
 """A generator against a discriminator: two parameter groups, each with its own loss."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ class GANObjectiveConfig:
     once."""
 
     kind: Literal["gan"] = "gan"
+    of_arrays: ClassVar[bool] = True
     real_label: Annotated[float, Field(gt=0.5, le=1)] = 1.0
     """what the discriminator is told of real rows; 0.9 is one-sided label smoothing (Salimans et al. 2016)"""
 

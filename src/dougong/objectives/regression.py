@@ -1,6 +1,6 @@
 """Real-valued targets."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import nn
 
@@ -17,6 +17,7 @@ class RegressionConfig:
     target)."""
 
     kind: Literal["regression"] = "regression"
+    of_arrays: ClassVar[bool] = True
 
     def build(self) -> "Regression":
         return Regression()

@@ -34,9 +34,6 @@ _TIMES_FOR_ADAPTERS = 10     # found over models, ranks and data ("LoRA Without 
 
 
 _TABLES = {"data": DATA, "model": FAMILIES, "objective": OBJECTIVES}
-_OF_ARRAYS = {"data": ("digits", "regression"), "model": ("linear", "cnn", "gan"),
-              "objective": ("classify", "regression", "gan")}
-"""kinds that know no tokens; all others do"""
 
 FIT = "fit"
 """a size that is derived: what this machine trains well in `train.minutes`"""
@@ -125,8 +122,8 @@ def resolve(recipe: Recipe, *, elsewhere: bool = False) -> tuple[Recipe, list[De
 
 def _check_together(recipe: Recipe) -> None:
     """Raises ConfigError where data, model, objective and tokenizer are not all for tokens or all for arrays."""
-    kinds = {name: getattr(recipe, name).kind for name in _OF_ARRAYS}
-    arrays = [name for name, kind in kinds.items() if kind in _OF_ARRAYS[name]]
+    kinds = {name: getattr(recipe, name).kind for name in _TABLES}
+    arrays = [name for name in kinds if _of_arrays(getattr(recipe, name))]
     tokens = [name for name in kinds if name not in arrays]
     if not tokens and recipe.tokenizer is not None:
         raise ConfigError(f"tokenizer.kind={recipe.tokenizer.kind} cuts text into tokens, and "
@@ -136,9 +133,14 @@ def _check_together(recipe: Recipe) -> None:
     odd = min(arrays, tokens, key=len)[0]
     own, other = ("arrays", "tokens") if odd in arrays else ("tokens", "arrays")
     rest = " and ".join(f"{name}.kind={kinds[name]}" for name in kinds if name != odd)
-    fits = [kind for kind in _TABLES[odd] if (kind in _OF_ARRAYS[odd]) == (other == "arrays")]
+    fits = [kind for kind in _TABLES[odd] if _of_arrays(_TABLES[odd][kind]) == (other == "arrays")]
     raise ConfigError(f"{odd}.kind={kinds[odd]} is for {own}, and {rest} are for {other}."
                       f"{did_you_mean(kinds[odd], fits)}")
+
+
+def _of_arrays(part: Any) -> bool:
+    """Whether data, a model or an objective knows no tokens, as its config says; all others do."""
+    return getattr(part, "of_arrays", False)
 
 
 def size_for(minutes: float) -> str:

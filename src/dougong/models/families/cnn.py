@@ -1,6 +1,6 @@
 """Convolutional classifier for small images: convolution, batch norm, dropout."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ class CNNConfig:
     head."""
 
     kind: Literal["cnn"] = "cnn"
+    of_arrays: ClassVar[bool] = True
     num_classes: Count | None = None
     """labels; derived: from the data"""
     in_channels: Count = 1

@@ -1,6 +1,6 @@
 """Generative adversarial network for small images (Goodfellow et al. 2014, arXiv:1406.2661)."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ class GANConfig:
     """A generator that draws images and a discriminator that scores them."""
 
     kind: Literal["gan"] = "gan"
+    of_arrays: ClassVar[bool] = True
     image_size: Count | None = None
     """rows and columns of an image, a multiple of 4; derived: from the data"""
     channels: Count = 1

@@ -1,6 +1,6 @@
 """Linear model: the smallest thing the loop can train, and one whose answer is known in closed form."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,7 @@ class LinearConfig:
     """`prediction = W features + b`."""
 
     kind: Literal["linear"] = "linear"
+    of_arrays: ClassVar[bool] = True
     in_features: Count | None = None
     """columns of `features`; derived: from the data"""
     out_features: Count = 1
