@@ -180,13 +180,13 @@ class _Reading:
         if self.plan.top_k is not None:
             return ids, np.arange(len(ids)), np.arange(start, end)
         theirs = self._their_ids(number)
-        ours_at, theirs_at = np.cumsum(self._our_bytes[ids]), np.cumsum(self._their_bytes[theirs])
+        ours_at, theirs_at = _ends(self._our_bytes[ids]), _ends(self._their_bytes[theirs])
         _, mine, its = np.intersect1d(ours_at, theirs_at, return_indices=True)
         return theirs, its, start + mine
 
     def _their_ids(self, number: int) -> np.ndarray:
         text = self.plan.corpus.documents(_SPLIT)[number].text
-        first = np.array([self.plan.tokenizer.document_id], np.int64)
+        first = np.array([self.plan.tokenizer.first_id], np.int64)
         return np.concatenate([first, self.plan.tokenizer.encode(text).astype(np.int64)])
 
     def _their_lengths(self) -> np.ndarray:
@@ -199,6 +199,11 @@ class _Reading:
     @cached_property
     def _their_bytes(self) -> np.ndarray:
         return _bytes_of(self.plan.tokenizer)
+
+
+def _ends(lengths: np.ndarray) -> np.ndarray:
+    """Bytes of text up to the end of each token of a document; the first one is no text, whatever it spells."""
+    return np.cumsum(lengths) - lengths[:1]
 
 
 def _bytes_of(tokenizer: Tokenizer) -> np.ndarray:

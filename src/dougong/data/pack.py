@@ -1,9 +1,9 @@
 """From a stream of documents to rows of one context: contiguous windows, or best fit.
 
-Targets. A row holds `context` tokens and, for each, the token that follows it in the stream. Every document
-begins with the separator, so the last token of a document predicts the separator, which then begins the next
-document; the last document is followed by the first. Each token of the split is a target exactly once an
-epoch, in either packing.
+Targets. A row holds `context` tokens and, for each, the token that follows it in the stream; the last token of a
+document predicts what ends it (`document_id`). Most tokenizers begin a document with the same token, which then is that
+of the next one; where it is another (Llama's), it is read and never predicted. The last document is followed by the
+first. Each place of the split has its target exactly once an epoch, in either packing.
 
 *Windows* cut the stream every `context` tokens, whatever documents lie there (as GPT-2 did): right for long
 documents. They start at another phase each epoch, so that no token always stands at a border.
@@ -57,6 +57,15 @@ class Stream:
             position, length = 0, length - taken
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
+    def pairs(self, position: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """`length` tokens from `position` on, and the target of each."""
+        ids, store = self.read(position, length + 1).astype(np.int64), self.store
+        tokens, targets = ids[:-1], ids[1:]
+        if store.first_id != store.document_id:
+            ends = store.starts[self.first + 1:self.last + 1]       # where each document ends
+            behind = self.start + (position + np.arange(length)) % self.tokens + 1
+            targets = np.where(ends[np.searchsorted(ends, behind)] == behind, store.document_id, targets)
+        return tokens, targets
 
     def documents(self, position: int, length: int) -> list[int]:
         """Numbers (in the store) of the documents that `length` tokens from `position` on belong to."""
@@ -84,13 +93,13 @@ class Windows:
     def fields(self, rows: np.ndarray, phase: int) -> Fields:
         """`tokens`, `targets`, `weight` of shape (len(rows), context); `phase` shifts all windows."""
         total, context = self.stream.tokens, self.context
-        windows = [self.stream.read(phase + int(row) * context, context + 1) for row in rows]
-        block = np.stack(windows).astype(np.int64)
+        windows = [self.stream.pairs(phase + int(row) * context, context) for row in rows]
+        tokens, targets = (np.stack(parts) for parts in zip(*windows))
         place = rows[:, None].astype(np.int64) * context + np.arange(context)
         weight = place < total  # the last window runs on into the first one's tokens
         if self._open_end:
             weight &= (place + phase) % total != total - 1
-        return {"tokens": block[:, :-1], "targets": block[:, 1:], "weight": weight.astype(np.float32)}
+        return {"tokens": tokens, "targets": targets, "weight": weight.astype(np.float32)}
 
     def places(self, rows: np.ndarray, phase: int) -> np.ndarray:
         """Where each token of these rows stands in its split, (len(rows), context)."""
@@ -146,9 +155,9 @@ class BestFit:
             column = 0
             for number, piece in enumerate(pieces):
                 length = int(self._lengths[piece])
-                block = self.stream.read(int(self._starts[piece]), length + 1)
                 place = slice(column, column + length)
-                tokens[at, place], targets[at, place], segment[at, place] = block[:-1], block[1:], number
+                tokens[at, place], targets[at, place] = self.stream.pairs(int(self._starts[piece]), length)
+                segment[at, place] = number
                 column += length
             weight[at, :column] = 1
             segment[at, column:] = len(pieces)

@@ -7,9 +7,9 @@ DIRECTORY/00000.tokens          little-endian uint16, or uint32 where the vocabu
           starts.npy bytes.npy source.npy      the index over all shards, memory-mapped too
           manifest.json         written last of all
 ```
-Every document is the tokenizer's `document_id` (if it has one) followed by its tokens. Where a shard ends
-depends on the documents alone, so work that was interrupted goes on behind the last finished shard and gives
-the same files.
+Every document is the tokenizer's `first_id` (where it marks documents at all) followed by its tokens; what ends it is
+not written, as it stands behind every document (pack.py). Where a shard ends depends on the documents alone, so work
+that was interrupted goes on behind the last finished shard and gives the same files.
 """
 
 import bisect
@@ -36,7 +36,7 @@ _LARGEST_UINT16_VOCABULARY = 1 << 16
 
 @dataclass(frozen=True)
 class TokenDocument:
-    """One document's tokens, its separator included, with what bits per byte needs to know."""
+    """One document's tokens, its first one included, with what bits per byte needs to know."""
 
     tokens: np.ndarray
     bytes: int
@@ -51,6 +51,7 @@ class TokenStore:
         self.dtype = np.dtype(manifest["dtype"])
         self.sources: list[str] = manifest["sources"]
         self.document_id: int | None = manifest["document_id"]
+        self.first_id: int | None = manifest.get("first_id", self.document_id)
         self.starts, self.bytes_of, self.source_of = (
             np.load(directory / f"{name}.npy", mmap_mode="r") for name in ("starts", "bytes", "source"))
         self._borders = [0]
@@ -183,14 +184,15 @@ def _write_shard(
     rows: list[tuple[int, int, int]] = []
     sources: dict[str, int] = {}
     digest = hashlib.sha256()
+    first_id = _first_id(tokenizer)
     partial = directory / f".{name}.partial"
     with open(partial, "wb") as file:
         for batch in _batches(documents, first, min(_BATCH_BYTES, shard_bytes), shard_bytes):
             encoded = tokenizer.encode_batch([text for _, text, _ in batch])
-            block = _joined(encoded, tokenizer.document_id, dtype)
+            block = _joined(encoded, first_id, dtype)
             rows += [
                 (
-                    len(ids) + (tokenizer.document_id is not None),
+                    len(ids) + (first_id is not None),
                     length,
                     sources.setdefault(source, len(sources)),
                 )
@@ -231,9 +233,14 @@ def _batches(
         yield batch
 
 
-def _joined(encoded: list[np.ndarray], document_id: int | None, dtype: np.dtype) -> np.ndarray:
-    if document_id is not None:
-        begin = np.array([document_id], dtype=np.int32)
+def _first_id(tokenizer: Tokenizer) -> int | None:
+    """None for a stream without borders."""
+    return None if tokenizer.document_id is None else tokenizer.first_id
+
+
+def _joined(encoded: list[np.ndarray], first_id: int | None, dtype: np.dtype) -> np.ndarray:
+    if first_id is not None:
+        begin = np.array([first_id], dtype=np.int32)
         encoded = [part for ids in encoded for part in (begin, ids)]
     return np.concatenate(encoded).astype(dtype)
 
@@ -265,7 +272,8 @@ def _finish(directory: Path, shards: list[dict[str, Any]], tokenizer: Tokenizer)
     dtype = shards[0]["dtype"] if shards else "<u2"
     write_json(
         directory / "manifest.json",
-        {"dtype": dtype, "sources": sources, "document_id": tokenizer.document_id, "shards": shards},
+        {"dtype": dtype, "sources": sources, "document_id": tokenizer.document_id, "first_id": _first_id(tokenizer),
+         "shards": shards},
     )
     with contextlib.suppress(FileNotFoundError):
         os.unlink(directory / f".{len(shards):05d}.partial")

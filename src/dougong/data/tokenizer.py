@@ -44,10 +44,10 @@ _END_OF_TEXT = (DOCUMENT_TOKEN, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 
 
 class Tokenizer:
-    """Text to ids and back. Encoding adds no special tokens: `document_id` is the caller's to add.
+    """Text to ids and back. Encoding adds no special tokens: `first_id` and `document_id` are the caller's to add.
 
-    `document_id` begins every document and so ends the one before; None when the data is one stream without
-    borders.
+    `document_id` ends every document, and begins it where the tokenizer has no other token for that; None when the
+    data is one stream without borders.
     """
 
     def __init__(
@@ -107,6 +107,11 @@ class Tokenizer:
         found = None if name is None else self.backend.token_to_id(name)
         return self.document_id if found is None else found
 
+    @property
+    def first_id(self) -> int | None:
+        """What a document begins with where it is trained on and scored: `begin_id`, else `document_id`."""
+        return self.document_id if self.begin_id is None else self.begin_id
+
     def ending_with(self, token: int | None) -> "Tokenizer":
         """The same tokenizer with this token as `document_id`; itself where there is no such token."""
         name = self.backend.id_to_token(token) if token is not None and 0 <= token < self.vocab_size else None
@@ -146,7 +151,8 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of everything that decides ids."""
-        text = json.dumps([self._spec, self.document_id], sort_keys=True, ensure_ascii=False)
+        own = [] if self.first_id == self.document_id else [self.first_id]
+        text = json.dumps([self._spec, self.document_id, *own], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:

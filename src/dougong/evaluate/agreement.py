@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dougong.evaluate.bits_per_byte import _Reader, begins_with, evaluating
+from dougong.evaluate.bits_per_byte import _Reader, evaluating
 from dougong.runtime.device import Runtime
 
 _LOGITS_AT_ONCE = 1 << 22
@@ -34,7 +34,7 @@ class Agreement:
 def agreement(original: nn.Module, variant: nn.Module, tokenizer: Any, documents: Iterable[Any], *, context: int,
               runtime: Runtime | None = None, batch_tokens: int = 8192) -> Agreement:
     """Both models on every token of the documents, read in disjoint windows of `context` as `bits_per_byte` does."""
-    begin = begins_with(tokenizer)
+    begin = tokenizer.first_id
     first = [] if begin is None else [begin]
     texts = [np.concatenate([first, tokenizer.encode(document.text)]).astype(np.int64) for document in documents]
     reader = _Beside(original, variant, runtime or Runtime(), context, batch_tokens)

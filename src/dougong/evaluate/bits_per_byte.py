@@ -1,6 +1,6 @@
 """Exact bits per byte of a language model: every token of every document scored once, over true UTF-8 bytes.
 
-What is counted. A document is read as the token that a text follows (`begins_with`) and its tokens, and each of
+What is counted. A document is read as the token that a text follows (`first_id`) and its tokens, and each of
 its tokens is predicted. The `document_id` that ends it is not text and is not scored. The model reads windows of
 at most `context` tokens that begin `stride` apart: with stride = context the windows are disjoint, with a smaller
 one each window reads again what came before and scores only what is new. A tokenizer without such a token makes
@@ -73,7 +73,7 @@ def bits_per_byte(model: nn.Module, tokenizer, documents: Iterable, *, context: 
     columns = _Columns([], [], [], [], [])
     reader = _Reader(model, runtime or Runtime(), context, stride, batch_tokens, poll, calibration)
     with evaluating(model):
-        if (first := begins_with(tokenizer)) is None:
+        if (first := tokenizer.first_id) is None:
             _score_stream(reader, tokenizer, documents, columns)
         else:
             _score_documents(reader, tokenizer, documents, columns, first)
@@ -86,12 +86,6 @@ def bits_per_byte(model: nn.Module, tokenizer, documents: Iterable, *, context: 
     return BitsPerByte(name=name, ids=columns.ids, sources=columns.sources, nats=nats,
                        bytes=np.array(columns.bytes), tokens=np.array(columns.tokens), context=context,
                        stride=stride, lossy=columns.lossy, seconds=time.perf_counter() - begin)
-
-
-def begins_with(tokenizer: Any) -> int | None:
-    """The token that a document is read after: the tokenizer's own first one (Llama's), else `document_id`."""
-    begin = getattr(tokenizer, "begin_id", None)
-    return tokenizer.document_id if begin is None else begin
 
 
 def calibration(model: nn.Module, tokenizer, documents: Iterable, *, context: int, stride: int | None = None,

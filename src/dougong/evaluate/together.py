@@ -13,7 +13,6 @@ import torch
 
 from dougong.core.errors import DataError
 from dougong.data.batch import Batch
-from dougong.evaluate.bits_per_byte import begins_with
 from dougong.objectives.losses import Losses
 from dougong.runtime.collectives import all_sum
 from dougong.runtime.device import Runtime
@@ -47,7 +46,7 @@ def bits_per_byte_together(losses: Callable[[Batch], Losses], tokenizer: Any, do
 def _streams(tokenizer: Any, documents: Sequence[Any]) -> tuple[list[np.ndarray], float]:
     """Token sequences whose first token is not scored, and the nats of a first token that nothing precedes."""
     ids = [np.asarray(tokenizer.encode(document.text), dtype=np.int64) for document in documents]
-    begin = begins_with(tokenizer)
+    begin = tokenizer.first_id
     if begin is None:
         return [np.concatenate(ids)], math.log(tokenizer.vocab_size)
     return [np.concatenate([[begin], part]) for part in ids], 0.0

@@ -12,25 +12,30 @@ from dougong.data import pack
 from dougong.data.pack import BestFit, Stream, Windows, best_fit, choose_method
 
 SEPARATOR = 0
+BEGINS = 10_000       # the first token of a document where it is not what ends one
+FIRSTS = st.sampled_from([None, BEGINS])
 LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=30)
 
 
 class Store:
-    """Documents of the given lengths, separator included; every other token is its own position plus one."""
+    """Documents of the given lengths, the first token included; every other one is its own position plus one."""
 
-    def __init__(self, lengths: list[int], separator: int | None = SEPARATOR) -> None:
+    def __init__(self, lengths: list[int], separator: int | None = SEPARATOR, first: int | None = None) -> None:
         self.starts = np.concatenate([[0], np.cumsum(lengths)])
-        self.document_id = separator
+        self.document_id, self.first_id = separator, separator if first is None else first
         self._stream = np.arange(1, self.starts[-1] + 1)
         if separator is not None:
-            self._stream[self.starts[:-1]] = separator
+            self._stream[self.starts[:-1]] = self.first_id
 
     def read(self, start, stop):
         return self._stream[start:stop]
 
     def pairs(self) -> Counter:
-        """Every (token, next token) that training should see; after the last document comes the first."""
-        return Counter(zip(self._stream.tolist(), np.roll(self._stream, -1).tolist()))
+        """Every (token, next token) that training should see; behind each document what ends it."""
+        following = np.roll(self._stream, -1)
+        if self.document_id is not None:
+            following[self.starts[1:] - 1] = self.document_id
+        return Counter(zip(self._stream.tolist(), following.tolist()))
 
 
 def seen(fields) -> Counter:
@@ -40,9 +45,9 @@ def seen(fields) -> Counter:
 
 
 @settings(max_examples=60, deadline=None)
-@given(lengths=LENGTHS, context=st.integers(1, 20), phase=st.integers(0, 40))
-def test_windows_show_every_target_once_at_every_phase(lengths, context, phase):
-    store = Store(lengths)
+@given(lengths=LENGTHS, context=st.integers(1, 20), phase=st.integers(0, 40), first=FIRSTS)
+def test_windows_show_every_target_once_at_every_phase(lengths, context, phase, first):
+    store = Store(lengths, first=first)
     windows = Windows(Stream(store, 0, len(lengths)), context)
     fields = windows.fields(np.arange(windows.rows), phase)
     assert fields["tokens"].shape == (windows.rows, context) and "segment" not in fields
@@ -67,15 +72,15 @@ def test_a_stream_without_borders_does_not_predict_its_start_from_its_end(length
 
 
 @settings(max_examples=60, deadline=None)
-@given(lengths=LENGTHS, context=st.integers(1, 20))
-def test_best_fit_shows_every_target_once_and_keeps_documents_apart(tmp_path_factory, lengths, context):
-    store = Store(lengths)
+@given(lengths=LENGTHS, context=st.integers(1, 20), first=FIRSTS)
+def test_best_fit_shows_every_target_once_and_keeps_documents_apart(tmp_path_factory, lengths, context, first):
+    store = Store(lengths, first=first)
     rows = BestFit(Stream(store, 0, len(lengths)), context, tmp_path_factory.mktemp("pack") / "index")
     fields = rows.fields(np.arange(rows.rows))
     assert seen(fields) == store.pairs()
     document_of = np.repeat(np.arange(len(lengths)), lengths)
     position_of = {
-        token: position for position, token in enumerate(store._stream.tolist()) if token != SEPARATOR
+        token: position for position, token in enumerate(store._stream.tolist()) if token != store.first_id
     }
     segment = fields.get("segment", np.zeros_like(fields["tokens"]))
     for row in range(rows.rows):
@@ -83,13 +88,23 @@ def test_best_fit_shows_every_target_once_and_keeps_documents_apart(tmp_path_fac
         for number in np.unique(segment[row][real]):
             mine = fields["tokens"][row][real & (segment[row] == number)]
             assert (
-                len({document_of[position_of[token]] for token in mine.tolist() if token != SEPARATOR}) <= 1
+                len({document_of[position_of[token]] for token in mine.tolist() if token != store.first_id}) <= 1
             )
             assert (np.diff(mine[1:]) == 1).all()     # in their order in the document
         assert not set(segment[row][real]) & set(segment[row][~real]) or "segment" not in fields
     facts = rows.facts()
     assert facts["documents_cut"] == sum(length > context for length in lengths)
     assert facts["padding_share"] == pytest.approx((fields["weight"] == 0).mean())
+
+
+def test_documents_of_one_source_end_where_they_end_whatever_lies_around_them(tmp_path):
+    store = Store([4, 3, 1, 5, 2], first=BEGINS)
+    part = Stream(store, 1, 4)
+    expected = [(BEGINS, 6), (6, 7), (7, SEPARATOR), (BEGINS, SEPARATOR), (BEGINS, 10), (10, 11), (11, 12), (12, 13),
+                (13, SEPARATOR)]
+    for rows in (Windows(part, 4), BestFit(part, 4, tmp_path / "index")):
+        for phase in range(9):
+            assert sorted(seen(rows.fields(np.arange(rows.rows), phase)).elements()) == sorted(expected)
 
 
 def test_segment_is_absent_where_rows_hold_one_document(tmp_path):

@@ -5,8 +5,9 @@ import pytest
 
 from dougong.core.errors import DataError
 from dougong.data.documents import Document
+from dougong.data.pack import Stream, Windows
 from dougong.data.shards import TokenStore, write_shards
-from dougong.data.tokenizer import BytesConfig
+from dougong.data.tokenizer import BytesConfig, Tokenizer
 
 TOKENIZER = BytesConfig().build()
 
@@ -22,7 +23,7 @@ class View(list):
 class WideTokenizer:
     """Ids that need more than 16 bits."""
 
-    vocab_size, document_id = 70_000, 69_999
+    vocab_size, document_id, first_id = 70_000, 69_999, 69_999
 
     def encode_batch(self, texts):
         return [np.array([ord(c) + 66_000 for c in text], dtype=np.int32) for text in texts]
@@ -55,6 +56,21 @@ def test_the_stream_is_each_document_behind_a_separator(tmp_path):
         "bytes": sum(len(d.text.encode()) for d in view if d.source == "b"),
         "tokens": sum(len(t) for t, d in zip(expected, view) if d.source == "b"),
     }
+
+
+def test_a_document_begins_with_the_tokenizers_own_first_token_and_ends_with_its_last(tmp_path):
+    llamas = Tokenizer(TOKENIZER.backend, document_id=256, settings={"bos_token": "a"})
+    store = write_shards(documents(), llamas, tmp_path)
+    begin = TOKENIZER.backend.token_to_id("a")
+    assert all(document.tokens[0] == begin for document in store.documents())
+    rows = Windows(Stream(store, 0, len(store)), 64)
+    fields = rows.fields(np.arange(rows.rows), 0)
+    counts = fields["weight"] > 0
+    assert (fields["tokens"][counts] == begin).sum() == (fields["targets"][counts] == 256).sum() == len(store)
+    assert 256 not in fields["tokens"][counts] and begin not in fields["targets"][counts]
+    assert llamas.fingerprint != TOKENIZER.fingerprint, "other tokens than those of before are found in the cache"
+    plain = Tokenizer(TOKENIZER.backend, document_id=256, settings={"bos_token": None, "add_bos_token": False})
+    assert (plain.first_id, plain.fingerprint) == (256, TOKENIZER.fingerprint)
 
 
 def test_any_stretch_can_be_read_across_shards(tmp_path):

@@ -27,7 +27,7 @@ class Bytes:
     vocab_size = 257
 
     def __init__(self, document_id=256):
-        self.document_id = document_id
+        self.document_id = self.first_id = document_id
 
     def encode(self, text):
         return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32)
@@ -102,7 +102,9 @@ def test_a_stream_is_scored_across_documents_and_its_first_token_uniformly():
 class Llamas(Bytes):
     """Begins a text with another token than ends it."""
 
-    begin_id = 0
+    def __init__(self):
+        super().__init__()
+        self.first_id = 0
 
 
 def test_a_document_is_read_after_the_token_that_begins_it_not_the_one_that_ends_it():

@@ -14,6 +14,7 @@ from tiny_recipe import MODELS, dougong, write_recipe, write_texts
 from dougong.adapt.teacher_cache import Answers, predict_seconds, write_answers
 from dougong.core.config import replace
 from dougong.core.run import RunDirectory
+from dougong.data.tokenizer import Tokenizer
 from dougong.objectives.divergence import top_of
 from dougong.recipes.assemble import assemble, prepare_data
 from dougong.recipes.derive import resolve
@@ -256,16 +257,21 @@ def short_texts(root):
     return folder
 
 
-def test_next_bytes_are_kept_where_both_tokenizers_have_a_border(root):
+@pytest.mark.parametrize("begins", [None, "z"], ids=["as it ends", "otherwise than it ends"])
+def test_next_bytes_are_kept_where_both_tokenizers_have_a_border(root, tmp_path, begins):
     """Student of words (BPE), teacher of bytes: every border of the student is one of the teacher."""
     _, corpus, teacher, plan = answers(root, "objective.align=bytes", "tokenizer.kind=bpe",
                                        "tokenizer.vocab_size=400")
+    if begins:
+        its = teacher.tokenizer
+        its = Tokenizer(its.backend, document_id=its.document_id, settings={"bos_token": begins})
+        plan = dataclasses.replace(plan, tokenizer=its, directory=tmp_path)
     write_answers(plan, teacher.model, Runtime())
     found = Answers(plan).fields(np.arange(plan.tokens)[None])["teacher_bytes"][0]
     assert not np.isnan(found).any()
     # the teacher's own distribution over bytes at the same place of the first document
     text = corpus.documents("train")[0].text.encode()
-    ids = torch.tensor([teacher.tokenizer.document_id, *text])
+    ids = torch.tensor([ord(begins) if begins else teacher.tokenizer.document_id, *text])
     ours = corpus.tokens("train").read(0, 12)
     with torch.no_grad():
         theirs = teacher.model(ids[None, :plan.context])[0].softmax(-1)
