@@ -126,10 +126,18 @@ def read_tokenizer(directory: Path, given: dict[str, Any]) -> Tokenizer:
 def _check_headers(directory: Path, family: FamilyMap, config: Any) -> Mapping[str, Tensor]:
     """Compares the files' headers with what config.json asks for, before any weight is read; returns that by our names,
     on the meta device."""
-    with torch.device("meta"):
-        ours = tracked(config.build())
+    files = headers(directory)
+    if config.num_layers > (held := sum(map(len, files.values()))):
+        raise CheckpointError(f"{directory}/config.json asks for {config.num_layers:,} layers, and the files hold "
+                              f"{held:,} tensors in all. They do not belong together; fetch both again.")
+    try:
+        with torch.device("meta"):
+            ours = tracked(config.build())
+    except (TypeError, RuntimeError, OverflowError) as error:
+        raise ConfigError(f"{directory}/config.json asks for what no tensor can hold: {str(error).splitlines()[0]}"
+                          ) from None
     wanted = {name: list(tensor.shape) for name, tensor in family.tensors_to_hf(config, ours).items()}
-    for file, entries in headers(directory).items():
+    for file, entries in files.items():
         for name, entry in entries.items():
             shape = wanted.get(name, wanted.get(family.base_prefix + name))
             if shape is not None and shape != entry["shape"]:

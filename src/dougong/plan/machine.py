@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field
 
-from dougong.core.config import config, from_dict, replace
+from dougong.core.config import config, from_dict, read_yaml, replace, yaml_problem
 from dougong.core.errors import ConfigError, did_you_mean
 
 Positive = Annotated[float, Field(gt=0)]
@@ -127,11 +127,11 @@ def machine(name: str) -> Machine:
 def load_machine(path: Path | str) -> Machine:
     """A machine from a YAML file: `like:` a known kind, then what differs. Raises ConfigError for unknown keys."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = read_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {str(error).splitlines()[0]}.") from None
+        raise ConfigError(f"{path} is not YAML: {yaml_problem(error)}.") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} should hold keys and values, such as `like: h100`.")
     values = {"name": Path(path).stem, **values}

@@ -39,7 +39,8 @@ class Answer:
         self.reply: Reply = shape(model, self.logprobs, self.seed)
 
     async def prepare(self) -> None:
-        """Encodes the prompts and makes the engine's requests. Raises ApiError or ConfigError for what cannot be."""
+        """Encodes the prompts and makes the engine's requests. Raises ApiError or ConfigError for what cannot be, and
+        for a client at its limit before anything is encoded for it."""
         body, model = self.body, self.model
         if body.stream_options is not None and not body.stream:
             raise ApiError(400, "stream_options has no effect without stream.", param="stream_options",
@@ -47,6 +48,7 @@ class Answer:
         most = self._most_tokens()
         self._tools, self._free = self._callable()
         self._check_choices()
+        self.client.check()
         prompts = await self._prompts()
         stop_ids = self._stop_ids()
         chat = isinstance(body, ChatBody)

@@ -71,8 +71,8 @@ class Client:
     tokens: Bucket | None = None
     running: int = field(default=0)
 
-    def enter(self) -> None:
-        """Counts one request. Raises ApiError 429 with the seconds to wait where a limit is reached."""
+    def check(self) -> None:
+        """Raises ApiError 429 with the seconds to wait where a limit is reached; counts nothing."""
         if self.concurrent is not None and self.running >= self.concurrent:
             raise ApiError(429, f"this key may have {self.concurrent} requests at the same time. Wait for one to end.",
                            code="concurrent_requests", retry_after=1)
@@ -80,6 +80,10 @@ class Client:
             if bucket is not None and (seconds := bucket.wait(need)) > 0:
                 raise ApiError(429, f"this key has used its {what} per minute. Try again in {seconds:.0f} s.",
                                code="rate_limit_exceeded", retry_after=seconds)
+
+    def enter(self) -> None:
+        """Counts one request. Raises ApiError 429 with the seconds to wait where a limit is reached."""
+        self.check()
         if self.requests is not None:
             self.requests.take(1)
         self.running += 1

@@ -423,7 +423,9 @@ def test_weights_of_another_shape_are_refused(qwen3):
     ({"hidden_act": "relu"}, "hidden_act='relu'"), ({"hidden_size": "wide"}, "wrong type"),
     ({"architectures": 5}, "wrong type"), ({"model_type": ["qwen3"]}, "wrong type"),
     ({"quantization_config": "int8"}, "wrong type"),
-    ({"model_type": "llama", "head_dim": None, "num_attention_heads": 0}, "wrong type or size: .*zero")])
+    ({"model_type": "llama", "head_dim": None, "num_attention_heads": 0}, "wrong type or size: .*zero"),
+    ({"hidden_size": 10**20}, "config.json asks for"), ({"vocab_size": 1 << 62}, "asks for what no tensor can hold"),
+    ({"num_hidden_layers": 10**9}, "asks for 1,000,000,000 layers, and the files hold")])
 def test_what_is_not_known_is_named(qwen3, changes, message):
     config = json.loads((qwen3 / "config.json").read_text())
     (qwen3 / "config.json").write_text(json.dumps(config | changes))

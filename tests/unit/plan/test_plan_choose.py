@@ -150,6 +150,9 @@ def test_a_machine_of_your_own(tmp_path):
     file.write_text("like: h100\nhost_device: 4\n")
     with pytest.raises(ConfigError, match="host_devices"):
         load_machine(file)
+    file.write_text("like: h100\nwatts: 300\nwatts: 700\n")
+    with pytest.raises(ConfigError, match="line 3: the key 'watts' stands here again, first in line 2"):
+        load_machine(file)
 
 
 def test_this_machine_is_measured():

@@ -13,6 +13,7 @@ from live_server import live, tiny_model
 from dougong.core.errors import ConfigError
 from dougong.serve.errors import ApiError
 from dougong.serve.keys import Bucket, Keys, add_key
+from dougong.serve.model import ServedModel
 from dougong.serve.settings import ServeConfig
 
 BODY = {"prompt": "a", "max_tokens": 3}
@@ -117,7 +118,9 @@ def test_a_keys_requests_at_the_same_time(keyed, monkeypatch):
     header = f"Authorization: Bearer {keyed.keys['one']}\r\n"
     first = keyed.raw({"prompt": "a", "max_tokens": 200, "stream": True}, headers=header)
     assert first.recv(100).startswith(b"HTTP/1.1 200")
-    second = keyed.client.post("/v1/completions", json=BODY, headers=bearer(keyed.keys["one"]))
+    with monkeypatch.context() as patch:     # and nothing is encoded for it either
+        patch.setattr(ServedModel, "encode", lambda *a: pytest.fail("a prompt was encoded"))
+        second = keyed.client.post("/v1/completions", json=BODY, headers=bearer(keyed.keys["one"]))
     assert second.status_code == 429 and second.json()["error"]["code"] == "concurrent_requests"
     first.close()
     keyed.idle()
