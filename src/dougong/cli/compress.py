@@ -1,6 +1,7 @@
 """`dougong compress`: weights of 8 or 4 bits, fewer parts, fewer tokens, and the card that compares what was made."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any, Literal
 
 import typer
@@ -37,6 +38,7 @@ def compress(
     as_json: Json = False,
 ) -> None:
     """Make a run smaller; generate, eval, serve and export open it like any other."""
+    from dougong.core.errors import ConfigError
     from dougong.recipes.open_run import open_run
 
     rounding = {"--to": to, "--method": method, "--group": group, "--activations": activations}
@@ -44,6 +46,9 @@ def compress(
                  **(rounding if prune is not None or trim or card else {}))
     _belongs("--least", least is not None, "--trim-vocabulary", kind)
     _belongs("--with", bool(others), "--card", kind)
+    if data is not None and not kind and (method or "rtn") == "rtn":
+        raise ConfigError("--data has no effect here: rtn rounds every weight to the nearest integer and looks at no "
+                          "text. Choose --method gptq or awq, which do, or leave it out.")
     opened = open_run(run, checkpoint=checkpoint)
     tell_passed_over(opened)
     text = None if data is None else opened.on_data(data)
@@ -94,8 +99,8 @@ def _integers(opened: Any, text: Any, to: str, method: str, group: int | None, a
     for note in made.notes:
         screen.print(note, markup=False)
     screen.print(f"written: {made.directory.path}", style="bold", markup=False)
-    screen.print(f"what it costs: dougong eval {made.directory.path}, or beside others: dougong compress "
-                 f"{opened.directory.path} --card", style="dim", markup=False)
+    screen.print(f"what it costs: dougong eval {quote(str(made.directory.path))}, or beside others: dougong compress "
+                 f"{quote(str(opened.directory.path))} --card", style="dim", markup=False, soft_wrap=True)
     return made.to_dict()
 
 
@@ -113,7 +118,8 @@ def _tell_smaller(made: Any, screen: Any) -> None:
     for note in made.notes:
         screen.print(note, markup=False)
     screen.print(f"written: {made.directory.path}", style="bold", markup=False)
-    screen.print(f"train it on: dougong train RECIPE --model {made.directory.path}", style="dim", markup=False)
+    screen.print(f"train it on: dougong train RECIPE --model {quote(str(made.directory.path))}", style="dim",
+                 markup=False, soft_wrap=True)
 
 
 def _card(opened: Any, others: list[Path] | None, out: Path | None, screen: Any) -> dict[str, Any]:

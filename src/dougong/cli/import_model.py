@@ -1,6 +1,7 @@
 """`dougong import`: a Hugging Face directory as a run that every verb opens."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -38,7 +39,9 @@ def import_model(
     for note in imported.notes:
         screen.print(note)
     screen.print(f"{imported.family}, {imported.parameters:,} parameters: {imported.directory.path}", style="bold")
-    screen.print(f'let it write: dougong generate {imported.directory.path} "Once upon a time"', style="dim")
+    named = quote(str(imported.directory.path))
+    screen.print(f'let it write: dougong generate {named} "Once upon a time"', style="dim", markup=False,
+                 soft_wrap=True)
     emit(imported.to_dict(), as_json)
 
 

@@ -1,6 +1,7 @@
 """`dougong train`: recipe in, run out; or a journey of several."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -83,14 +84,15 @@ def _travel(recipe: str | None, overrides: list[str] | None, run: Path | None, r
         travelled = travel_on(_journey_to_resume(recipe, overrides, run), out=out, progress=progress)
     else:
         travelled = travel(load_journey(str(recipe), overrides), run, out=out, progress=progress)
-    path = escape(str(travelled.path))
+    path = escape(quote(str(travelled.path)))
     if travelled.stopped:
         out.print(f"\nStopped in stage {escape(travelled.stopped)}; everything is saved.\n"
-                  f"Continue with: [bold]dougong train --resume --run {path}[/]")
+                  f"Continue with: [bold]dougong train --resume --run {path}[/]", soft_wrap=True)
     else:
         _judge(travelled.path, out, progress)
-        out.print(f"\n{path} is done. Its last run is {escape(str(travelled.last))}.\n"
-                  f"Next: [bold]dougong chat {path}[/], [bold]dougong serve {path}[/], [bold]dougong eval {path}[/]")
+        out.print(f"\n{escape(str(travelled.path))} is done. Its last run is {escape(str(travelled.last))}.\n"
+                  f"Next: [bold]dougong chat {path}[/], [bold]dougong serve {path}[/], [bold]dougong eval {path}[/]",
+                  soft_wrap=True)
     return travelled.to_dict()
 
 
@@ -160,7 +162,7 @@ def _summary(finished, out) -> dict:
     from dougong.recipes.scoring import print_result
     from dougong.report import write_report
 
-    path = escape(str(finished.directory.path))
+    path, named = escape(str(finished.directory.path)), escape(quote(str(finished.directory.path)))
     if not is_first_process():
         return finished.to_dict()
     if finished.was_done:
@@ -172,12 +174,12 @@ def _summary(finished, out) -> dict:
     write_report([finished.directory], finished.directory.report)
     if finished.reason == "interrupted":
         out.print(f"\nStopped at step {finished.step:,}; everything is saved.\n"
-                  f"Continue with: [bold]dougong train --resume --run {path}[/]")
+                  f"Continue with: [bold]dougong train --resume --run {named}[/]", soft_wrap=True)
     else:
         if finished.result:
             out.print()
             print_result(finished.result, out)
         verbs = ["generate", "eval"] if finished.is_language_model else ["eval"]
         out.print(f"\n{path} is done; its report is {escape(str(finished.directory.report))}.\n"
-                  "Next: " + ", ".join(f"[bold]dougong {verb} {path}[/]" for verb in verbs))
+                  "Next: " + ", ".join(f"[bold]dougong {verb} {named}[/]" for verb in verbs), soft_wrap=True)
     return finished.to_dict()

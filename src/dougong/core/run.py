@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from shlex import quote
 
 from dougong.core.errors import CheckpointError
 
@@ -62,5 +63,6 @@ class RunDirectory:
             parent = path.parent
             siblings = sorted(p.parent.name for p in parent.glob("*/recipe.yaml")) if parent.is_dir() else []
             hint = f" Runs in {parent}: {', '.join(siblings[:12])}." if siblings else ""
-            raise CheckpointError(f"no run at {path}.{hint}\nStart one with: dougong train first --run {path}")
+            raise CheckpointError(f"no run at {path}.{hint}\nStart one with: "
+                                  f"dougong train first --run {quote(str(path))}")
         raise CheckpointError(f"{path} is not a run: it has no recipe.yaml.")

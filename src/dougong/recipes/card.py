@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,8 @@ def card(original: OpenRun, others: Sequence[Path], *, split: str | None = None,
         raise ConfigError(f"{original.directory.path} holds no language model, and the card compares such only.")
     if not others:
         raise ConfigError(f"nothing beside {original.directory.path} was made from it. Make something smaller first:\n"
-                          f"  dougong compress {original.directory.path} --to int4\nor name runs with --with.")
+                          f"  dougong compress {quote(str(original.directory.path))} --to int4\n"
+                          "or name runs with --with.")
     split = split or (original.recipe.evaluate.split if original.recipe.evaluate.split in
                       held_out_splits(original.corpus) else "validation")
     if not hasattr(original.corpus, "documents"):

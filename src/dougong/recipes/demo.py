@@ -1,7 +1,10 @@
 """The demo: a first model, fitted to this machine and the minutes given, shown from data to report."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Any
+
+from rich.markup import escape
 
 from dougong.core.config import parse_overrides
 from dougong.core.events import last_per_step, read_events
@@ -25,8 +28,9 @@ def show(finished: Finished, out: Any, *, minutes_in_all: float) -> None:
     """What came of it: the data, what the model writes, how it compares, and what to try next."""
     run = finished.directory.path
     if finished.result is None:
-        out.print(f"\nStopped. Continue with: [bold]dougong train --resume --run {run}[/]")
+        out.print(f"\nStopped. Continue with: [bold]dougong train --resume --run {escape(quote(str(run)))}[/]")
         return
+    named = escape(quote(str(run)))
     events = last_per_step(read_events(finished.directory.events))
     out.print("\n[bold]The data[/]")
     print_data_facts(next(event["facts"] for event in events if event["event"] == "data"), out)
@@ -40,7 +44,8 @@ def show(finished: Finished, out: Any, *, minutes_in_all: float) -> None:
     print_result(finished.result, out)
     _verdict(finished.result, out)
     out.print(f"\n[bold]Report[/]  {finished.directory.report}   ({minutes_in_all:.1f} minutes in all)\n\n"
-              f"[bold]Try next[/]\n  dougong generate {run} \"class Stack:\"\n  dougong eval {run} --split validation\n"
+              f"[bold]Try next[/]\n  dougong generate {named} \"class Stack:\"\n"
+              f"  dougong eval {named} --split validation\n"
               "  dougong train first data.path=~/my/texts", soft_wrap=True)
 
 

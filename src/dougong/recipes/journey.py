@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -215,7 +216,7 @@ def _go(journey: Journey, path: Path, *, out: Any, progress: Any) -> Travelled:
     from rich.markup import escape
 
     if launched() > 1:
-        stages = [f"dougong train {stage.recipe}" for stage in journey.stages.values() if stage.kind == "train"]
+        stages = [f"dougong train {quote(stage.recipe)}" for stage in journey.stages.values() if stage.kind == "train"]
         raise ConfigError(f"a journey runs in one process, and {launched()} were launched. Launch its stages one by "
                           f"one: {', '.join(stages)}")
     done: dict[str, tuple[Path, str]] = {}
@@ -243,7 +244,7 @@ def last_run(path: Path) -> Path:
     found = stage_runs(path)
     if not found:
         raise CheckpointError(f"{path} is a journey that has not begun its first stage.\nGo on with it: "
-                              f"dougong train --resume --run {path}")
+                              f"dougong train --resume --run {quote(str(path))}")
     return found[-1]
 
 

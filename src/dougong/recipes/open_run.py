@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from torch import nn
@@ -227,7 +228,7 @@ def _find(directory: RunDirectory, checkpoint: str) -> tuple[Path, list[str]]:
             wrong = "\n  ".join(found.problems)
             raise CheckpointError(f"{directory.path} has no valid checkpoint." + (f"\n  {wrong}" if wrong else "")
                                   + "\nTraining may not have reached its first one: "
-                                  f"dougong train --resume --run {directory.path}")
+                                  f"dougong train --resume --run {quote(str(directory.path))}")
         return found.path, found.problems
     steps = directory.checkpoint_steps()
     if not checkpoint.isdigit() or int(checkpoint) not in steps:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -280,7 +281,7 @@ def _hooks(reporter: Reporter, built: Assembly, directory: RunDirectory, checkpo
             hooks.append(Sample(reporter, sampler, every=given(config.sample_every), total_steps=total_steps))
         else:
             reporter.write("warning", message="each process holds a part of the model, so nothing is sampled during "
-                                              f"training; afterwards: dougong generate {directory.path}")
+                                              f"training; afterwards: dougong generate {quote(str(directory.path))}")
     hooks.append(SaveCheckpoints(reporter, checkpointer, every=given(config.checkpoint_every),
                                  total_steps=total_steps))
     return hooks

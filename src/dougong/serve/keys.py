@@ -14,6 +14,7 @@ import secrets
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 
 from pydantic import Field
 
@@ -129,7 +130,8 @@ class Keys:
         """Raises ConfigError saying what is wrong with the file."""
         entries = _read(path)
         if not entries:
-            raise ConfigError(f"{path} holds no key. Make one: dougong serve --new-key NAME --api-key-file {path}")
+            raise ConfigError(f"{path} holds no key. Make one: dougong serve --new-key NAME "
+                              f"--api-key-file {quote(str(path))}")
         return cls(entries)
 
 
@@ -158,7 +160,7 @@ def _read(path: Path) -> list[KeyConfig]:
                 raise ConfigError(f"the key {entry.name!r} has no whole hash or no salt")
     except FileNotFoundError:
         raise ConfigError(f"there is no key file {path}. "
-                          f"Make one: dougong serve --new-key NAME --api-key-file {path}") from None
+                          f"Make one: dougong serve --new-key NAME --api-key-file {quote(str(path))}") from None
     except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
         raise ConfigError(f"{path} is no file of API keys: {error}.\nMake one: dougong serve --new-key NAME "
                           f"--api-key-file NEW_FILE") from None

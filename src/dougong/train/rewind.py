@@ -10,6 +10,7 @@
 
 import shutil
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from dougong.core.errors import DougongError
@@ -57,4 +58,4 @@ def _lost(now: int, rewinds: int, found: Path | None, run: RunDirectory) -> Doug
         "no whole checkpoint from before the first leap is left"
     return DougongError(f"training stopped at step {now}: loss or gradient leap again and again, and {why}.\n"
                         "Try a lower learning rate (optim.lr) or a longer warm-up (schedule.warmup), and look at the "
-                        f"batches that are named by: dougong report {run.path} --why")
+                        f"batches that are named by: dougong report {quote(str(run.path))} --why")

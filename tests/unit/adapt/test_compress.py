@@ -1,6 +1,7 @@
 """`dougong compress`: what it writes is opened by every verb, computes what the integers stand for, and is checked."""
 
 import json
+import shlex
 
 import pytest
 import safetensors.torch
@@ -196,6 +197,19 @@ def test_integers_of_any_method_are_taken_and_exported_as_they_are(run, tmp_path
     found = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q4_0)
     expected = integers.float() * scale.float().repeat_interleave(32, 1)
     assert torch.equal(torch.from_numpy(found), expected)
+
+
+def test_text_is_refused_where_nothing_would_look_at_it(run, tmp_path):
+    told = dougong("compress", run, "--to", "int4", "--data", run.with_name("texts"), "--out", tmp_path / "out")
+    assert told.code == 2 and "rtn" in told.err and "--method gptq" in told.err and not (tmp_path / "out").exists()
+
+
+def test_printed_commands_can_be_copied_whatever_the_folder_is_called(run, tmp_path):
+    place = tmp_path / "my runs" / "four bits"
+    told = dougong("compress", run, "--to", "int4", "--out", place)
+    assert told.code == 0, told.err
+    command = told.out.split("what it costs: ")[1].split(", or beside")[0]
+    assert shlex.split(command) == ["dougong", "eval", str(place)]
 
 
 def test_a_form_of_the_future_is_refused_by_its_number(int4, tmp_path):
