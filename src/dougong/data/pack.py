@@ -61,7 +61,7 @@ class Stream:
         """`length` tokens from `position` on, and the target of each."""
         ids, store = self.read(position, length + 1).astype(np.int64), self.store
         tokens, targets = ids[:-1], ids[1:]
-        if store.first_id != store.document_id:
+        if store.document_id is not None and store.first_id != store.document_id:
             ends = store.starts[self.first + 1:self.last + 1]       # where each document ends
             behind = self.start + (position + np.arange(length)) % self.tokens + 1
             targets = np.where(ends[np.searchsorted(ends, behind)] == behind, store.document_id, targets)
