@@ -15,7 +15,7 @@ from dougong.generate.lanes import Reading
 from dougong.generate.program import Program
 from dougong.generate.sampling import Draws, SamplingConfig, choose, log_probabilities
 from dougong.nn.attention import Cache
-from dougong.nn.lora import merge_adapters
+from dougong.nn.lora import adapters
 from dougong.nn.position import Span
 from dougong.runtime.device import Runtime, multiplies_bf16
 from dougong.runtime.seeds import derive
@@ -261,14 +261,19 @@ def _for_inference(model: nn.Module, runtime: Runtime) -> nn.Module:
     """A copy of the module tree in evaluation mode, its parameters in the compute dtype. On a CPU that has no products
     of bf16, weights of bf16 are widened as they are used, and what is computed with them is float32.
 
-    deepcopy's memo already holds the converted tensors, so no second fp32 copy is made on the way.
+    deepcopy's memo already holds the converted tensors, so no second fp32 copy is made on the way. What is adapted is
+    merged from the numbers that were trained, and rounded once.
     """
-    memo: dict[int, object] = {id(buffer): buffer.to(runtime.device) for buffer in model.buffers()}
+    adapted = list(adapters(model).values())
+    memo: dict[int, object] = {id(part): part.merged().to(runtime.device, runtime.dtype) for part in adapted}
+    inside = {id(tensor) for part in adapted for tensor in (*part.parameters(), *part.buffers())}
+    memo |= {id(buffer): buffer.to(runtime.device) for buffer in model.buffers() if id(buffer) not in inside}
     for parameter in model.parameters():
-        ready = parameter.detach().to(runtime.device, runtime.dtype)
-        memo[id(parameter)] = nn.Parameter(ready, requires_grad=False)
-    copied: Any = copy.deepcopy(model, memo).eval()
+        if id(parameter) not in inside:
+            ready = parameter.detach().to(runtime.device, runtime.dtype)
+            memo[id(parameter)] = nn.Parameter(ready, requires_grad=False)
+    copied: Any = copy.deepcopy(model, memo).eval().requires_grad_(False)
     if hasattr(copied, "compute_dtype"):
         plain = runtime.device.type == "cpu" and runtime.dtype == torch.bfloat16 and not multiplies_bf16()
         copied.compute_dtype = torch.float32 if plain else runtime.dtype
-    return merge_adapters(copied)
+    return copied

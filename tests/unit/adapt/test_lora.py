@@ -1,18 +1,21 @@
 """Adapters: what is trained, what it begins as, what merging leaves, and what is refused."""
 
+import copy
+
 import pytest
 import torch
 
 from dougong.adapt.lora import LoRAConfig, hold_frozen, trained, widths
 from dougong.core.errors import ConfigError
 from dougong.data.batch import Batch
-from dougong.generate.engine import Engine
+from dougong.generate.engine import Engine, _for_inference
 from dougong.models import FAMILIES
 from dougong.nn.linear import Linear
 from dougong.nn.lora import adapters, without_adapters
 from dougong.nn.quantized import dequantize, quantize
 from dougong.objectives.causal_lm import CausalLMConfig
 from dougong.optim.build import AdamWConfig
+from dougong.runtime.device import Runtime
 from dougong.train.shadow import moving
 
 SIZES = {"vocab_size": 53, "context": 32, "dim": 32, "num_layers": 2, "num_heads": 4, "ffn_dim": 64}
@@ -153,6 +156,18 @@ def test_what_a_model_writes_while_it_is_trained_is_written_with_its_adapter():
 
     read = Engine(model).read_each(tokens, KVCache())
     torch.testing.assert_close(read, model(tokens), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "base"), KINDS)
+def test_what_it_writes_with_in_16_bits_was_merged_from_what_was_trained_and_rounded_once(kind, base):
+    model = moved(LoRAConfig(kind=kind, base=base, rank=4).apply(model_of(), seed=0)).eval()
+    expected = copy.deepcopy(model)
+    LoRAConfig(kind=kind, base=base, rank=4).merge(expected)
+    ready = _for_inference(model, Runtime(dtype=torch.bfloat16))
+    found = dict(ready.named_parameters())
+    assert found.keys() == dict(expected.named_parameters()).keys() and adapters(model) and not adapters(ready)
+    for name, parameter in expected.named_parameters():
+        assert torch.equal(found[name], parameter.to(torch.bfloat16)) and not found[name].requires_grad, name
 
 
 def test_an_adapter_depends_on_seed_and_name_alone():
