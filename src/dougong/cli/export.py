@@ -13,7 +13,9 @@ def export(
     to: Annotated[Literal["hf", "gguf", "onnx", "peft"], typer.Option(
         "--to", help="hf: a directory for transformers; gguf: a file for llama.cpp and Ollama; onnx: a directory for "
                      "onnxruntime; peft: the adapter alone.")] = "hf",
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where; default: RUN-hf beside the run.")] = None,
+    out: Annotated[Path | None, typer.Option(
+        "--out", "-o", help="Where; default: beside the run, RUN-hf, RUN-onnx, RUN-peft, RUN-gguf, or with --quant RUN "
+                            "and that type, such as RUN-q8_0.")] = None,
     dtype: Annotated[Literal["f32", "bf16", "f16"] | None, typer.Option(
         "--dtype", help="Type of the weights in hf and onnx; default: f32, in hf that of an imported model.")] = None,
     quant: Annotated[Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] | None, typer.Option(
