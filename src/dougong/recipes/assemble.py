@@ -18,7 +18,7 @@ from dougong.nn.float8 import multiply_in_float8
 from dougong.objectives.objective import Objective, batch_fields
 from dougong.objectives.policy import RolloutConfig
 from dougong.recipes.companions import accompany
-from dougong.recipes.derive import Derived, check_float8, fit_adapter, fit_to_data
+from dougong.recipes.derive import Derived, check_float8, fit_adapter, fit_to_data, fit_to_new_tokens
 from dougong.recipes.launch import micro_batches
 from dougong.recipes.recipe import Recipe, with_values
 from dougong.recipes.start import Weights, begin, read_weights
@@ -132,6 +132,14 @@ def _with_head_trained(recipe: Recipe) -> tuple[Recipe, list[Derived]]:
         Derived("adapt.also", also, "the head for values begins as noise, so it is trained")]
 
 
+def _new_tokens(recipe: Recipe, corpus: Any) -> list[str]:
+    """Special tokens of the data, such as those of a chat template, that an adapter's start has no name for."""
+    if recipe.start is None or recipe.adapter is None or recipe.tokenizer.kind != "file":
+        return []
+    before = recipe.tokenizer.build().backend
+    return [name for name in corpus.tokenizer.special_tokens if before.token_to_id(name) is None]
+
+
 def assemble(recipe: Recipe, corpus: Any, *, runtime: Runtime | None = None) -> Assembly:
     """Builds everything for a recipe whose data are prepared; `train.steps` may still be open (it counts as one).
 
@@ -144,9 +152,10 @@ def assemble(recipe: Recipe, corpus: Any, *, runtime: Runtime | None = None) -> 
     runtime = runtime or Runtime.start(recipe.runtime)
     mesh = runtime.mesh
     recipe, derived = fit_to_data(recipe, data_shapes(recipe, corpus))
+    recipe, named = fit_to_new_tokens(recipe, _new_tokens(recipe, corpus))
     recipe, ranked = fit_adapter(recipe, corpus.facts)
     recipe, headed = _with_head_trained(recipe)
-    derived += ranked + headed
+    derived += named + ranked + headed
     _check_rows(recipe)
     objective = recipe.objective.build()
     if mesh.devices is not None and recipe.train.micro_rows is None:

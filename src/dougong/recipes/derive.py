@@ -6,7 +6,9 @@ minutes) are added later by `fit_to_data` and `fit_to_time`.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -97,7 +99,8 @@ def resolve(recipe: Recipe, *, elsewhere: bool = False) -> tuple[Recipe, list[De
     _check_together(recipe)
     if recipe.adapter is not None and recipe.start is None:
         raise ConfigError(f"adapt.kind={recipe.adapter.kind} adapts a model that exists, and this recipe begins from "
-                          "none. Name one: --model RUN, --model FOLDER, or --model hf:OWNER/NAME.")
+                          "none. Name one: --model RUN, --model FOLDER, or --model hf:OWNER/NAME (for `show` and "
+                          "`plan`: start.path=RUN).")
     notes = _Notes(recipe)
     notes.items += of_start + of_teacher
     if not elsewhere:
@@ -188,11 +191,23 @@ def fit_to_rows(recipe: Recipe, rows: int | None) -> tuple[Recipe, list[Derived]
         return recipe, []
     return with_values(recipe, {"train.rows": fewer}), [
         Derived("train.rows", fewer, f"the data fill {rows:,} rows: about {_ROWS_PER_EPOCH} steps an epoch")]
+
+
+def fit_to_new_tokens(recipe: Recipe, names: Sequence[str]) -> tuple[Recipe, list[Derived]]:
+    """Where the data name tokens that the model it begins from had only kept rows for."""
+    more = ", …" if len(names) > 3 else ""
+    return _with_tables(recipe, [], f"{', '.join(names[:3])}{more} have no meaning yet") if names else (recipe, [])
+
+
 def _with_tables(recipe: Recipe, items: list[Derived], added: str) -> tuple[Recipe, list[Derived]]:
     """Beside an adapter, the tables that new tokens have rows in are trained whole: their rows begin as noise."""
     if recipe.adapter is None:
         return recipe, items
-    also = [*recipe.adapter.also, *(TABLES[:1] if recipe.model.tied else TABLES)]
+    tables = [name for name in (TABLES[:1] if recipe.model.tied else TABLES)
+              if not any(fnmatch(name, pattern) for pattern in recipe.adapter.also)]
+    if not tables:
+        return recipe, items
+    also = [*recipe.adapter.also, *tables]
     return with_values(recipe, {"adapt.also": also}), [*items, Derived("adapt.also", also, f"{added}: their rows begin "
                                                                        "as noise, so the table is trained")]
 

@@ -155,3 +155,22 @@ def test_where_tokens_were_added_their_tables_are_trained_beside_the_adapter(tmp
     assert any(item.key == "adapt.also" and "4 tokens were added" in item.reason for item in derived)
     whole = grown.adapt.apply(grown.model.build(), seed=0)
     assert set(tables) <= set(moving(whole))
+
+
+@pytest.mark.parametrize("model", ["qwen3", "llama"])
+def test_tokens_of_the_chat_template_are_learned_where_the_model_only_kept_rows_for_them(tmp_path, model):
+    texts, bpe = write_texts(tmp_path / "texts"), {"kind": "bpe", "vocab_size": 400}
+    base = write_recipe(tmp_path / "base.yaml", texts, model=MODELS[model], tokenizer=bpe)
+    assert dougong("train", base, "--run", tmp_path / "base", "train.steps=4").code == 0
+    for name, start in (("first", tmp_path / "base"), ("second", tmp_path / "first")):
+        done = dougong("train", "sft", "--model", start, "--run", tmp_path / name, "adapt=lora", "adapt.rank=2",
+                       "data={kind: chats, sources: [{kind: tasks, skills: [copying], items: 200}]}", "train.steps=3",
+                       "train.epochs=null", "optim.lr=0.01")
+        assert done.code == 0, done.err
+    tables = {"stem.tokens.weight", *(["head.weight"] if model == "llama" else [])}
+    first, second = (recipe_from_run(RunDirectory(tmp_path / name).recipe)[0].adapt for name in ("first", "second"))
+    assert set(first.also) == tables and not second.also       # now they mean something
+    told = [item["reason"] for event in read_events(RunDirectory(tmp_path / "first").events)
+            if event["event"] == "derived" for item in event["values"] if item["key"] == "adapt.also"]
+    assert len(told) == 1 and "<|im_start|>" in told[0] and "noise" in told[0]
+    assert tables <= set(tensors_of(tmp_path / "first"))
