@@ -32,11 +32,13 @@ _FORMS = (*_PLAIN, "regex:PATTERN", "length:TOKENS", "model:RUN", "FILE.py:FUNCT
 
 @dataclass(frozen=True)
 class Task:
-    """What was asked, as messages, and the answer that can be checked (for `tests`, the code of the tests)."""
+    """What was asked, as messages, the answer that can be checked (for `tests`, the code of the tests), and the tools
+    that may be called."""
 
     prompt: tuple[dict[str, Any], ...]
     answer: str = ""
     skill: str | None = None
+    tools: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -32,14 +32,14 @@ def _corpus_of_run(path: Path, changes: list[str], as_json: bool):
     from dougong.recipes.journey import last_run
     from dougong.recipes.open_run import corpus_of
     from dougong.recipes.recipe import recipe_from_run
-    from dougong.recipes.start import with_own_tokenizer
+    from dougong.recipes.start import as_it_lies
 
     if changes:
         raise ConfigError(f"a run has the data it was trained on; {changes[0]!r} would change them. Leave it out, or "
                           "name a recipe.")
     directory = RunDirectory.open(last_run(path))
     recipe, recorded = recipe_from_run(directory.recipe)
-    return corpus_of(with_own_tokenizer(recipe, recorded, directory), recorded, directory.path,
+    return corpus_of(as_it_lies(recipe, recorded, directory), recorded, directory.path,
                      progress=progress_bar(as_json))
 
 

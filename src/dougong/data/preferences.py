@@ -222,14 +222,11 @@ class _Builder:
         if self.template is not None:
             return encode_turns(conversation, self.template)
         asked, said = conversation.messages[:shared], conversation.messages[shared:]
-        begin = self.tokenizer.begin_id
-        prompt = ([] if begin is None else [begin]) + self._ids(asked)
-        reply = self._ids(said) + ([] if self.tokenizer.document_id is None else [self.tokenizer.document_id])
+        prompt = plain_ids(self.tokenizer, asked, first=True)
+        end = self.tokenizer.document_id
+        reply = plain_ids(self.tokenizer, said) + ([] if end is None else [end])
         return (np.array(prompt + reply, np.int32),
                 np.array([0.0] * len(prompt) + [1.0] * len(reply), np.float32))
-
-    def _ids(self, messages: Sequence[dict[str, Any]]) -> list[int]:
-        return [int(id) for message in messages for id in self.tokenizer.encode(message["content"])]
 
     def _shape(self, kept: list[Judged]) -> str:
         if not kept:
@@ -296,6 +293,14 @@ class _Builder:
             "duplicates": {"searched": {"exact": True}, "exact": self.duplicates},
             "split": {"rule": "prompts", "sentence":
                       "Split by a hash of the prompt: the same prompt is always on the same side."}})
+
+
+def plain_ids(tokenizer: Tokenizer, messages: Sequence[dict[str, Any]], *, first: bool = False) -> list[int]:
+    """The messages' contents one behind the other, without turns (`spelling: text`); `first`, behind the token that a
+    text begins with."""
+    begin = tokenizer.begin_id if first else None
+    return ([] if begin is None else [begin]) + [
+        int(id) for message in messages for id in tokenizer.encode(message["content"])]
 
 
 def _to_other_prompts(prompts: np.ndarray) -> np.ndarray:

@@ -77,7 +77,7 @@ def generate(model: nn.Module | Engine, tokenizer: TextCodec, prompts: Sequence[
     if rows < 1:
         raise ConfigError(f"rows={rows}: at least one row is decoded at a time.")
     engine = model if isinstance(model, Engine) else Engine(model, runtime or Runtime())
-    encoded = [_encode(tokenizer, prompt) for prompt in prompts]
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     results = [Generation(prompt, prompt_tokens=len(ids), sample=j)
                for prompt, ids in zip(prompts, encoded) for j in range(config.n)]
     by_length = sorted(range(len(results)), key=lambda i: (-results[i].prompt_tokens, i))
@@ -90,7 +90,8 @@ def generate(model: nn.Module | Engine, tokenizer: TextCodec, prompts: Sequence[
     return results
 
 
-def _encode(tokenizer: TextCodec, prompt: str) -> list[int]:
+def encode_prompt(tokenizer: TextCodec, prompt: str) -> list[int]:
+    """Ids of what a text goes on from. Raises ConfigError or DataError for what the tokenizer cannot spell."""
     ids = [int(id) for id in tokenizer.encode(prompt)]
     begin = getattr(tokenizer, "begin_id", tokenizer.document_id)   # an imported model may begin otherwise than it ends
     if begin is not None:

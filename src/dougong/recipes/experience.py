@@ -56,18 +56,18 @@ class Experience:
         return self._corpus.batches(split, rows=rows)
 
     def loader(self, split: str, *, rows: int, seed: int, rank: int = 0, world_size: int = 1) -> Rollouts:
-        return Rollouts(self._tasks(split), self._model, self._spelling, self._rewards, self._recipe.objective,
+        return Rollouts(self.tasks(split), self._model, self._spelling, self._rewards, self._recipe.objective,
                         rows=rows, seed=seed, runtime=self._runtime, fingerprint=f"{self.fingerprint}-{split}",
                         rank=rank, world_size=world_size)
 
     def score(self, model: nn.Module, runtime: Runtime, split: str, *, most_tokens: int | None = None,
               poll: Callable[[], None] = lambda: None) -> dict[str, Any]:
         """Mean reward and share of passed tasks of a split, written greedily."""
-        return greedy_score(model, self._spelling, self._rewards, self._tasks(split),
+        return greedy_score(model, self._spelling, self._rewards, self.tasks(split),
                             max_tokens=self._recipe.objective.max_tokens, runtime=runtime, most_tokens=most_tokens,
                             poll=poll)
 
-    def _tasks(self, split: str) -> list[Task]:
+    def tasks(self, split: str) -> list[Task]:
         """The tasks of a split whose prompts leave room for an answer. Raises DataError where none does."""
         found = [task_of(conversation) for conversation in self._corpus.conversations(split)]
         fitting = [task for task in found if self._spelling.fits(task)]
@@ -82,7 +82,7 @@ def task_of(conversation: Conversation) -> Task:
     """What stands before the last reply; the answer is the one given with it, else that reply itself."""
     last = max(i for i, message in enumerate(conversation.messages) if message["role"] == "assistant")
     answer = conversation.answer if conversation.answer is not None else conversation.messages[last]["content"]
-    return Task(conversation.messages[:last], answer, conversation.skill)
+    return Task(conversation.messages[:last], answer, conversation.skill, conversation.tools)
 
 
 class ChatSpelling:
@@ -95,7 +95,7 @@ class ChatSpelling:
         self.vocab_size: int = tokenizer.vocab_size
 
     def prompt(self, task: Task) -> list[int]:
-        return self._template.encode(list(task.prompt))
+        return self._template.encode(list(task.prompt), tools=task.tools)
 
     def fits(self, task: Task) -> bool:
         return len(self.prompt(task)) <= self._longest

@@ -21,7 +21,7 @@ from dougong.recipes.journey import read_journey, stage_runs
 from dougong.recipes.open_run import open_run
 from dougong.recipes.recipe import recipe_from_run
 from dougong.recipes.scoring import held_out_splits
-from dougong.recipes.start import with_own_tokenizer
+from dougong.recipes.start import as_it_lies
 from dougong.runtime.device import Runtime
 
 _SHOWN = 10
@@ -109,7 +109,7 @@ def judge_journey(path: Path, *, progress: Any = None) -> dict[str, Any] | None:
         directory = RunDirectory(run)
         recipe, recorded = recipe_from_run(directory.recipe)
         if recipe.data.kind == "chats" and recipe.objective.kind == "causal_lm":     # practice asks fewer skills
-            corpus = prepare_data(with_own_tokenizer(recipe, recorded, directory), progress=progress)
+            corpus = prepare_data(as_it_lies(recipe, recorded, directory), progress=progress)
             held = held_out_splits(corpus)
             judged = judge(opened.model, opened.tokenizer, opened.runtime, corpus, held[-1], progress=progress) \
                 if held else None

@@ -1,11 +1,13 @@
 """How a run meets the processes it was launched with: which layout they form, and which run a restart goes on with."""
 
+import hashlib
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
-from dougong.core.config import replace
+from dougong.core.config import dump_yaml, replace
 from dougong.core.errors import ConfigError
 from dougong.core.files import write_text
 from dougong.core.run import RunDirectory
@@ -115,23 +117,27 @@ def micro_batches(recipe: Recipe, layout: LayoutConfig) -> int:
     return max((number for number in enough if number <= 2 * layout.pipeline), default=enough[0])
 
 
-def remember_launch(directory: RunDirectory) -> None:
-    """Notes in the run which launch trains it, so that a restart of the same launch goes on with it."""
-    if (name := _launch_name()) is not None:
-        write_text(directory.path / _LAUNCH, name)
-
-
-def run_of_this_launch(root: Path) -> str | None:
-    """The run under `root` that an earlier attempt of this launch began; process 0 looks, the others are told."""
-    name = _launch_name()
-    if name is None or process_rank() != 0 or not root.is_dir():
-        return None
-    return next((str(note.parent) for note in root.glob(f"*/{_LAUNCH}") if note.read_text() == name), None)
-
-
-def _launch_name() -> str | None:
-    """Stays the same when torchrun starts its processes again; None without torchrun."""
+def launch_of(asked: Recipe) -> str | None:
+    """Which launch this is and what it was asked to train: a restart says the same, and neither another command of one
+    job nor another seed does. None without torchrun."""
     run_id = os.environ.get("TORCHELASTIC_RUN_ID")
     if run_id is None:
         return None
-    return run_id if run_id != "none" else f"agent {os.getppid()} at {os.environ.get('MASTER_PORT', '')}"
+    name = run_id if run_id != "none" else f"agent {os.getppid()} at {os.environ.get('MASTER_PORT', '')}"
+    return f"{name}\n{hashlib.sha256(dump_yaml(asked).encode()).hexdigest()}\n"
+
+
+def remember_launch(directory: RunDirectory, launch: str | None) -> None:
+    """Notes in the run which launch trains it, so that a restart of the same launch goes on with it."""
+    if launch is not None:
+        write_text(directory.path / _LAUNCH, launch)
+
+
+def run_of_launch(path: Path, launch: str | None) -> str | None:
+    """The run that an earlier attempt of this launch began at `path`, or beside it where the name was taken; process 0
+    looks, the others are told."""
+    if launch is None or process_rank() != 0 or not path.parent.is_dir():
+        return None
+    ours = re.compile(rf"{re.escape(path.name)}(-\d+)?")
+    return next((str(note.parent) for note in sorted(path.parent.glob(f"*/{_LAUNCH}"))
+                 if ours.fullmatch(note.parent.name) and note.read_text("utf-8") == launch), None)

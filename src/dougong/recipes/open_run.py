@@ -20,7 +20,7 @@ from dougong.interop.import_hf import is_hf_directory, read_hf
 from dougong.objectives.distil import COMPANION
 from dougong.recipes.assemble import build_model, prepare_data
 from dougong.recipes.recipe import Recipe, recipe_from_run
-from dougong.recipes.start import begin, check_start, read_weights, with_own_tokenizer
+from dougong.recipes.start import as_it_lies, begin, check_start, read_weights
 from dougong.runtime.device import Runtime, RuntimeConfig, best_device, usable_cores
 from dougong.runtime.processes import launched_here
 
@@ -135,7 +135,7 @@ def open_run(path: Path | str, *, checkpoint: str = "best", merge: bool = True) 
         checkpoint, path = path.name.removeprefix("step-").lstrip("0") or "0", path.parent.parent
     directory = RunDirectory.open(path)
     recipe, recorded = recipe_from_run(directory.recipe)
-    recipe = with_own_tokenizer(recipe, recorded, directory)
+    recipe = as_it_lies(recipe, recorded, directory)
     found, passed_over = _find(directory, checkpoint)
     runtime = Runtime.start(runtime_here(recipe.runtime))
     compression = read_compression(found)     # its integers were made of one or the other, and are all there is

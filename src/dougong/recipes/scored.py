@@ -7,6 +7,7 @@ import torch
 
 from dougong.adapt.rewards import Reply, Reward
 from dougong.core.errors import ConfigError
+from dougong.data.preferences import plain_ids
 from dougong.data.turns import template_for_training
 from dougong.objectives.reward import last_scores
 from dougong.recipes.start import as_it_was
@@ -19,7 +20,8 @@ class ModelReward:
 
     def __init__(self, opened: Any) -> None:
         self._model, self._runtime, self._tokenizer = opened.model, opened.runtime, opened.tokenizer
-        self._template = template_for_training(opened.tokenizer)
+        as_text = getattr(opened.recipe.data, "spelling", "chat") == "text"
+        self._template = None if as_text else template_for_training(opened.tokenizer)
         self._context = opened.recipe.model.context
 
     @torch.no_grad()
@@ -36,9 +38,11 @@ class ModelReward:
         return found
 
     def _ids(self, reply: Reply) -> list[int]:
-        """Prompt and reply by the reward model's own tokenizer; of one too long the end."""
-        words = [int(id) for id in self._tokenizer.encode(reply.text)]
-        return [*self._template.encode(list(reply.task.prompt)), *words][-self._context:]
+        """Prompt and reply by the reward model's own tokenizer, spelled as it learned them; of one too long the end."""
+        asked, words = list(reply.task.prompt), [int(id) for id in self._tokenizer.encode(reply.text)]
+        prompt = plain_ids(self._tokenizer, asked, first=True) if self._template is None else \
+            self._template.encode(asked, tools=reply.task.tools)
+        return [*prompt, *words][-self._context:]
 
 
 def model_reward(path: str) -> Reward:

@@ -10,7 +10,7 @@ from dougong.data.dedup import DedupConfig
 from dougong.data.split import SplitConfig
 from dougong.objectives.objective import Objective
 from dougong.recipes import array_scores
-from dougong.recipes.companions import accompany
+from dougong.recipes.companions import REFERENCED, accompany
 from dougong.recipes.held_out import held_out, held_out_together
 from dougong.recipes.recipe import Recipe
 from dougong.runtime.device import Runtime
@@ -33,11 +33,29 @@ def quick_score(recipe: Recipe, corpus: Any, runtime: Runtime, *, objective: Obj
     return _SCORES.get(recipe.objective.kind, lambda *_: None)(recipe, corpus, runtime)
 
 
+def check_scores(recipe: Recipe, corpus: Any) -> None:
+    """Raises ConfigError or DataError, before the first step, for what would end the run at an evaluation or at its
+    final score, where nothing can be changed any more."""
+    splits, stride = held_out_splits(corpus), recipe.evaluate.stride
+    if splits:
+        _existing(recipe.evaluate.split, recipe, corpus, asked=False)
+    if recipe.is_language_model and stride is not None and stride > recipe.model.context:
+        raise ConfigError(f"evaluate.stride={stride} must lie between 1 and the context of {recipe.model.context}: a "
+                          "longer one would leave tokens unscored.")
+    if hasattr(corpus, "tasks"):
+        for split in splits:
+            corpus.tasks(split)
+
+
 def score(opened: Any, *, data: str | None = None, split: str | None = None, stride: int | None = None,
           baselines: bool = True, progress: Any = None) -> dict[str, Any]:
     """Scores an open run on a whole split, or on all of a text that it was not trained on: `data`, or what an imported
     model was given. Returns the fields of a `result` event."""
     data = data or opened.recorded.get("imported", {}).get("data")
+    if data is None and "smaller" in opened.recorded and opened.recipe.objective.kind in REFERENCED:
+        raise ConfigError(f"{opened.directory.path} was {opened.recorded['smaller']['how']}, and objective.kind="
+                          f"{opened.recipe.objective.kind} compares replies with those of the model that it began "
+                          "from, which has another shape.\nScore it on text: --data FOLDER.")
     if data is None:
         return final_score(opened.recipe, opened.corpus, opened.model, opened.runtime, split=split, stride=stride,
                            baselines=baselines, weights=opened.weights, progress=progress)

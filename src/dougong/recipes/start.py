@@ -151,12 +151,25 @@ def check_start(recorded: Mapping[str, Any], weights: Weights, path: Path) -> No
                               f"{expected[:12]}, now {weights.fingerprint[:12]}).\nPut that model back as it was.")
 
 
-def with_own_tokenizer(recipe: Recipe, recorded: Mapping[str, Any], directory: RunDirectory) -> Recipe:
-    """A run that began from another, was taught by one, was made smaller, or was imported, has its tokenizer in its own
-    directory, wherever it lies now."""
-    own_file = (recipe.objective.kind == "distil" or "smaller" in recorded) and recipe.tokenizer.kind == "file"
+def as_it_lies(recipe: Recipe, recorded: Mapping[str, Any], directory: RunDirectory) -> Recipe:
+    """The recipe of a run with what it stands on where that lies now. Its tokenizer is in its own directory, unless the
+    data decide it; and a start that is gone from where it lay may have moved with the run, as the stages of a journey
+    do: it lies beside it then."""
+    if recipe.start is not None and (moved := _beside(recipe.start.path, directory)) is not None:
+        recipe = replace(recipe, start=replace(recipe.start, path=str(moved)))
+    own_file = recipe.tokenizer is not None and recipe.tokenizer.kind == "file"
     if "imported" not in recorded and recipe.start is None and not own_file:
         return recipe
     values = {**to_dict(recipe.tokenizer), "kind": "file", "path": str(directory.tokenizer)}
     return replace(recipe, tokenizer=from_dict(FileConfig, {k: v for k, v in values.items()
                                                             if k in ("kind", "path", "document_token")}))
+
+
+def _beside(start: str, directory: RunDirectory) -> Path | None:
+    """The run or checkpoint of that name in the folder of this run, where none is at `start` any more."""
+    there = Path(start).expanduser()
+    if is_hub_name(start) or there.exists():
+        return None
+    run = _run_of(there)
+    here = directory.path.absolute().parent / run.name / there.relative_to(run)
+    return here if here.exists() else None

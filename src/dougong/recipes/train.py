@@ -17,7 +17,7 @@ import torch
 from dougong import __version__
 from dougong.adapt.lora import trained
 from dougong.core.config import dump_yaml, replace, to_dict
-from dougong.core.errors import CheckpointError
+from dougong.core.errors import CheckpointError, ConfigError, DougongError
 from dougong.core.events import EventLog, read_events
 from dougong.core.files import explained_disk_errors, lock, sha256, write_text
 from dougong.core.run import RunDirectory
@@ -26,12 +26,12 @@ from dougong.optim.groups import describe
 from dougong.recipes.answering import before_and_after
 from dougong.recipes.assemble import Assembly, assemble, prepare_data, settle_intervals
 from dougong.recipes.derive import Derived, fit_to_epochs, fit_to_rows, fit_to_time, resolve
-from dougong.recipes.launch import lay_out, nearest, remember_launch, run_of_this_launch
+from dougong.recipes.launch import launch_of, lay_out, nearest, remember_launch, run_of_launch
 from dougong.recipes.open_run import check_same_data, load_tokenizer, open_run, runtime_here
 from dougong.recipes.probe import measure_step
 from dougong.recipes.recipe import Recipe, recipe_from_run
-from dougong.recipes.scoring import final_score, held_out_splits, quick_score
-from dougong.recipes.start import with_own_tokenizer
+from dougong.recipes.scoring import check_scores, final_score, held_out_splits, quick_score
+from dougong.recipes.start import as_it_lies
 from dougong.recipes.teacher import infer_once, keeps_answers, student_alone
 from dougong.runtime.device import Runtime, best_device, machine_facts, matmul_flops_per_s, peak_memory_bytes
 from dougong.runtime.layout import AutoLayoutConfig, LayoutConfig
@@ -73,24 +73,25 @@ def train_run(asked: Recipe, base: Recipe, *, path: Path | None = None, progress
     """
     join(asked.runtime.device or best_device())
     path = path or Path("runs") / asked.name
-    if (begun := from_first(run_of_this_launch(path.parent))) is not None:
+    launch = launch_of(asked)
+    if (begun := from_first(run_of_launch(path, launch))) is not None:
         return resume_run(Path(begun), layout=nearest(asked.layout, launched()), progress=progress)
     recipe, derived, corpus, runtime, stands_on = settle(asked, progress=progress)
     with explained_disk_errors(f"the run {path}"), contextlib.ExitStack() as held:
-        made = _create(path, recipe, corpus, base, stands_on, held) if process_rank() == 0 else None
+        made = _create(path, recipe, corpus, base, stands_on, launch, held) if process_rank() == 0 else None
         directory = RunDirectory(from_first(made))
         return _train(directory, recipe, corpus, derived, runtime, resumed=None)
 
 
 def _create(path: Path, recipe: Recipe, corpus: Any, base: Recipe, stands_on: dict[str, str],
-            held: contextlib.ExitStack) -> Path:
+            launch: str | None, held: contextlib.ExitStack) -> Path:
     directory = RunDirectory.create(path.parent, path.name)
     held.enter_context(lock(directory.lock, owner="dougong train"))
     if recipe.is_language_model:
         corpus.tokenizer.save(directory.tokenizer)
     # what makes it a run, so everything that one needs is there
     write_recipe(directory, recipe, corpus, base=base, stands_on=stands_on)
-    remember_launch(directory)
+    remember_launch(directory, launch)
     return directory.path
 
 
@@ -106,13 +107,12 @@ def resume_run(path: Path, *, layout: LayoutConfig | AutoLayoutConfig | None = N
         return done
     with explained_disk_errors(f"the run {path}"), contextlib.ExitStack() as held:
         recipe, recorded = recipe_from_run(directory.recipe)
-        recipe = with_own_tokenizer(recipe, recorded, directory)
+        recipe = as_it_lies(recipe, recorded, directory)
         if layout is not None and _stages(layout) != _stages(recipe.layout):    # rows at once are its micro-batches
             recipe = replace(recipe, train=replace(recipe.train, micro_rows=None))
         join(recipe.runtime.device or best_device())
         if process_rank() == 0:
             held.enter_context(lock(directory.lock, owner="dougong train"))
-            remember_launch(directory)
         wait_for_all()
         corpus = prepare_data(recipe, progress=progress)
         check_same_data(recorded, corpus, directory.path)
@@ -162,12 +162,26 @@ def settle(asked: Recipe, *, ask_teacher: bool = True,
         recipe = replace(recipe, objective=student_alone(recipe))
     built = assemble(recipe, corpus, runtime=runtime)
     recipe, derived = built.recipe, derived + laid_out + built.derived
+    check_scores(recipe, built.corpus)
+    _check_samples(recipe, corpus)
     per_epoch, stands_on = built.state.loader.batches_per_epoch, built.fingerprints
     seconds = from_first(measure_step(built))
     recipe, from_epochs = fit_to_epochs(recipe, per_epoch)
     recipe, from_time = fit_to_time(recipe, seconds)
     recipe, intervals = settle_intervals(recipe, seconds)
     return recipe, derived + from_epochs + from_time + intervals, corpus, runtime, stands_on
+
+
+def _check_samples(recipe: Recipe, corpus: Any) -> None:
+    """Raises ConfigError for prompts that this tokenizer cannot spell: the first sample would end the run."""
+    from dougong.generate.text import encode_prompt
+
+    for prompt in recipe.sample.prompts if recipe.is_language_model else ():
+        try:
+            encode_prompt(corpus.tokenizer, prompt)
+        except DougongError as error:
+            raise ConfigError(f"sample.prompts: {prompt!r} cannot be continued: {error}\nGive prompts of your own "
+                              "text, or none: sample.prompts=[].") from None
 
 
 def write_recipe(directory: RunDirectory, recipe: Recipe, corpus: Any, *, base: Recipe,

@@ -1,17 +1,23 @@
 """Learning from judgements as whole runs: what comes out, what is refused, and stopped runs that go on."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from feedback_runs import base_run, write_feedback_recipe, write_pairs, write_tasks
 from tiny_recipe import dougong
 
+from dougong.adapt.rewards import Reply, Task
 from dougong.core.events import read_events
 from dougong.core.run import RunDirectory
+from dougong.data.conversations import Conversation
+from dougong.data.turns import template_for_training, with_turns
 from dougong.objectives.objective import batch_fields
 from dougong.objectives.policy import FIGURES
 from dougong.recipes.assemble import assemble, build_model, prepare_data
 from dougong.recipes.derive import resolve
+from dougong.recipes.experience import ChatSpelling, task_of
 from dougong.recipes.open_run import open_run
 from dougong.recipes.recipe import load_recipe
 from dougong.recipes.scored import model_reward
@@ -238,3 +244,37 @@ def test_what_does_not_fit_is_refused_with_what_would(root, changes, message):
     refused = dougong("train", recipe, "--model", root / "base", "--run", root / "refused",
                       *(change.replace("TEXTS", str(root / "texts")) for change in changes))
     assert refused.code == 2 and message in refused.err, refused.err
+
+
+def test_tasks_are_asked_with_the_tools_that_they_name(root):
+    tokenizer = with_turns(open_run(root / "base").tokenizer)
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+    messages = ({"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"})
+    template = template_for_training(tokenizer)
+    prompt = ChatSpelling(template, tokenizer, longest=999).prompt(task_of(Conversation("a", "a", messages, (tool,))))
+    assert prompt == template.encode(messages[:1], tools=(tool,)) and '"name": "add"' in tokenizer.decode(prompt)
+
+
+@pytest.mark.parametrize("spelling", ["text", "chat"])
+def test_a_reward_model_reads_replies_in_the_spelling_that_it_learned(root, spelling):
+    judge = write_feedback_recipe(root / f"judge-{spelling}.yaml", "dpo", pairs(root, spelling=spelling),
+                                  objective="reward")
+    trained(root, f"judge-{spelling}", judge)
+    reward = model_reward(str(root / f"judge-{spelling}"))
+    corpus = open_run(root / f"judge-{spelling}").corpus
+    lines = [json.loads(line) for line in (root / "pairs.jsonl").read_text().splitlines()]
+    asked = {tuple(reward._ids(Reply(Task(({"role": "user", "content": line["prompt"]},)), line["chosen"])))
+             for line in lines}
+    batch = next(iter(corpus.batches("train", rows=1)))
+    place = int(batch["weight"][0, 0].nonzero().max())      # the reply has been read here, and nothing of its end
+    assert tuple(batch["tokens"][0, 0, :place + 1].tolist()) in asked
+
+
+def test_a_pruned_run_of_preferences_says_what_can_still_be_scored(root, tmp_path):
+    recipe = write_feedback_recipe(root / "to-prune.yaml", "dpo", pairs(root))
+    trained(root, "to-prune", recipe)
+    made = dougong("compress", root / "to-prune", "--prune", "0.3", "--out", tmp_path / "pruned")
+    assert made.code == 0, made.err
+    refused = dougong("eval", tmp_path / "pruned")
+    assert refused.code == 2 and "was pruned" in refused.err and "--data FOLDER" in refused.err
+    assert dougong("eval", tmp_path / "pruned", "--data", root / "texts").code == 0

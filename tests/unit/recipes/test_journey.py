@@ -54,6 +54,16 @@ def test_going_on_passes_over_what_is_done(journey, tmp_path):
     assert '"end"' in events.read_text()
 
 
+def test_a_journey_that_was_moved_goes_on_where_it_lies(journey, tmp_path):
+    assert dougong("train", journey, "--run", tmp_path / "trip").code == 0
+    events = tmp_path / "trip" / "2-more" / "events.jsonl"
+    kept = [line for line in events.read_text().splitlines() if json.loads(line)["event"] not in ("end", "result")]
+    events.write_text("\n".join(kept) + "\n")                   # as if it had been killed at its end
+    (tmp_path / "trip").rename(tmp_path / "elsewhere")
+    again = dougong("train", "--resume", "--run", tmp_path / "elsewhere", "--json")
+    assert again.code == 0 and again.json["reason"] == "done", again.err
+
+
 def test_an_unknown_stage_is_refused_with_the_nearest_name(journey):
     refused = dougong("train", journey, "pretrian.train.steps=2")
     assert refused.code == 2 and "pretrain" in refused.err

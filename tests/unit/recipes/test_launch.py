@@ -1,6 +1,7 @@
 """Which layouts a recipe is refused under, and with what advice."""
 
 import pytest
+from tiny_recipe import MODELS, dougong, write_recipe, write_texts
 
 from dougong.core.config import replace
 from dougong.objectives import OBJECTIVES
@@ -45,3 +46,20 @@ def test_rows_that_cannot_be_shared_change_before_the_run_and_the_launch_after_i
 def test_a_pipeline_has_a_micro_batch_for_each_stage_where_rows_allow(recipe, rows, stages, expected):
     of_rows = replace(recipe, train=replace(recipe.train, rows=2 * rows, micro_rows=None))
     assert micro_batches(of_rows, LayoutConfig(replicate=2, pipeline=stages)) == expected
+
+
+def test_a_restart_goes_on_with_the_run_of_its_launch_and_no_other_command_of_the_job_does(tmp_path, monkeypatch):
+    """torchrun gives its name to every command that one job starts, and to each of their restarts."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 7")
+    monkeypatch.chdir(tmp_path)
+    recipe = write_recipe(tmp_path / "a.yaml", write_texts(tmp_path / "texts", documents=20), model=MODELS["nano"])
+    asked = ["train", recipe, "--run", "runs/a", "train.steps=2", "train.trackers=[]"]
+    for command, runs in ((asked, ["a"]), (asked, ["a"]), ([*asked, "seed=1"], ["a", "a-2"]),
+                          ([*asked, "seed=1"], ["a", "a-2"]), ([*asked[:3], "runs/b", *asked[4:]], ["a", "a-2", "b"])):
+        done = dougong(*command)
+        assert done.code == 0, done.err
+        assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == runs
+    several = dougong("train", recipe, "--run", "runs/s", "--seeds", "2", "train.steps=2", "--json")
+    assert several.code == 0 and len({path.name for path in (tmp_path / "runs").glob("s*")}) == 2, several.err
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 8")
+    assert dougong(*asked).code == 0 and (tmp_path / "runs" / "a-3").is_dir()

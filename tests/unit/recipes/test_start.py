@@ -1,5 +1,8 @@
 """Beginning from a model that exists."""
 
+import json
+import shutil
+
 import pytest
 import torch
 import yaml
@@ -41,6 +44,21 @@ def test_a_run_that_begins_from_another_has_its_shape_its_tokenizer_and_learns_o
     assert resolved["start_fingerprint"] == fingerprint(before)
     for name, tensor in before.items():     # at a rate of zero nothing moved
         torch.testing.assert_close(after[name], tensor, rtol=0, atol=0)
+
+
+def test_a_run_keeps_the_tokenizer_that_it_was_given(base, tmp_path):
+    """As a draft for another model is trained: with that one's tokenizer, which may be moved or made anew."""
+    shutil.copytree(base / "tokenizer", tmp_path / "theirs")
+    done = dougong("train", base.parent / "tiny.yaml", "--run", tmp_path / "run", "train.steps=4",
+                   f"tokenizer={{kind: file, path: {tmp_path / 'theirs'}}}")
+    assert done.code == 0, done.err
+    shutil.rmtree(tmp_path / "theirs")
+    assert dougong("eval", tmp_path / "run").code == 0
+    events = tmp_path / "run" / "events.jsonl"
+    kept = [line for line in events.read_text().splitlines() if json.loads(line)["event"] not in ("end", "result")]
+    events.write_text("\n".join(kept) + "\n")
+    again = dougong("train", "--resume", "--run", tmp_path / "run")
+    assert again.code == 0, again.err
 
 
 def test_what_the_command_line_says_of_the_model_is_laid_over_that_of_the_start(base):
