@@ -76,7 +76,7 @@ def sha256(path: Path) -> str:
 def lock(path: Path, *, owner: str) -> Iterator[None]:
     """Holds an exclusive lock file for as long as the block runs; the kernel frees it if the process dies.
 
-    Raises CheckpointError naming the process that holds it.
+    Raises CheckpointError naming the process that holds it, DougongError where the file system knows no locks.
     """
     import fcntl
 
@@ -89,6 +89,12 @@ def lock(path: Path, *, owner: str) -> Iterator[None]:
             holder = _holder(file)
             raise CheckpointError(f"{path.parent} is in use by {holder}.\n"
                                   "Wait for it, stop it, or choose another --run name.") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            raise DougongError(f"the file system of {path.parent} knows no locks ({error.strerror}), and without them "
+                               "two processes could write there at once.\nMount it with locks (Lustre: -o flock), or "
+                               "use another disk: --run for runs, DOUGONG_CACHE for prepared data.") from None
         file.truncate(0)
         file.write(f"{owner}, process {os.getpid()}")
         file.flush()

@@ -33,6 +33,20 @@ def test_a_folder_is_not_written_over(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_named_with_what_helps(tmp_path, monkeypatch, number):
+    import fcntl
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(DougongError, match=f"{tmp_path} knows no locks.*\n.*DOUGONG_CACHE") as told, \
+            files.lock(tmp_path / ".lock", owner="me"):
+        pytest.fail("it went on without a lock")
+    assert not isinstance(told.value, CheckpointError), "the cache waits for that: for ever"
+
+
 def test_a_lock_is_exclusive_and_freed_with_its_process(tmp_path):
     script = ("import sys, time; from pathlib import Path; from dougong.core.files import lock\n"
               f"with lock(Path({str(tmp_path / '.lock')!r}), owner='a training'):\n"
