@@ -1,15 +1,20 @@
 """What only a CUDA device can show: `make test-gpu`."""
 
+import copy
+
 import pytest
 import torch
 
+from dougong.core.config import replace
 from dougong.data.batch import Batch
 from dougong.models.families.qwen3 import Qwen3Config
 from dougong.nn.float8 import float8_product, multiply_in_float8, why_not_float8
 from dougong.objectives.causal_lm import CausalLMConfig
 from dougong.optim.build import MuonConfig
 from dougong.recipes.assemble import compile_blocks
+from dougong.recipes.start import Weights, begin
 from dougong.runtime.device import Runtime
+from dougong.train.shadow import tracked
 from dougong.train.state import TrainState
 from dougong.train.step import take_step
 
@@ -80,3 +85,13 @@ def test_products_in_float8_equal_those_on_the_cpu(M):
     for mine, theirs in zip(found["cuda"], found["cpu"], strict=True):
         assert torch.isfinite(mine).all()
         torch.testing.assert_close(mine, theirs, rtol=0, atol=5e-3 * float(theirs.abs().max()))   # fast sums
+
+
+def test_a_vocabulary_that_grows_is_begun_from_weights_that_lie_on_the_device():
+    grown, base = (replace(CONFIG, vocab_size=size).build() for size in (101, 97))
+    base.initialise(0)
+    expected, found = copy.deepcopy(grown), grown.cuda()
+    for model, device in ((expected, "cpu"), (found, "cuda")):
+        begin(model, Weights({name: tensor.to(device) for name, tensor in tracked(base).items()}, ""), seed=1)
+    for name, tensor in tracked(expected).items():
+        torch.testing.assert_close(tracked(found)[name].cpu(), tensor, rtol=0, atol=0)

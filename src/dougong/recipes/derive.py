@@ -262,7 +262,13 @@ def measured_peak() -> float:
 
 def _runtime(notes: _Notes) -> None:
     runtime = notes.recipe.runtime
+    exact = getattr(notes.recipe.data, "precision", None) == "float64"
+    if exact and best_device() == "mps":
+        notes.set("runtime.device", "cpu", "these data are float64, which Apple's GPUs do not know")
     notes.set("runtime.device", best_device(), "the fastest kind of device found here")
+    if exact and notes.value("runtime.device") == "mps":
+        raise ConfigError("runtime.device=mps knows no float64, and data.precision=float64 asks for it. Try "
+                          "runtime.device=cpu.")
     check_device(notes.value("runtime.device"))
     device = torch.device(notes.value("runtime.device"))
     if runtime.threads is None:

@@ -137,7 +137,7 @@ def begin(model: nn.Module, weights: Weights, *, seed: int) -> None:
 def _grown(name: str, tensor: Tensor, wanted: torch.Size, seed: int) -> Tensor:
     if name not in _TABLES or tensor.shape[1:] != wanted[1:] or len(tensor) >= wanted[0]:
         return tensor
-    rows = tensor.float()
+    rows = tensor.float().cpu()     # where the new rows are drawn: the same on every device
     generator = torch.Generator().manual_seed(seeds.derive(seed, "new rows", name))
     new = torch.randn(wanted[0] - len(rows), rows.shape[1], generator=generator)
     return torch.cat([rows, rows.mean(0) + _NEW_ROWS * rows.std(0) * new])

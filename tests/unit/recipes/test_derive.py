@@ -247,3 +247,16 @@ def test_a_start_decides_rate_rows_and_their_length(tmp_path):
     assert fit_to_rows(recipe, 1000) == (recipe, []) == fit_to_rows(recipe, None)
     with pytest.raises(ConfigError, match="context of 4096"):
         resolve(replace(begun, data=replace(begun.data, row_tokens=5000)))
+
+
+def test_data_of_64_bits_are_trained_on_where_apples_gpu_would_be_chosen(monkeypatch):
+    from dougong.recipes import derive
+
+    monkeypatch.setattr(derive, "best_device", lambda: "mps")
+    monkeypatch.setattr(derive, "check_device", lambda device: None)
+    recipe, _ = load_recipe("linear_regression", [])
+    settled, derived = resolve(recipe)
+    assert recipe.data.precision == "float64" and settled.runtime.device == "cpu"
+    assert any(item.key == "runtime.device" and "float64" in item.reason for item in derived)
+    with pytest.raises(ConfigError, match=r"runtime\.device=cpu"):
+        resolve(load_recipe("linear_regression", ["runtime.device=mps"])[0])
