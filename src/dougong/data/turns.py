@@ -49,6 +49,9 @@ CHATML = """\
 """
 """ChatML, with tools by the convention of Hermes that Qwen follows: what vLLM, llama.cpp and Ollama know by sight."""
 
+FIRST = "{{ bos_token }}"
+"""before it where a model has a first token of its own"""
+
 _DAY = datetime(2024, 7, 26)
 """today, for templates that write the date (it is what Llama 3's takes where it knows none): data made on another day
 are the same data"""
@@ -56,8 +59,12 @@ _HERE = "\ufdd1"
 
 
 def with_turns(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer as it is where it has a chat template; else with ChatML and the two tokens that it needs."""
-    return tokenizer if tokenizer.chat_template else tokenizer.with_chat_template(CHATML, TURN_TOKENS)
+    """The tokenizer as it is where it has a chat template; else with ChatML and the two tokens that it needs, behind
+    the token that a text begins with where the model has one of its own (Llama)."""
+    if tokenizer.chat_template:
+        return tokenizer
+    own = tokenizer.begin_id not in (None, tokenizer.document_id)
+    return tokenizer.with_chat_template(FIRST * own + CHATML, TURN_TOKENS)
 
 
 def template_for_training(tokenizer: Tokenizer) -> ChatTemplate:

@@ -14,7 +14,7 @@ from dougong.core.errors import CheckpointError, ConfigError, MissingExtraError
 from dougong.core.files import write_text
 from dougong.data.chat_template import ChatTemplate
 from dougong.data.tokenizer import Tokenizer
-from dougong.data.turns import CHATML, TURN_TOKENS
+from dougong.data.turns import CHATML, FIRST, TURN_TOKENS
 from dougong.interop.gguf_form import GGUFForm
 from dougong.nn.quantized import Quantized
 
@@ -199,7 +199,7 @@ def write_modelfile(path: Path, model: str, *, context: int, words: Vocabulary) 
     chat = ["# Ollama finds the chat template in the GGUF file if it knows it; else write one in Go's language here."]
     if words.chat_template and TURN_TOKENS[1] in words.chat_template:
         end.append(f'PARAMETER stop "{TURN_TOKENS[1]}"')
-    if words.chat_template == CHATML:
+    if (words.chat_template or "").removeprefix(FIRST) == CHATML:
         chat = [f'TEMPLATE """{_OLLAMA_CHATML}"""']
     if not words.chat_template:
         chat = ["# The model continues text; there are no turns.", 'TEMPLATE """{{ .Prompt }}"""']

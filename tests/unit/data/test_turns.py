@@ -63,6 +63,16 @@ def test_reserved_tokens_become_turns_and_the_vocabulary_keeps_its_size(tokenize
     assert with_turns(tokenizer) is tokenizer
 
 
+def test_a_model_with_a_first_token_of_its_own_reads_it_before_a_conversation_too(tokenizer):
+    plain, first = Tokenizer(tokenizer.backend, document_id=tokenizer.document_id), list(tokenizer.special_tokens)[-1]
+    llamas = with_turns(Tokenizer(plain.backend, document_id=plain.document_id, settings={"bos_token": first}))
+    assert llamas.begin_id == tokenizer.special_tokens[first] != plain.document_id
+    ids, weight = encode(llamas, TALK)
+    rest, same = encode(with_turns(plain), TALK)
+    assert ids[0] == llamas.begin_id and ids[1:].tolist() == rest.tolist() and weight[1:].tolist() == same.tolist()
+    assert ChatTemplate(llamas).encode(TALK[:2])[0] == llamas.begin_id
+
+
 def test_a_tokenizer_without_reserved_tokens_grows(tmp_path):
     plain = BytesConfig().build()
     grown = with_turns(plain)
