@@ -15,7 +15,7 @@ _SECONDS = {"second": 1, "sec": 1, "s": 1, "minute": 60, "min": 60, "m": 60, "ho
 _BYTES = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "B": 1}
 _COUNTS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12, "": 1}
 _HERE = ("here", "laptop", "this", "thismachine", "cpu")
-_NUMBER = r"(\d+(?:[.,]\d+)?)"
+_NUMBER = r"([1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?|\d+(?:[.,]\d+)?)"
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,17 @@ def parse_budget(text: str) -> Budget:
     return Budget(count, load_machine(name) if name.endswith((".yaml", ".yml")) else machine(name), seconds)
 
 
+def _number(text: str) -> float:
+    """`1,500` has its thousands set apart; in `1,5` the comma is the decimal point of most of Europe."""
+    grouped = re.fullmatch(r"[1-9]\d{0,2}(,\d{3})+(\.\d+)?", text)
+    return float(text.replace(",", "" if grouped else "."))
+
+
 def _duration(text: str) -> float | None:
     found = re.fullmatch(_NUMBER + r"\s*([a-z]+)", text.strip(), flags=re.IGNORECASE)
     unit = (found[2].lower() if found else "")
     scale = _SECONDS.get(unit) or _SECONDS.get(unit.removesuffix("s"))
-    return float(found[1].replace(",", ".")) * scale if found and scale else None
+    return _number(found[1]) * scale if found and scale else None
 
 
 def duration(seconds: float) -> str:
@@ -105,7 +111,7 @@ def parse_text(text: str | None) -> Text:
         return Text()
     plain = text.strip()
     if found := re.fullmatch(_NUMBER + r"\s*([KMBT]?)\s*tokens?", plain, flags=re.IGNORECASE):
-        tokens = float(found[1].replace(",", ".")) * _COUNTS[found[2].upper()]
+        tokens = _number(found[1]) * _COUNTS[found[2].upper()]
         return Text(tokens=_some(tokens, text), source="given")
     size = _bytes(plain)
     if size is not None:
@@ -135,7 +141,7 @@ def _some(size: float, text: str) -> float:
 
 def _bytes(text: str) -> float | None:
     found = re.fullmatch(_NUMBER + r"\s*([KMGT]?I?B)", text, flags=re.IGNORECASE)
-    return float(found[1].replace(",", ".")) * _BYTES[found[2].upper()] if found else None
+    return _number(found[1]) * _BYTES[found[2].upper()] if found else None
 
 
 @dataclass(frozen=True)

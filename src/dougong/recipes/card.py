@@ -155,13 +155,15 @@ def _what(opened: OpenRun) -> dict[str, Any]:
 
 
 def _sizes(opened: OpenRun) -> dict[str, Any]:
-    """Bytes of the file that holds the weights, and of the weights in memory; parameters as of the config."""
+    """Bytes of the file that holds the weights, and of the weights in memory; parameters as of the config. An adapter's
+    file holds no model: what it is merged into counts."""
     from dougong.models import count
 
     name = "shadow" if opened.weights == "ema" and opened.compression is None else "model"
     file = opened.directory.checkpoint(opened.step) / f"{name}.safetensors"
     memory = sum(tensor.numel() * tensor.element_size() for tensor in tracked(opened.model).values())
-    disk = file.stat().st_size if file.is_file() else memory
+    alone = opened.recipe.adapter is not None and opened.compression is None
+    disk = file.stat().st_size if file.is_file() and not alone else memory
     parameters = count.parameters(opened.recipe.model)["total"]
     return {"parameters": parameters, "disk_bytes": disk, "memory_bytes": memory,
             "bits_per_weight": 8 * memory / parameters}

@@ -74,6 +74,12 @@ def check_plannable(recipe: Recipe) -> None:
     if recipe.model is None:
         raise ConfigError(f"recipe {recipe.name} begins from a model that exists. Name one: start.path=RUN, "
                           "start.path=FOLDER, or start.path=hf:OWNER/NAME.")
+    if recipe.adapter is not None:
+        raise ConfigError(f"`dougong plan` counts the training of every weight, and adapt.kind={recipe.adapter.kind} "
+                          f"trains few.\nTry: dougong train {recipe.name} --dry-run")
+    if recipe.train.epochs is not None and recipe.train.steps is None:
+        raise ConfigError(f"train.epochs={recipe.train.epochs:g} is as long as the data are, and a plan reads no data. "
+                          "Add train.steps=1000, or train.minutes.")
     if recipe.is_language_model and batch_fields(student_alone(recipe), 1, 1) == token_fields(1, 1):
         return
     trains = f"with objective.kind={recipe.objective.kind}" if recipe.is_language_model else f"a {recipe.model.kind}"
@@ -151,7 +157,8 @@ def work_of(recipe: Recipe, machine: Machine) -> Work:
         model = replace(model, vocab_size=size)
     assert recipe.train.rows and model.context, "`resolve` derives them"
     return Work(model=model, objective=student_alone(recipe), optim=recipe.optim, rows=recipe.train.rows,
-                context=model.context, steps=recipe.train.steps or 0, precision=recipe.runtime.precision or "fp32",
+                context=recipe.row_tokens, steps=recipe.train.steps or 0,
+                precision=recipe.runtime.precision or "fp32",
                 device=machine.device, checkpoint=CHECKPOINTING[recipe.train.gradient_checkpointing],
                 micro_rows=recipe.train.micro_rows, ema=recipe.train.ema is not None,
                 compile=bool(recipe.runtime.compile))

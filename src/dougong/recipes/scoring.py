@@ -29,7 +29,9 @@ def quick_score(recipe: Recipe, corpus: Any, runtime: Runtime, *, objective: Obj
     if recipe.is_language_model and recipe.data.kind == "text":
         return _language_model(recipe, corpus, runtime, divided, poll)
     if recipe.is_language_model:
-        return _rows(recipe, corpus, runtime, objective, divided, poll) if held_out_splits(corpus) else None
+        # a test split alone is for the end: the best checkpoint must not be chosen on it
+        there = "validation" in held_out_splits(corpus)
+        return _rows(recipe, corpus, runtime, objective, divided, poll) if there else None
     return _SCORES.get(recipe.objective.kind, lambda *_: None)(recipe, corpus, runtime)
 
 
@@ -203,7 +205,7 @@ def _language_model(recipe: Recipe, corpus: Any, runtime: Runtime, divided: Any,
 
 def _rows(recipe: Recipe, corpus: Any, runtime: Runtime, objective: Any, divided: Any,
           poll: Callable[[], None]) -> Score | None:
-    split = "validation" if "validation" in held_out_splits(corpus) else "test"
+    split = "validation"
     limits = {"most_tokens": recipe.evaluate.tokens, "poll": poll}
 
     def measure(model: nn.Module) -> dict[str, Any]:

@@ -212,11 +212,11 @@ def _train(directory: RunDirectory, recipe: Recipe, corpus: Any, derived: list[D
             reporter.write("warning", message=f"checkpoint passed over: {problem}")
         _fit(reporter, built, directory, recipe_hash, peak)
         reason = state.stop or "done"
-        final = None
+        final, most = None, peak_memory_bytes(runtime.device)       # before the score, which takes memory of its own
         if reason != "interrupted" and runtime.is_first:
             watchers[-1].close()
             final = _score_final(directory, reporter, corpus)
-        _end(reporter, built, reason)
+        _end(reporter, built, reason, peak_memory_bytes=most)
     except BaseException as error:
         with contextlib.suppress(OSError):   # on a full disk this cannot be written either; the first error is told
             _end(reporter, built, "failed", error=f"{type(error).__name__}: {error}"[:500])
@@ -364,8 +364,9 @@ def _end(reporter: Reporter, built: Assembly, reason: str, **more: Any) -> None:
     what = f"{_WATTS_PER_GPU:.0f} W for each of {gpus} GPUs" if runtime.device.type == "cuda" else \
         f"{_WATTS_PER_CORE:.0f} W for each of {cores} cores"
     reporter.write("end", step=state.step, reason=reason, elapsed_s=state.elapsed_s,
-                   peak_memory_bytes=peak_memory_bytes(runtime.device), energy_wh=watts * state.elapsed_s / 3600,
-                   energy_assumption=f"{what} while training, assumed and not measured", **more)
+                   energy_wh=watts * state.elapsed_s / 3600,
+                   energy_assumption=f"{what} while training, assumed and not measured",
+                   **{"peak_memory_bytes": peak_memory_bytes(runtime.device), **more})
 
 
 def versions() -> dict[str, str]:

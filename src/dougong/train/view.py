@@ -47,6 +47,8 @@ class Numbers:
             self.skips += 1
         if record["event"] == "evaluation" and record.get("best"):
             self.best = record
+        if record["event"] == "rewind":     # what is left is measured by the steps from there
+            self._first = None
         if record["event"] == "step" and self._first is None:
             self._first = record
 

@@ -54,6 +54,9 @@ def test_text_is_bytes_tokens_or_a_folder(tmp_path):
     (tmp_path / ".hidden").write_text("y" * 5000)
     assert parse_text("40GB").bytes == 40e9 and parse_text("1.5 TiB").bytes == 1.5 * 2**40
     assert parse_text("2B tokens").tokens == 2e9 and parse_text("500 tokens").tokens == 500
+    assert parse_text("500,000 tokens").tokens == 500_000 and parse_text("1,234,567.5 K tokens").tokens == 1234567.5e3
+    assert parse_text("1,000GB").bytes == 1e12 and parse_text("1,5GB").bytes == 1.5e9 and \
+        parse_text("0,125 GB").bytes == 125e6
     assert parse_text(str(tmp_path)).bytes == 5000 and parse_text(str(tmp_path)).path == str(tmp_path)
     assert parse_text(str(tmp_path / "a.txt")).bytes == 5000
     assert math.isinf(parse_text(None).unique_tokens(2048))

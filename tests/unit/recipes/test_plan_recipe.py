@@ -4,16 +4,18 @@ from types import SimpleNamespace
 
 import pytest
 
+from dougong.adapt.lora import LoRAConfig
 from dougong.core.config import replace
 from dougong.core.errors import ConfigError
+from dougong.data.chats import ChatData
 from dougong.objectives import OBJECTIVES
 from dougong.plan import probe
 from dougong.plan.machine import machine
 from dougong.recipes import choose
 from dougong.recipes import plan_recipe as module
 from dougong.recipes.launch import why_not
-from dougong.recipes.plan_recipe import plan_recipe
-from dougong.recipes.recipe import load_recipe
+from dougong.recipes.plan_recipe import check_plannable, plan_recipe, work_of
+from dougong.recipes.recipe import StartConfig, load_recipe
 
 SMALL = ["size=null", "tokenizer.vocab_size=512", "model.context=128", "model.dim=64", "model.num_layers=2",
          "model.num_heads=2", "model.num_kv_heads=2", "model.head_dim=32", "model.ffn_dim=128", "train.rows=16",
@@ -116,3 +118,18 @@ def test_a_layout_of_ones_own_that_training_refuses_is_refused_for_the_same_reas
     refused = plan_recipe(recipe, machine("h200"), 8, simulate=False)["others"][0]
     assert (refused["layout"]["pipeline"], refused["layout"]["schedule"]) == (4, "interleaved_zb")
     assert "which selective checkpointing does not allow" in refused["refused"]
+
+
+@pytest.mark.parametrize(("recipe", "says"), [
+    (asked("train.steps=null", "train.epochs=3"), "Add train.steps"),
+    (replace(asked(), start=StartConfig(path="somewhere"), adapt=LoRAConfig()), "--dry-run")],
+    ids=["epochs", "adapter"])
+def test_what_a_plan_cannot_know_or_count_is_refused_with_what_can(recipe, says):
+    with pytest.raises(ConfigError, match=says):
+        check_plannable(recipe)
+
+
+def test_rows_shorter_than_the_context_are_planned_as_they_are():
+    recipe = asked()
+    chats = replace(recipe, data=ChatData(row_tokens=48))
+    assert [work_of(one, cpu(1000)).context for one in (chats, recipe)] == [48, 128]

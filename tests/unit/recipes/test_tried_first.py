@@ -5,6 +5,8 @@ import pytest
 from feedback_runs import base_run, write_feedback_recipe, write_tasks
 from tiny_recipe import MODELS, dougong, write_recipe, write_texts
 
+from dougong.core.events import read_events
+from dougong.core.run import RunDirectory
 from dougong.recipes.assemble import prepare_data
 from dougong.recipes.derive import resolve
 from dougong.recipes.experience import ChatSpelling
@@ -37,3 +39,15 @@ def test_held_out_tasks_that_leave_no_room_for_an_answer(tmp_path, monkeypatch):
     refused = dougong("train", recipe, "--model", tmp_path / "base", "--run", tmp_path / "run")
     assert refused.code == 2 and "prompts of test leaves room for 6 tokens" in refused.err, refused.err
     assert not (tmp_path / "run").exists()
+
+
+def test_the_best_checkpoint_is_never_chosen_on_the_test_split(tmp_path):
+    base_run(tmp_path)
+    data = {"kind": "chats", "path": str(write_tasks(tmp_path / "tasks.jsonl"))}
+    for name, fractions, splits in (("both", [0.6, 0.2, 0.2], {"validation"}), ("test", [0.7, 0, 0.3], set())):
+        recipe = write_feedback_recipe(tmp_path / f"{name}.yaml", "sft", {**data, "fractions": fractions})
+        done = dougong("train", recipe, "--model", tmp_path / "base", "--run", tmp_path / name)
+        assert done.code == 0, done.err
+        events = read_events(RunDirectory(tmp_path / name).events)
+        assert {event["split"] for event in events if event["event"] == "evaluation"} == splits
+        assert [event["split"] for event in events if event["event"] == "result"] == ["test"]

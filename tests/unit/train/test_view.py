@@ -89,3 +89,15 @@ def test_tensorboard_gets_the_numbers(tmp_path):
     points = found.Scalars("train/loss")
     assert [p.step for p in points] == list(range(1, 41)) and points[0].value == pytest.approx(3.95)
     assert found.Scalars("validation/bits_per_byte")[0].step == 20
+
+
+def test_what_is_left_is_measured_anew_after_going_back():
+    numbers = Numbers("a", 1000, None)
+    for step, seconds in ((10, 0), (900, 890)):
+        numbers.take({"event": "step", "step": step, "time": seconds})
+    assert numbers.remaining_s() == pytest.approx(100)
+    numbers.take({"event": "rewind", "step": 500, "time": 891})
+    assert numbers.remaining_s() is None
+    for step, seconds in ((510, 900), (520, 910)):
+        numbers.take({"event": "step", "step": step, "time": seconds})
+    assert numbers.remaining_s() == pytest.approx(480)
