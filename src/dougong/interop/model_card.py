@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from dougong.interop.hub import HUBS
+
 
 @dataclass(frozen=True)
 class CardFacts:
@@ -24,8 +26,11 @@ class CardFacts:
     tokens: int | None = None
     """read in training, repetitions counted"""
     imported_from: str | None = None
+    begun_from: str | None = None
+    """the model whose weights training began from"""
     begins_with: str | None = None
     """the token that a text is read after"""
+    ends_with: str | None = None
     chat: bool = False
     rounding: str = ""
     library: Literal["transformers", "onnx"] = "transformers"
@@ -40,12 +45,16 @@ def model_card(facts: CardFacts) -> str:
 
 
 def _front_matter(facts: CardFacts) -> str:
+    hub, _, named = (facts.begun_from or facts.imported_from or "").partition(":")
+    base = named.partition("@")[0] if hub in HUBS else ""
     return (f"---\nlibrary_name: {facts.library}\npipeline_tag: text-generation\nlicense: {facts.license}\n"
-            "tags:\n- dougong\n---")
+            + (f"base_model: {base}\n" if base else "") + "tags:\n- dougong\n---")
 
 
 def _summary(facts: CardFacts) -> str:
     origin = f"imported from `{facts.imported_from}`" if facts.imported_from else f"trained to step {facts.step:,}"
+    if facts.begun_from:
+        origin = f"begun from `{facts.begun_from}` and {origin}"
     if facts.tokens:
         origin += f" on {facts.tokens:,} tokens, repetitions counted"
     return (
@@ -54,8 +63,10 @@ def _summary(facts: CardFacts) -> str:
 
 
 def _use(facts: CardFacts) -> str:
-    why = (f"Every training document followed `{facts.begins_with}`, and so should a prompt, as above. It is also what "
-           "the model ends a text with.\n") if facts.begins_with else ""
+    ends = "" if facts.ends_with is None else " It is also what the model ends a text with." \
+        if facts.ends_with == facts.begins_with else f" It ends a text with `{facts.ends_with}`."
+    why = (f"Every training document followed `{facts.begins_with}`, and so should a prompt, as above.{ends}\n"
+           if facts.begins_with else "")
     chat = "For conversations use `tokenizer.apply_chat_template(messages, add_generation_prompt=True)` of " \
         "transformers.\n" if facts.chat else "It continues text; it was not taught to hold a conversation.\n"
     return f"## Use\n\n```python\n{_SNIPPETS[facts.library](facts.begins_with)}\n```\n\n{why}{chat}".rstrip()

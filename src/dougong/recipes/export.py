@@ -222,6 +222,7 @@ def card_facts(opened: OpenRun, architecture: str, dtype: str, license: str) -> 
     events = read_events(opened.directory.events)
     steps = [event for event in events if event["event"] == "step" and event.get("step", 0) <= opened.step]
     imported, begin = opened.recorded.get("imported") or {}, opened.tokenizer.begin_id
+    end = opened.tokenizer.document_id
     return CardFacts(
         name=opened.name, architecture=architecture, dtype=dtype, license=license,
         parameters=count.parameters(opened.recipe.model)["total"], context=opened.recipe.model.context,
@@ -230,7 +231,9 @@ def card_facts(opened: OpenRun, architecture: str, dtype: str, license: str) -> 
         data=_last(events, "data").get("facts", {}), result=_last(events, "result"),
         tokens=steps[-1].get("tokens") if steps else None,
         imported_from=_without_place(imported["from"]) if imported else None,
+        begun_from=_without_place(opened.recipe.start.path) if opened.recipe.start else None,
         begins_with=None if begin is None else opened.tokenizer.backend.id_to_token(begin),
+        ends_with=None if end is None else opened.tokenizer.backend.id_to_token(end),
         chat=opened.tokenizer.chat_template is not None,
         rounding="" if dtype in ("f32", stored_dtype(opened)) else f" The weights were rounded to {dtype} from f32.")
 
