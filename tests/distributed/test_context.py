@@ -25,6 +25,7 @@ CASES = {
     "packed, rope and alibi, checkpointed": Case(
         model=decoder(position=RoPEALiBiConfig()), packed=True, checkpoint_activations="full"),
     "packed, four layers": Case(model=decoder(num_layers=4, tied=False), packed=True, micro_batches=4),
+    "packed, compiled, checkpointed": Case(packed=True, compiled=True, steps=1, checkpoint_activations="selective"),
     "alibi": Case(model=decoder(position=ALiBiConfig())),
     "packed, sinusoidal": Case(model=decoder(position=SinusoidalConfig()), packed=True),
 }

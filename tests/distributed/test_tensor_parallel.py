@@ -35,6 +35,8 @@ NANO = Case(model=decoder(
     (NANO, LayoutConfig(tensor=2)),
     (NANO, LayoutConfig(tensor=4, sequence_parallel=False)),
     (replace(QWEN, compiled=True, steps=1), LayoutConfig(shard=2, tensor=2)),
+    (replace(QWEN, compiled=True, steps=1, checkpoint_activations="selective"), LayoutConfig(tensor=2)),
+    (replace(QWEN, compiled=True, steps=1, checkpoint_activations="full"), LayoutConfig(tensor=2)),
     (replace(GPT, rows=4), LayoutConfig(shard=2, tensor=2, vocabulary_parallel=False)),
     (QWEN, LayoutConfig(replicate=2, tensor=2)),
     (NANO, LayoutConfig(replicate=2, shard=2, tensor=2)),

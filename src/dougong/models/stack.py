@@ -28,7 +28,14 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Float[Tensor, "B T D"], x0_BTD: Float[Tensor, "B T D"], mask: Mask,
                 rotation: Rotation | None = None, value_BTE: Float[Tensor, "B row E"] | None = None,
-                cache: Cache | None = None) -> Float[Tensor, "B T D"]:
+                cache: Cache | None = None, *, selective: bool = False) -> Float[Tensor, "B T D"]:
+        """`selective`: all but products and attention is computed anew for the backward pass. In here, where a compiler
+        of the layer sees it: what it makes writes products into memory of its own, and nobody outside can keep them."""
+        inputs = (x_BTD, x0_BTD, mask, rotation, value_BTE, cache)
+        return _selectively(self.halves, *inputs) if selective else self.halves(*inputs)
+
+    def halves(self, x_BTD: Tensor, x0_BTD: Tensor, mask: Mask, rotation: Rotation | None, value_BTE: Tensor | None,
+               cache: Cache | None) -> Tensor:
         x = self.residual(x_BTD, x0_BTD)
         x = self.dropout(self.attention(self.attention_norm(x), mask=mask, rotation=rotation, value_BTE=value_BTE,
                                         cache=cache), onto=x)
@@ -38,9 +45,8 @@ class Block(nn.Module):
 class PostNormBlock(Block):
     """The original placement (arXiv:1706.03762): each half is normalised after it is added."""
 
-    def forward(self, x_BTD: Float[Tensor, "B T D"], x0_BTD: Float[Tensor, "B T D"], mask: Mask,
-                rotation: Rotation | None = None, value_BTE: Float[Tensor, "B row E"] | None = None,
-                cache: Cache | None = None) -> Float[Tensor, "B T D"]:
+    def halves(self, x_BTD: Tensor, x0_BTD: Tensor, mask: Mask, rotation: Rotation | None, value_BTE: Tensor | None,
+               cache: Cache | None) -> Tensor:
         x = self.residual(x_BTD, x0_BTD)
         x = self.attention_norm(self.dropout(self.attention(x, mask=mask, rotation=rotation, value_BTE=value_BTE,
                                                             cache=cache), onto=x))
@@ -83,7 +89,10 @@ class Stack(nn.ModuleDict):
         first_BTD = x0_BTD.view_as(x0_BTD)   # another object, or compile takes the first layer for another kind
         for name in names:
             inputs = (x_BTD, first_BTD, masks[self.windows[name]], rotation, (values or {}).get(name), cache)
-            x_BTD = self[name](*inputs) if again == "none" else _CHECKPOINTS[again](self[name], *inputs)
+            if again == "full":     # around a compiled layer, since torch repeats no collectives within one
+                x_BTD = checkpoint(self[name], *inputs, use_reentrant=False)
+            else:
+                x_BTD = self[name](*inputs, selective=again == "selective")
         return x_BTD, x0_BTD
 
 
@@ -100,7 +109,5 @@ def _policy(_context: Any, operation: Any, *_inputs: Any, **_options: Any) -> Ch
     return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-_CHECKPOINTS: dict[str, Callable[..., Any]] = {
-    "full": partial(checkpoint, use_reentrant=False),
-    "selective": partial(checkpoint, use_reentrant=False,
-                         context_fn=partial(create_selective_checkpoint_contexts, _policy))}
+_selectively: Callable[..., Any] = partial(
+    checkpoint, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, _policy))

@@ -98,7 +98,7 @@ class MoE(nn.Module):
         experts_E = torch.arange(self.section.num_experts, device=sorted_R.device)
         ends_E = torch.searchsorted(sorted_R, experts_E, right=True, out_int32=True)
         if self.load is not None and self.training and torch.is_grad_enabled():
-            self.load += ends_E.diff(prepend=ends_E.new_zeros(1))
+            self.load.add_(ends_E.diff(prepend=ends_E.new_zeros(1)))
         rows_RD = take_rows(x_MD, order_R, place_R, self.top_k)
         rows_RD = self.experts(rows_RD, ends_E) if self.exchange is None else \
             self.exchange(self.experts, rows_RD, ends_E)
