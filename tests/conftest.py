@@ -2,7 +2,7 @@
 
 One thread, because the suite runs on two shared cores, where two threads per test only wait for each other. Shapes are
 not checked where thousands of steps are taken with parts that other tests have checked: it makes these three times as
-slow. `make check` checks them everywhere.
+slow. `make check` checks them everywhere. Nor in `gpu`, whose tests compile blocks: the checks cannot be traced.
 """
 
 import os
@@ -19,7 +19,7 @@ import torch  # noqa: E402
 from dougong.runtime.device import end_team  # noqa: E402
 
 torch.set_num_threads(1)
-_MANY_STEPS = ("distributed", "unit/adapt", "unit/cli", "unit/plan", "unit/recipes", "unit/report", "unit/serve",
+_MANY_STEPS = ("distributed", "gpu", "unit/adapt", "unit/cli", "unit/plan", "unit/recipes", "unit/report", "unit/serve",
                "unit/generate/test_engine.py", "unit/generate/test_scheduler.py", "unit/generate/test_draft_model.py",
                "test_tiny.py")
 

@@ -7,8 +7,13 @@ import torch
 
 from dougong.core.config import replace
 from dougong.data.batch import Batch
+from dougong.generate import Engine, SamplingConfig
+from dougong.generate.fused import FusedAttention
 from dougong.models.families.qwen3 import Qwen3Config
+from dougong.nn.attention import AttentionConfig
+from dougong.nn.attention_kernels import fused
 from dougong.nn.float8 import float8_product, multiply_in_float8, why_not_float8
+from dougong.nn.mask import Mask
 from dougong.objectives.causal_lm import CausalLMConfig
 from dougong.optim.build import MuonConfig
 from dougong.recipes.assemble import compile_blocks
@@ -51,13 +56,14 @@ def test_logits_and_gradients_on_cuda_equal_those_on_the_cpu():
 
 
 @pytest.mark.parametrize("float8", [False, True])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_batch_is_learned_by_heart_in_bf16(compiled, float8):
+@pytest.mark.parametrize(("compiled", "again"), [(False, "none"), (True, "none"), (True, "selective")])
+def test_a_batch_is_learned_by_heart_in_bf16(compiled, again, float8):
     runtime = Runtime(device=torch.device("cuda"), dtype=torch.bfloat16)
     if float8 and (reason := why_not_float8(runtime.device)):
         pytest.skip(reason)
     model = model_on("cuda")
     model.compute_dtype = torch.bfloat16
+    model.stack.checkpoint_activations = again
     if float8:
         multiply_in_float8(model)
     if compiled:
@@ -95,3 +101,38 @@ def test_a_vocabulary_that_grows_is_begun_from_weights_that_lie_on_the_device():
         begin(model, Weights({name: tensor.to(device) for name, tensor in tracked(base).items()}, ""), seed=1)
     for name, tensor in tracked(expected).items():
         torch.testing.assert_close(tracked(found)[name].cpu(), tensor, rtol=0, atol=0)
+
+
+def test_a_shorter_lane_reads_the_end_of_a_bias_as_on_the_cpu():
+    """From a slice that begins at any number CUDA's memory-efficient attention cannot load."""
+    part = FusedAttention(AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=16).build(dim=64))
+    held = [torch.randn(2, heads, tokens, 16) for heads, tokens in ((4, 1), (2, 40), (2, 40))]
+    bias = torch.where(torch.arange(40) < torch.tensor([0, 20])[:, None], float("-inf"), 0.0)[:, None, None]
+    found = []
+    for device in ("cpu", "cuda"):
+        q, k, v = (x.to(device) for x in held)
+        lanes = [(slice(0, 1), k[:1], v[:1]), (slice(1, 2), k[1:, :, 3:], v[1:, :, 3:])]
+        found.append(part._attend_lanes(q, lanes, Mask(bias=bias.to(device))).cpu())
+    torch.testing.assert_close(found[1], found[0], rtol=2e-3, atol=2e-3)
+
+
+def test_a_bias_over_shared_key_heads_needs_no_memory_for_the_scores():
+    N, K, T, H = 8, 2, 4096, 64
+    q, k, v = (torch.randn(1, heads, T, H, device="cuda", dtype=torch.bfloat16) for heads in (N, K, K))
+    bias = torch.zeros(1, 1, T, T, device="cuda", dtype=torch.bfloat16)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    fused(q, k, v, Mask(bias=bias))
+    assert torch.cuda.max_memory_allocated() - before < N * T * T       # a byte for each score
+
+
+def test_steps_of_decoding_leave_cudnn_out():
+    """It makes a plan for each shape, and each token makes the keys longer."""
+    engine = Engine(model_on("cuda"), Runtime(device=torch.device("cuda"), dtype=torch.bfloat16))
+    steps = iter(engine.start([[1, 2, 3]], SamplingConfig(temperature=0, max_tokens=6)))
+    next(steps)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        assert sum(1 for _ in steps) == 5
+    names = {event.key for event in profile.key_averages()}
+    assert any("scaled_dot_product" in name for name in names)
+    assert not any("cudnn_attention" in name for name in names)

@@ -73,7 +73,10 @@ def solve(weight_OI: Float[Tensor, "O I"], moments: Moments, bits: int, group: i
           act_order: bool = True) -> tuple[Int[Tensor, "O I"], Float[Tensor, "O G"]]:
     """Integers (int8) and float16 scales of one map. The scales are those of the weights before anything moved, each
     the best for its group by H's diagonal."""
-    products, weight = moments.products.double(), weight_OI.double()
+    home, products = weight_OI.device, moments.products
+    if home.type == "mps":      # it has no float64
+        weight_OI, products = weight_OI.cpu(), products.cpu()
+    products, weight = products.double(), weight_OI.double()
     diagonal = products.diagonal()
     scale_OG = best_scale(weight_OI, bits, group, diagonal)
     order = diagonal.argsort(descending=True, stable=True) if act_order else torch.arange(len(diagonal),
@@ -81,7 +84,7 @@ def solve(weight_OI: Float[Tensor, "O I"], moments: Moments, bits: int, group: i
     factor = inverse_factor(products[order][:, order], damping)
     scale_OI = spread(scale_OG.double(), weight.shape[1], group)[:, order]
     integers = solve_in_order(weight[:, order], scale_OI, factor, bits)
-    return torch.empty_like(integers).index_copy_(1, order, integers), scale_OG
+    return torch.empty_like(integers).index_copy_(1, order, integers).to(home), scale_OG.to(home)
 
 
 def inverse_factor(products_II: Float[Tensor, "I I"], damping: float) -> Float[Tensor, "I I"]:

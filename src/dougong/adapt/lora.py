@@ -5,6 +5,7 @@
     config.merge(model)             plain matrices again, that compute the same
 """
 
+import copy
 import fnmatch
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -154,11 +155,12 @@ def check_merge(model: nn.Module) -> Merged:
     draw = torch.Generator().manual_seed(0)
     for name, part in adapters(model).items():
         x = torch.randn(_TRIED, part.in_features, generator=draw, dtype=torch.float64)
-        exact = part.exactly(x.to(part.lora_a.device))
+        precise = copy.deepcopy(part).cpu() if part.lora_a.device.type == "mps" else part     # MPS has no float64
+        exact = precise.exactly(x.to(precise.lora_a.device)).cpu()
         scale = exact.abs().max().clamp(min=1e-30)
         single = x.to(part.lora_a.device, part.lora_a.dtype)
         training = part.training
-        merged, apart = part.eval().merged()(single).double(), part(single).double()
+        merged, apart = (y.cpu().double() for y in (part.eval().merged()(single), part(single)))
         part.train(training)
         difference, rounding = (float((y - exact).abs().max() / scale) for y in (merged, apart))
         allowed = max(_SLACK * rounding, _FLOOR)

@@ -9,6 +9,9 @@ from one product, norms in one call, matrices packed for the CPU. What has no su
 own, value embeddings) stays as it is.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -26,6 +29,9 @@ from dougong.nn.norm import RMSNorm
 from dougong.nn.position import Rotation, rotate
 from dougong.nn.quantized import Quantized
 from dougong.runtime.device import multiplies_bf16
+
+_LOADED = 16
+"""bytes that CUDA's memory-efficient attention loads of a bias at once, from an address that must divide by them"""
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -206,11 +212,16 @@ class FusedAttention(nn.Module):
             bias = mask.bias
             if bias is not None:
                 bias = (bias if len(bias) == 1 else bias[rows])[..., -k_bKSH.shape[2]:]
+                if bias.device.type == "cuda" and bias.storage_offset() * bias.element_size() % _LOADED:
+                    bias = bias.clone()
             y.append(self._attend(q_BNTH[rows], k_bKSH, v_bKSH, Mask(causal=mask.causal, bias=bias)))
         return torch.cat(y)
 
     def _attend(self, q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Mask) -> Tensor:
         B, N, T, H = q_BNTH.shape
+        if q_BNTH.device.type == "cuda" and k_BKSH.shape[2] > T and torch.backends.cuda.cudnn_sdp_enabled():
+            with _without_cudnn():
+                return self._attend(q_BNTH, k_BKSH, v_BKSH, mask)
         per_head = mask.bias is not None and mask.bias.shape[1] > 1
         if T > 1 or self.kernel is not None or per_head:
             kernel = self.kernel or choose_kernel(q_BNTH, k_BKSH)
@@ -220,6 +231,18 @@ class FusedAttention(nn.Module):
         on_cpu = q_BKGH.dtype == torch.bfloat16 and q_BKGH.device.type == "cpu"
         attend = _one_query if on_cpu else F.scaled_dot_product_attention
         return attend(q_BKGH, k_BKSH, v_BKSH, attn_mask=mask.bias).reshape(B, N, 1, H)
+
+
+@contextlib.contextmanager
+def _without_cudnn() -> Iterator[None]:
+    """Attention by PyTorch's flash, memory-efficient or plain form, for what continues a text. On an H100 or H200 it
+    prefers cuDNN, which makes a plan for each shape, and here every token makes the keys longer by one. What
+    `torch.nn.attention.sdpa_kernel` does by all its switches, at each layer and token, this does by one."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 def _one_query(q_BKGH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, *, attn_mask: Tensor | None) -> Tensor:

@@ -34,9 +34,13 @@ def choose_kernel(q_BNTH: Tensor, k_BKSH: Tensor) -> Kernel:
 def fused(q_BNTH: Float[Tensor, "B N T H"], k_BKSH: Float[Tensor, "B K S H"],
           v_BKSH: Float[Tensor, "B K S H"], mask: Mask, *, dropout: float = 0.0) -> Float[Tensor, "B N T H"]:
     """PyTorch's `scaled_dot_product_attention`, which keeps no T × S scores where it has a fused form."""
+    k, v = k_BKSH, v_BKSH
+    if mask.bias is not None and q_BNTH.device.type == "cuda":
+        # The forms that take a bias want a key head for each query head; else all scores would lie in memory.
+        k, v = (_a_head_for_each(q_BNTH, part) for part in (k, v))
     return F.scaled_dot_product_attention(
-        q_BNTH, k_BKSH, v_BKSH, attn_mask=mask.bias, is_causal=mask.causal, dropout_p=dropout,
-        enable_gqa=q_BNTH.shape[1] != k_BKSH.shape[1])
+        q_BNTH, k, v, attn_mask=mask.bias, is_causal=mask.causal, dropout_p=dropout,
+        enable_gqa=q_BNTH.shape[1] != k.shape[1])
 
 
 def explicit(q_BNTH: Float[Tensor, "B N T H"], k_BKSH: Float[Tensor, "B K S H"], v_BKSH: Float[Tensor, "B K S H"],
@@ -59,12 +63,17 @@ def blocked(q_BNTH: Float[Tensor, "B N T H"], k_BKSH: Float[Tensor, "B K S H"], 
 
 def _attend(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Mask, dropout: float, *, block: int) -> Tensor:
     B, N, T, H = q_BNTH.shape
-    K, S = k_BKSH.shape[1:3]
-    k, v = (part if K == N else part.repeat_interleave(N // K, dim=1) for part in (k_BKSH, v_BKSH))
-    q, k, v = (part.reshape(B * N, -1, H) for part in (q_BNTH, k, v))
+    S = k_BKSH.shape[2]
+    q, k, v = (_a_head_for_each(q_BNTH, part).reshape(B * N, -1, H) for part in (q_BNTH, k_BKSH, v_BKSH))
     noise = random_bytes((B * N, T, S), q.device) if dropout else None
     y: Tensor = _Attention.apply(q, k, v, _bias(mask, B, N, T, S, like=q), noise, dropout, block)  # type: ignore
     return y.view(B, N, T, H)
+
+
+def _a_head_for_each(q_BNTH: Tensor, part_BKSH: Tensor) -> Float[Tensor, "B N S H"]:
+    """Keys or values, repeated for the query heads that share them."""
+    shared_by = q_BNTH.shape[1] // part_BKSH.shape[1]
+    return part_BKSH if shared_by == 1 else part_BKSH.repeat_interleave(shared_by, dim=1)
 
 
 def _bias(mask: Mask, B: int, N: int, T: int, S: int, *, like: Tensor) -> Tensor:

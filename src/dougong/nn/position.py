@@ -286,9 +286,10 @@ class ALiBi(Position):
     def __init__(self, num_heads: int) -> None:
         super().__init__()
         self.slopes = alibi_slopes(num_heads)
+        self._on: dict[torch.device, Tensor] = {}
 
     def bias(self, span: Span) -> Float[Tensor, "N T S"]:
-        return _linear_bias(self.slopes, span)
+        return _linear_bias(self.slopes, self._on, span)
 
 
 class RoPEALiBi(RoPE):
@@ -297,16 +298,21 @@ class RoPEALiBi(RoPE):
     def __init__(self, head_dim: int, *, theta: float, slopes: list[float]) -> None:
         super().__init__(head_dim, theta=theta)
         self.slopes = slopes
+        self._on: dict[torch.device, Tensor] = {}
 
     def bias(self, span: Span) -> Float[Tensor, "N T S"]:
-        return _linear_bias(self.slopes, span)
+        return _linear_bias(self.slopes, self._on, span)
 
 
-def _linear_bias(slopes: list[float], span: Span) -> Float[Tensor, "N T S"]:
-    """-slope · distance for every head, query and key."""
+def _linear_bias(slopes: list[float], on: dict[torch.device, Tensor], span: Span) -> Float[Tensor, "N T S"]:
+    """-slope · distance for every head, query and key. `on` keeps the slopes on each device: a GPU has to be waited for
+    at every copy from the host."""
+    if span.device not in on:
+        with torch.inference_mode(False):       # as in RoPE
+            on[span.device] = torch.tensor(slopes, device=span.device)
     index_S = torch.arange(span.end, device=span.device)
     distance_TS = index_S - index_S[span.length:, None]
-    return torch.tensor(slopes, device=span.device)[:, None, None] * distance_TS.float()
+    return on[span.device][:, None, None] * distance_TS.float()
 
 
 def alibi_slopes(num_heads: int) -> list[float]:

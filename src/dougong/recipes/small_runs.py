@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from dougong.core.config import replace
 from dougong.core.errors import ConfigError
@@ -111,17 +112,25 @@ def probe_seconds(budget: float) -> float:
 
 def measured_pace(recipe: Recipe, corpus: Any) -> float:
     """Seconds of one step of a recipe here."""
-    return measure_step(assemble(recipe, corpus), steps=_TIMED)
+    return measure_step(_assembled(recipe, corpus), steps=_TIMED)
 
 
 def train_small(recipe: Recipe, corpus: Any, size: str, steps: int) -> Small:
     """Trains one small model to the end of its own schedule and scores it on held-out text."""
-    built = assemble(with_steps(recipe, steps), corpus)
+    built = _assembled(with_steps(recipe, steps), corpus)
     paces = [result.seconds for result in fit(built.state, built.objective, built.runtime, built.recipe.train)]
     score = quick_score(built.recipe, corpus, built.runtime)
     assert score is not None, "run_probe looks for held-out text first"
     return Small(shape_with(recipe, size, corpus), steps, float(steps * tokens_per_step(recipe)),
                  float(np.median(paces)), score(built.state.model)["bits_per_byte"])
+
+
+def _assembled(recipe: Recipe, corpus: Any) -> Any:
+    """`assemble`, compiled afresh: all sizes share the code of a layer, of which torch compiles eight shapes and runs
+    the others as they are."""
+    if recipe.runtime.compile:
+        torch.compiler.reset()
+    return assemble(recipe, corpus)
 
 
 def run_probe(base: Recipe, allowed: float, training: float, *, pace: Callable[..., float] = measured_pace,

@@ -22,7 +22,7 @@ def seed_all(seed: int) -> None:
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of every generator: torch's as uint8 tensors, the others as JSON values."""
+    """The state of every generator: torch's as uint8 tensors, the others (and MPS's few bytes) as JSON values."""
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
     version, internal, gauss = random.getstate()
     state: dict[str, Any] = {
@@ -31,6 +31,8 @@ def rng_state() -> dict[str, Any]:
         "python": [version, list(internal), gauss]}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state().tolist()
     return state
 
 
@@ -43,3 +45,5 @@ def set_rng_state(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(internal), gauss))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())
+    if "mps" in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(torch.tensor(state["mps"], dtype=torch.uint8))

@@ -52,7 +52,11 @@ def choose_micro_rows(state: TrainState, objective: Objective, runtime: Runtime,
 
 
 def kept_bytes(model: nn.Module, objective: Objective, batch: Batch, runtime: Runtime) -> int:
-    """Bytes that autograd keeps between forward and backward of `batch`, weights not counted; one forward."""
+    """Bytes that autograd keeps between forward and backward of `batch`, weights not counted; one forward.
+
+    Uncompiled, which usually keeps more: a compiled layer that has met two rows would take the rows of the run for a
+    second shape, and compile for any number of them.
+    """
     own = {t.untyped_storage().data_ptr() for t in tracked(model).values()}
     kept: dict[int, int] = {}
 
@@ -64,7 +68,9 @@ def kept_bytes(model: nn.Module, objective: Objective, batch: Batch, runtime: Ru
 
     selective = getattr(getattr(model, "stack", None), "checkpoint_activations", "none") == "selective"
     products = Products() if selective else contextlib.nullcontext()
-    with _nothing_happened(model), products, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    eager = torch.compiler.set_stance("force_eager") if runtime.compile else contextlib.nullcontext()
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with _nothing_happened(model), eager, products, hooks:
         losses = objective.losses(model, batch.to(runtime.device))
         # read while the graph is alive: freed addresses would be counted as one
         total = sum(kept.values()) + (products.alive() if isinstance(products, Products) else 0)

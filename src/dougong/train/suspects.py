@@ -25,14 +25,14 @@ _SHOWN = 3
 class Before:
     """What a forward changes besides gradients: random numbers, and running statistics where a model has them."""
 
-    numbers: Tensor
-    device_numbers: Tensor | None
+    numbers: list[tuple[Any, Tensor]]
+    """modules of torch that draw, each with the state of its generator"""
     statistics: list[tuple[Tensor, Tensor]]
 
     @classmethod
     def of(cls, model: nn.Module, device: torch.device) -> "Before":
-        on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        return cls(torch.get_rng_state(), on_device, [
+        drawing: list[Any] = {"cuda": [torch, torch.cuda], "mps": [torch, torch.mps]}.get(device.type, [torch])
+        return cls([(module, module.get_rng_state()) for module in drawing], [
             (buffer, buffer.clone()) for module in model.modules()
             if isinstance(module, nn.modules.batchnorm._BatchNorm) for buffer in module.buffers()])
 
@@ -40,9 +40,8 @@ class Before:
         for buffer, before in self.statistics:
             buffer.copy_(before)
         if random_numbers:
-            torch.set_rng_state(self.numbers)
-            if self.device_numbers is not None:
-                torch.cuda.set_rng_state(self.device_numbers)
+            for module, state in self.numbers:
+                module.set_rng_state(state)
 
 
 def compare(first: Found, second: Found, first_reason: str,

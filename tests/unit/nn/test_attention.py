@@ -11,10 +11,23 @@ from dougong.nn.attention import AttentionConfig
 from dougong.nn.attention_kernels import BLOCKS_UP_TO, blocked, choose_kernel, explicit, fused
 from dougong.nn.dropout import random_bytes
 from dougong.nn.mask import Mask, build_mask
-from dougong.nn.position import ALiBi, Span
+from dougong.nn.position import ALiBi, RoPEALiBiConfig, Span
 
 B, T, H = 2, 13, 16
-KERNELS = {"fused": fused, "explicit": explicit, "blocks of 4": partial(blocked, block=4), "blocked": blocked}
+
+
+class OnCUDA(torch.Tensor):
+    """Numbers of the host that say they lie on CUDA."""
+
+    device = property(lambda self: torch.device("cuda"))
+
+
+def fused_on_cuda(q, k, v, mask, dropout=0.0):
+    return fused(*(x.as_subclass(OnCUDA) for x in (q, k, v)), mask, dropout=dropout).as_subclass(torch.Tensor)
+
+
+KERNELS = {"fused": fused, "fused on CUDA": fused_on_cuda, "explicit": explicit,
+           "blocks of 4": partial(blocked, block=4), "blocked": blocked}
 CPU = torch.device("cpu")
 SEGMENT = torch.tensor([[0] * 4 + [1] * 9, [3] * 11 + [4] * 2])
 MASKS = {
@@ -130,6 +143,34 @@ def test_attention_dropout_keeps_the_mean(kernel):
     # 64 keys of weight 1/64, each kept with probability 0.75 and scaled by 4/3: mean 1, variance 1/(3·64).
     assert abs(y.mean().item() - 1) < 5 * math.sqrt(1 / (3 * 64) / 3200)
     assert abs(y[..., 0].var().item() * 3 * 64 - 1) < 0.2
+
+
+@pytest.mark.parametrize(("kernel", "name", "heads"), [
+    (fused_on_cuda, "window", 6), (fused_on_cuda, "causal", 2), (fused, "window", 2)])
+def test_on_cuda_a_bias_meets_a_key_head_for_each_query_head(kernel, name, heads, monkeypatch):
+    """Of PyTorch's forms on CUDA only flash reads shared heads, and it takes no bias."""
+    asked, attend = [], torch.nn.functional.scaled_dot_product_attention
+
+    def record(q, k, v, **options):
+        asked.append((k.shape[1], v.shape[1], options["enable_gqa"]))
+        return attend(q, k, v, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+    kernel(*sample(6, 2)[:3], mask_of(name, 6, torch.float64))
+    assert asked == [(heads, heads, heads != 6)]
+
+
+def test_slopes_are_copied_to_a_device_once(monkeypatch):
+    """On CUDA each copy from the host waits for what the device has still to do."""
+    alibi, span, made, tensor = ALiBi(4), Span(T=3, device=CPU), [], torch.tensor
+    both = RoPEALiBiConfig().build(dim=32, head_dim=8, num_heads=4, context=8, init=None)
+    monkeypatch.setattr(torch, "tensor", lambda *values, **options: made.append(values) or tensor(*values, **options))
+    for position in (alibi, both):
+        with torch.inference_mode():
+            first = position.bias(span)
+        again = position.bias(span)
+        assert torch.equal(first, again) and not position._on[CPU].is_inference()
+    assert len(made) == 2
 
 
 def test_no_mask_is_built_where_causality_is_enough():

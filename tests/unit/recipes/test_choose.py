@@ -7,9 +7,11 @@ from random import Random
 from types import SimpleNamespace
 
 import pytest
+import torch
 from rich.console import Console
 from torch.distributed.run import get_args_parser
 
+from dougong.core.config import replace
 from dougong.core.errors import ConfigError
 from dougong.models import count
 from dougong.plan.budget import Budget
@@ -208,6 +210,28 @@ def world(monkeypatch):
 
 def _flops(recipe, corpus):
     return small_runs.shape_with(recipe, "", corpus).flops_per_token * small_runs.tokens_per_step(recipe)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_each_small_model_is_compiled_as_if_it_were_the_first(compiled, world, monkeypatch):
+    """Of one piece of code torch compiles eight shapes, and runs the others as they are: they would be mistimed."""
+    calls = []
+
+    def assemble(recipe, corpus):
+        calls.append("assemble")
+        return SimpleNamespace(recipe=recipe, state=SimpleNamespace(model=None), objective=None, runtime=None)
+
+    monkeypatch.setattr(torch.compiler, "reset", lambda: calls.append("reset"))
+    monkeypatch.setattr(small_runs, "assemble", assemble)
+    monkeypatch.setattr(small_runs, "measure_step", lambda built, steps: 0.5)
+    monkeypatch.setattr(small_runs, "fit", lambda *_: [SimpleNamespace(seconds=0.5)])
+    monkeypatch.setattr(small_runs, "quick_score", lambda *_: lambda model: {"bits_per_byte": 2.0})
+    settled = small_runs.settle_probe(world[0], 1e5)
+    settled = replace(settled, runtime=replace(settled.runtime, compile=compiled))
+    recipe, corpus = small_runs.sized(settled, "1M"), small_runs.prepare_data(settled)
+    small_runs.measured_pace(recipe, corpus)
+    small_runs.train_small(recipe, corpus, "1M", 10)
+    assert calls == (["reset", "assemble"] if compiled else ["assemble"]) * 2
 
 
 @pytest.mark.parametrize("training", [360.0, 1440.0, 14_400.0])

@@ -1,5 +1,6 @@
 """Device, seeds and sums: named, saved, put back, and measured without moving a run."""
 
+import json
 import random
 import time
 from pathlib import Path
@@ -47,6 +48,19 @@ def test_every_generator_is_seeded_and_put_back():
     seed_all(99)
     set_rng_state(state)
     assert [drawn() for _ in range(3)] == expected
+
+
+def test_the_generator_of_mps_is_put_back_through_json(monkeypatch):
+    there = torch.Generator().manual_seed(3)    # stands for MPS's
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "get_rng_state", there.get_state)
+    monkeypatch.setattr(torch.mps, "set_rng_state", there.set_state)
+    state = rng_state()
+    expected = torch.rand(3, generator=there)
+    set_rng_state({**json.loads(json.dumps({k: v for k, v in state.items() if k != "torch"})), "torch": state["torch"]})
+    assert torch.equal(torch.rand(3, generator=there), expected)
+    monkeypatch.undo()
+    set_rng_state(state)        # where there is no MPS
 
 
 def test_measuring_does_not_move_the_random_numbers():

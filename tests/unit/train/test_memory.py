@@ -1,5 +1,7 @@
 """How many rows fit is known before training, and asking changes nothing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_training import OBJECTIVE, RUNTIME, CountingLoader, assert_same, flat, tiny_state
@@ -56,6 +58,29 @@ def test_kept_bytes_count_what_a_known_graph_keeps():
     batch = Batch(features=torch.rand(50, 4), targets=torch.rand(50, 1))
     kept = memory.kept_bytes(model, OBJECTIVES["regression"]().build(), batch, RUNTIME)
     assert 2 * 50 * 1000 * 4 <= kept < 2.1 * 50 * 1000 * 4      # GELU's input and its output
+
+
+def test_counting_compiles_nothing_so_that_the_rows_of_the_run_are_the_first_shape():
+    class Squared(nn.Module):
+        def forward(self, x):
+            return x.square().sum(-1, keepdim=True)
+
+    model, shapes = nn.Sequential(nn.Linear(4, 10), Squared()), []
+    objective, runtime = OBJECTIVES["regression"]().build(), replace(RUNTIME, compile=True)
+
+    def backend(graph, inputs):
+        shapes.extend(tuple(x.shape) for x in inputs)
+        return graph.forward
+
+    def batch(rows):
+        return Batch(features=torch.rand(rows, 4), targets=torch.rand(rows, 1))
+
+    expected = memory.kept_bytes(model, objective, batch(2), RUNTIME)
+    model[1].compile(backend=backend)
+    for _ in range(2):      # before it has been compiled, and after
+        assert memory.kept_bytes(model, objective, batch(2), runtime) == expected
+        objective.losses(model, batch(50))
+        assert shapes == [(50, 10)]
 
 
 def test_kept_bytes_count_the_products_that_selective_checkpointing_keeps():

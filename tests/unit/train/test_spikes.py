@@ -21,6 +21,7 @@ from dougong.train.loop import fit
 from dougong.train.rewind import go_back
 from dougong.train.spikes import NO_LIMIT, Spikes
 from dougong.train.state import TrainState
+from dougong.train.suspects import Before
 
 QUICK = SpikeConfig(window=8, sigmas=6.0, times=2.0, rewind_after=3, rewind_within=6)
 
@@ -236,6 +237,17 @@ def test_experts_forget_the_tokens_of_a_faulty_run():
             ["transient"] if objective is not STEADY else [])
         runs.append(flat(state))
     assert_same(*runs)
+
+
+@pytest.mark.parametrize("name", ["cuda", "mps"])
+def test_a_step_is_computed_again_with_the_random_numbers_of_its_device(name, monkeypatch):
+    there = torch.Generator().manual_seed(3)    # stands for the device's
+    monkeypatch.setattr(getattr(torch, name), "get_rng_state", there.get_state)
+    monkeypatch.setattr(getattr(torch, name), "set_rng_state", there.set_state)
+    before = Before.of(torch.nn.Linear(1, 1), torch.device(name))
+    expected = torch.rand(3), torch.rand(3, generator=there)
+    before.put_back()
+    assert torch.equal(torch.rand(3), expected[0]) and torch.equal(torch.rand(3, generator=there), expected[1])
 
 
 def test_bad_data_come_back_and_the_row_and_its_document_are_named():
