@@ -39,6 +39,9 @@ def plan_recipe(asked: Recipe, machine: Machine, devices: int, *, probe: bool = 
     on fake tensors too.
     """
     check_plannable(asked)
+    if asked.train.epochs is not None and asked.train.steps is None:
+        raise ConfigError(f"train.epochs={asked.train.epochs:g} is as long as the data are, and a plan reads no data. "
+                          "Add train.steps=1000, or train.minutes.")
     recipe, derived = _elsewhere(asked, machine, devices)
     work = work_of(recipe, machine)
     counts = Counts(work.step())
@@ -77,9 +80,6 @@ def check_plannable(recipe: Recipe) -> None:
     if recipe.adapter is not None:
         raise ConfigError(f"`dougong plan` counts the training of every weight, and adapt.kind={recipe.adapter.kind} "
                           f"trains few.\nTry: dougong train {recipe.name} --dry-run")
-    if recipe.train.epochs is not None and recipe.train.steps is None:
-        raise ConfigError(f"train.epochs={recipe.train.epochs:g} is as long as the data are, and a plan reads no data. "
-                          "Add train.steps=1000, or train.minutes.")
     if recipe.is_language_model and batch_fields(student_alone(recipe), 1, 1) == token_fields(1, 1):
         return
     trains = f"with objective.kind={recipe.objective.kind}" if recipe.is_language_model else f"a {recipe.model.kind}"

@@ -14,7 +14,7 @@ from dougong.plan.machine import machine
 from dougong.recipes import choose
 from dougong.recipes import plan_recipe as module
 from dougong.recipes.launch import why_not
-from dougong.recipes.plan_recipe import check_plannable, plan_recipe, work_of
+from dougong.recipes.plan_recipe import plan_recipe, work_of
 from dougong.recipes.recipe import StartConfig, load_recipe
 
 SMALL = ["size=null", "tokenizer.vocab_size=512", "model.context=128", "model.dim=64", "model.num_layers=2",
@@ -126,7 +126,7 @@ def test_a_layout_of_ones_own_that_training_refuses_is_refused_for_the_same_reas
     ids=["epochs", "adapter"])
 def test_what_a_plan_cannot_know_or_count_is_refused_with_what_can(recipe, says):
     with pytest.raises(ConfigError, match=says):
-        check_plannable(recipe)
+        plan_recipe(recipe, cpu(1000), 1)
 
 
 def test_rows_shorter_than_the_context_are_planned_as_they_are():
