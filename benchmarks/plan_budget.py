@@ -11,10 +11,11 @@ and its own result inside the predicted interval.
 Equal time without equal load: the seconds of one step of every shape are measured once, at the first call, which wants
 a quiet machine; all runs then have fixed numbers of steps (time / seconds of a step), so what else the machine does
 later changes nothing but the waiting, nor does it matter that --workers processes train the grid side by side, each on
-its share of the cores. Finished runs are kept in --runs (JSON lines): stopped at any moment, or by --minutes, the same
-command goes on, on another machine too, as the steps of each run are settled (results/plan_budget_24.jsonl). --scale divides the budgets: at 10 they are 36 s and 2.4 min of training. KEY=VALUE
-changes recipe `first`. The full form takes about 6.5 hours on two cores, --scale 10 about 45 minutes; there the small
-runs stop within their first steps, where the probe itself warns, so 2 to 4 is as far as the figures keep their meaning.
+its share of the cores. Finished runs are kept in --runs (JSON lines): stopped at any moment, or by --minutes, the
+same command goes on, on another machine too, as the steps of each run are settled (results/plan_budget_24.jsonl).
+--scale divides the budgets: at 10 they are 36 s and 2.4 min of training. KEY=VALUE changes recipe `first`. The full
+form takes about 6.5 hours on two cores, --scale 10 about 45 minutes; there the small runs stop within their first
+steps, where the probe itself warns, so 2 to 4 is as far as the figures keep their meaning.
 """
 
 import argparse
