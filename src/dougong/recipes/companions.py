@@ -26,9 +26,6 @@ COMPANIONS = Table("companion", {
 })
 """objective kind: function(recipe, corpus, objective, model, runtime) -> (objective, corpus)"""
 
-REFERENCED = ("dpo", "ipo", "kto")
-"""objectives that compare with the model that the run began from"""
-
 
 def accompany(recipe: Recipe, corpus: Any, objective: Objective, model: nn.Module,
               runtime: Runtime) -> tuple[Objective, Any]:

@@ -60,7 +60,8 @@ def with_reference(recipe: Recipe, corpus: Any, objective: Objective, model: nn.
     check_pairs(recipe, corpus, objective, model, runtime)
     if recipe.start is None:
         raise ConfigError(f"objective.kind={recipe.objective.kind} compares the model with the one that it began from. "
-                          "Name one: --model RUN, --model FOLDER, or --model hf:OWNER/NAME.")
+                          "Name one: --model RUN, --model FOLDER, or --model hf:OWNER/NAME. A run that was made "
+                          "smaller has none of its shape any more: score it on text, dougong eval RUN --data FOLDER.")
     weights = read_weights(recipe.start)
     path = _place(recipe, corpus, runtime, weights)
     with turn(path.with_suffix(".lock"), lambda *_: None):

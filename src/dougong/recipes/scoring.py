@@ -10,7 +10,7 @@ from dougong.data.dedup import DedupConfig
 from dougong.data.split import SplitConfig
 from dougong.objectives.objective import Objective
 from dougong.recipes import array_scores
-from dougong.recipes.companions import REFERENCED, accompany
+from dougong.recipes.companions import accompany
 from dougong.recipes.held_out import held_out, held_out_together
 from dougong.recipes.recipe import Recipe
 from dougong.runtime.device import Runtime
@@ -54,10 +54,6 @@ def score(opened: Any, *, data: str | None = None, split: str | None = None, str
     """Scores an open run on a whole split, or on all of a text that it was not trained on: `data`, or what an imported
     model was given. Returns the fields of a `result` event."""
     data = data or opened.recorded.get("imported", {}).get("data")
-    if data is None and "smaller" in opened.recorded and opened.recipe.objective.kind in REFERENCED:
-        raise ConfigError(f"{opened.directory.path} was {opened.recorded['smaller']['how']}, and objective.kind="
-                          f"{opened.recipe.objective.kind} compares replies with those of the model that it began "
-                          "from, which has another shape.\nScore it on text: --data FOLDER.")
     if data is None:
         return final_score(opened.recipe, opened.corpus, opened.model, opened.runtime, split=split, stride=stride,
                            baselines=baselines, weights=opened.weights, progress=progress)

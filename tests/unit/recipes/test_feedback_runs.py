@@ -276,5 +276,5 @@ def test_a_pruned_run_of_preferences_says_what_can_still_be_scored(root, tmp_pat
     made = dougong("compress", root / "to-prune", "--prune", "0.3", "--out", tmp_path / "pruned")
     assert made.code == 0, made.err
     refused = dougong("eval", tmp_path / "pruned")
-    assert refused.code == 2 and "was pruned" in refused.err and "--data FOLDER" in refused.err
+    assert refused.code == 2 and "was made smaller" in refused.err and "--data FOLDER" in refused.err
     assert dougong("eval", tmp_path / "pruned", "--data", root / "texts").code == 0
