@@ -151,3 +151,15 @@ def test_a_second_run_of_a_name_takes_the_next_number(folder, whole):
 def test_training_has_learned_something(whole):
     losses = [e["loss"] for e in read_events(whole.events) if e["event"] == "step"]
     assert len(losses) == STEPS and losses[-1] < losses[0] - 0.5
+
+
+def test_the_peak_that_is_told_is_that_of_training_not_of_the_score_after_it(tmp_path, monkeypatch):
+    from dougong.recipes import train
+
+    held, score = [100], train._score_final
+    monkeypatch.setattr(train, "peak_memory_bytes", lambda device: held[-1])
+    monkeypatch.setattr(train, "_score_final", lambda *a: (held.append(900), score(*a))[1])
+    recipe = write_recipe(tmp_path / "r.yaml", write_texts(tmp_path / "texts", documents=20))
+    assert dougong("train", recipe, "--run", tmp_path / "run", "train.steps=2").code == 0
+    end = [event for event in read_events(tmp_path / "run" / "events.jsonl") if event["event"] == "end"]
+    assert held == [100, 900] and [event["peak_memory_bytes"] for event in end] == [100]

@@ -174,3 +174,12 @@ def test_tokens_of_the_chat_template_are_learned_where_the_model_only_kept_rows_
             if event["event"] == "derived" for item in event["values"] if item["key"] == "adapt.also"]
     assert len(told) == 1 and "<|im_start|>" in told[0] and "noise" in told[0]
     assert tables <= set(tensors_of(tmp_path / "first"))
+
+
+def test_the_card_counts_an_adapter_with_the_model_that_it_belongs_to(base, tmp_path):
+    from dougong.recipes.card import _sizes
+
+    assert adapt(base, tmp_path / "run", "adapt=lora", "adapt.rank=2", "train.steps=2").code == 0
+    opened = open_run(tmp_path / "run")
+    file = opened.directory.checkpoint(opened.step) / "model.safetensors"
+    assert _sizes(opened)["disk_bytes"] == _sizes(opened)["memory_bytes"] > 2 * file.stat().st_size
