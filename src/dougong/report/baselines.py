@@ -47,7 +47,7 @@ def measured_key(run: RunFacts) -> str | None:
 
 
 def baselines(run: RunFacts) -> list[Baseline]:
-    """The result's baselines. However differences were written, positive here means a better model."""
+    """The result's baselines. An event's differences are the model's value minus the baseline's."""
     key = measured_key(run)
     if key is None:
         return []
@@ -56,10 +56,9 @@ def baselines(run: RunFacts) -> list[Baseline]:
         if not isinstance(entry, dict) or not is_number(entry.get(key)):
             continue
         value = float(entry[key])
-        advantage = (value - run.result[key]) * (1 if key == "bits_per_byte" else -1)
-        interval = pair(entry.get("interval"))
-        if interval and sum(interval) * advantage < 0:
-            interval = (-interval[1], -interval[0])
+        advantage, interval = run.result[key] - value, pair(entry.get("interval"))
+        if key == "bits_per_byte":
+            advantage, interval = -advantage, interval and (-interval[1], -interval[0])
         found.append(Baseline(str(entry.get("name", "baseline")), value, advantage, interval))
     return found
 

@@ -84,17 +84,24 @@ def _bits(runs: list[RunFacts]) -> Chart | None:
 
 
 def _references(runs: list[RunFacts]) -> list[Reference]:
-    """Baselines as horizontal lines, where all runs that have them agree on them."""
-    found: dict[str, set[float]] = {}
+    """Baselines as horizontal lines that name the split they were measured on, where all runs that have them agree."""
+    found: dict[tuple[str, str], set[float]] = {}
     for run in runs:
         for baseline in run.result.get("baselines") or []:
             if isinstance(baseline, dict) and is_number(baseline.get("bits_per_byte")):
-                found.setdefault(str(baseline.get("name")), set()).add(baseline["bits_per_byte"])
+                key = str(baseline.get("name")), str(run.result.get("split", "–"))
+                found.setdefault(key, set()).add(baseline["bits_per_byte"])
     return [
         Reference(
-            value, Text(f"{name} {fixed(value).en}", f"{baseline_name(name).zh.strip()} {fixed(value).zh}")
+            value,
+            say(
+                "line_baseline",
+                name=Text(name, baseline_name(name).zh.strip()),
+                split=word(split),
+                value=fixed(value),
+            ),
         )
-        for name, values in found.items()
+        for (name, split), values in found.items()
         for value in values
         if len(values) == 1
     ]

@@ -13,7 +13,7 @@ import numpy as np
 import yaml
 
 from dougong.core.errors import CheckpointError
-from dougong.core.events import last_per_step, read_events
+from dougong.core.events import BETWEEN_STEPS, last_per_step, read_events
 from dougong.core.run import RunDirectory
 from dougong.report.numbers import is_number
 
@@ -77,6 +77,8 @@ class RunFacts:
     skips: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[dict[str, Any]] = field(default_factory=list)
     checkpoints: list[dict[str, Any]] = field(default_factory=list)
+    waits: dict[str, float] = field(default_factory=dict)
+    """seconds for which training stood still between steps, by phase"""
     result: dict[str, Any] = field(default_factory=dict)
     before_after: dict[str, Any] = field(default_factory=dict)
 
@@ -149,6 +151,7 @@ def read_facts(run: RunDirectory, *, now: float | None = None) -> RunFacts:
         skips=list({e.get("step"): e for e in of.get("skip", [])}.values()),
         warnings=of.get("warning", []),
         checkpoints=of.get("checkpoint", []),
+        waits=_waits(of.get("step", [])),
         result=of.get("result", [{}])[-1],
         before_after=of.get("before_after", [{}])[-1],
     )
@@ -232,6 +235,12 @@ def _series(events: list[dict[str, Any]]) -> Series:
         minutes=elapsed / 60,
         values={key: column(key) for key in sorted(keys | {"loss", "memory_bytes", "epoch"})},
     )
+
+
+def _waits(events: list[dict[str, Any]]) -> dict[str, float]:
+    phases = [_dict(e.get("phases")) for e in events]
+    found = {name: sum(p[name] for p in phases if is_number(p.get(name))) for name in BETWEEN_STEPS}
+    return {name: seconds for name, seconds in found.items() if seconds}
 
 
 def _status(run: RunDirectory, events: list[dict[str, Any]], attempts: list[Attempt], now: float) -> str:

@@ -7,7 +7,6 @@ that slipped through escaping could not run or call out.
 import base64
 import hashlib
 import json
-import math
 import shlex
 from pathlib import Path, PurePath
 from typing import Any
@@ -244,11 +243,13 @@ def recipe_command(run: RunFacts) -> tuple[str, str]:
 
 
 def time_parts(run: RunFacts) -> list[tuple[Text, Text, float]]:
-    """(what, how long, share) of the time that the run accounted for."""
+    """(what, how long, share) of the time that the run accounted for. What is written beside training costs it nothing:
+    of samples and checkpoints counts for how long it stood still."""
     parts = [
         ("time_training", run.training_s),
         ("time_evaluation", sum(e["seconds"] for e in run.evaluations if is_number(e.get("seconds")))),
-        ("time_checkpoints", sum(c["seconds"] for c in run.checkpoints if is_number(c.get("seconds")))),
+        ("time_samples", run.waits.get("sample")),
+        ("time_checkpoints", run.waits.get("checkpoint")),
     ]
     known = [(key, float(seconds)) for key, seconds in parts if seconds]
     total = sum(seconds for _, seconds in known)
@@ -280,18 +281,14 @@ def machine_of(run: RunFacts) -> list[tuple[Text, Text]]:
 
 
 def parameters_of(run: RunFacts) -> list[tuple[Text, Text, float]]:
-    """(part, count, share of the total), the total last."""
-    counts = {k: v for k, v in (run.model.get("parameters") or {}).items() if is_number(v)}
-    total = counts.pop("total", None) or sum(counts.values())
-    rows = [
-        (
-            Text.same(word(k).en.replace("_", " ")) if word(k).en == word(k).zh else word(k),
-            numbers.exact(v),
-            v / total if total else math.nan,
-        )
-        for k, v in counts.items()
-    ]
-    return [*rows, (say("total"), numbers.exact(total), 1.0)] if total else rows
+    """(part, count, share of the total): the parts, which add up to the total, and the total."""
+    counted = run.model.get("parameters") or {}
+    parts = counted.get("by_part") if isinstance(counted.get("by_part"), dict) else {}
+    total = counted.get("total")
+    if not is_number(total) or not total:
+        return []
+    rows = [(Text.same(name), value) for name, value in parts.items() if is_number(value)]
+    return [(name, numbers.exact(value), value / total) for name, value in [*rows, (say("total"), total)]]
 
 
 def newest_checkpoint(run: RunFacts) -> Text | None:

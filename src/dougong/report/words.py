@@ -188,6 +188,7 @@ PHRASES: dict[str, tuple[str, str]] = {
     "unit_examples_per_s": ("examples / s", "样本/秒"),
     "line_raw": ("each step", "每步"),
     "line_smooth": ("weighted mean of {n}", "{n} 个加权平均"),
+    "line_baseline": ("{name}, {split}: {value}", "{name}（{split}）{value}"),
     "line_value": ("value", "数值"),
     "line_eval": ("{split}", "{split}"),
     "line_eval_ema": ("{split}, averaged weights", "{split}，平均权重"),
@@ -257,10 +258,10 @@ PHRASES: dict[str, tuple[str, str]] = {
     "parameters_by_part": ("Parameters", "参数"),
     "part": ("part", "部分"),
     "total": ("total", "合计"),
-    "embedding": ("embedding", "嵌入"),
-    "matrices": ("matrices", "矩阵"),
-    "vectors": ("vectors", "向量"),
-    "trained": ("trained beside frozen ones", "在冻结参数旁训练"),
+    "trained": (
+        "{n} more numbers are trained beside these, which stay as they are: {share} of the total.",
+        "上述参数保持不变，另有 {n} 个数参与训练，为总数的 {share}。",
+    ),
     "flops_per_token": (
         "{n} FLOPs for each training token, forward and backward.",
         "每个训练词元前向加反向共 {n} 次浮点运算。",
@@ -280,7 +281,8 @@ PHRASES: dict[str, tuple[str, str]] = {
     "time_title": ("Time", "时间"),
     "time_training": ("training", "训练"),
     "time_evaluation": ("evaluation", "评估"),
-    "time_checkpoints": ("checkpoints", "检查点"),
+    "time_samples": ("samples", "样例"),
+    "time_checkpoints": ("waiting for checkpoints", "等待检查点"),
     "energy_title": ("Energy", "能耗"),
     "energy_is": ("About {energy}. An estimate, not a measurement.", "约 {energy}。这是估计，不是测量。"),
     "energy_assumption": ("Basis: {text}", "依据：{text}"),
@@ -318,8 +320,8 @@ PHRASES: dict[str, tuple[str, str]] = {
     "warnings_title": ("Warnings", "警告"),
     "skips_title": ("Skipped steps", "跳过的步"),
     "skips_are": (
-        "Steps skipped because a loss or gradient was not finite, or leapt: {n}.",
-        "因损失或梯度不是有限值、或突然跳升而被跳过的步数：{n}。",
+        "Steps that moved no weight, each for its reason: {n}.",
+        "没有更新权重的步数（各有原因）：{n}。",
     ),
     # reproduce
     "reproduce_title": ("Make it again", "再做一遍"),
@@ -368,7 +370,7 @@ def say(key: str, **values: object) -> Text:
 
 
 _NAMES = frozenset((
-    "train", "validation", "test", "raw", "ema", "embedding", "matrices", "trained", "vectors", "total",
+    "train", "validation", "test", "raw", "ema", "total",
     "accuracy", "exact", "near", "documents", "bytes", "tokens", "examples", "rows", "documents_cut",
     "padding_share", "weight", "passes_per_epoch", "share", "bytes_per_token", "lr", "loss",
     "processor", "cores", "memory_bytes", "system", "device", "precision", "threads", "compile",

@@ -166,7 +166,12 @@ def preface(writer: Writer) -> None:
     writer.event(
         "model",
         flops_per_token=1.31e7,
-        parameters={"total": 2_064_384, "embedding": 393_216, "matrices": 1_666_560, "vectors": 4_608},
+        parameters={
+            "total": 2_064_384,
+            "embedding": 393_216,
+            "matrices": 2_059_776,
+            "by_part": {"stem": 393_216, "stack.attention": 368_640, "stack.mlp": 1_297_920, "norm": 4_608},
+        },
         groups=[
             {
                 "optimizer": "muon",
@@ -236,6 +241,7 @@ def train_steps(
             elapsed_s=round(elapsed, 3),
             memory_bytes=1_310_000_000,
             epoch=round(step * weight / 8.4e6, 4),
+            phases={"forward": 0.1, "backward": 0.19, "checkpoint": 0.0005},
         )
         if step in evaluations or (every > 1 and round(step / every) % max(1, steps // every // 12) == 0):
             loss = float(true_loss(step, steps, floor)) + 0.03

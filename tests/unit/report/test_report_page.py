@@ -15,8 +15,10 @@ from dougong.core.errors import CheckpointError, ConfigError
 from dougong.core.events import EventLog
 from dougong.core.files import lock
 from dougong.core.run import RunDirectory
-from dougong.report import write_report
+from dougong.report import numbers, write_report
+from dougong.report.baselines import baselines
 from dougong.report.facts import read_facts
+from dougong.report.page import parameters_of, time_parts
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 LOADING = {"src", "srcset", "data", "poster", "action", "formaction", "background", "xlink:href", "href"}
@@ -185,6 +187,50 @@ def test_accuracy_takes_the_place_of_bits_and_an_interval_with_zero_is_called_ch
     assert "The model is right in 98.9 % of unseen examples; linear SVM in 98.3 %." in page.text
     assert "−0.6 points to 1.7 points, includes 0: it may be chance" in page.text
     assert "stopped early" in page.text
+
+
+def told(run: RunDirectory, *events: dict) -> RunDirectory:
+    with open(run.events, "a", encoding="utf-8") as file:
+        for event in events:
+            file.write(json.dumps({"attempt": 1, "time": fake_runs.BEGAN, **event}) + "\n")
+    return run
+
+
+def test_parts_add_up_to_the_parameters_and_what_an_adapter_trains_stands_beside_them(finished, tmp_path):
+    facts = read_facts(finished)
+    rows = parameters_of(facts)
+    assert rows[-1][1].en == numbers.exact(2_064_384).en and "matrices" not in [name.en for name, *_ in rows]
+    assert sum(share for *_, share in rows[:-1]) == pytest.approx(1)
+    adapter = told(fake_runs.begun(tmp_path / "a"), {"event": "model", "parameters": {
+        "total": 1000, "matrices": 900, "by_part": {"stem": 400, "stack.mlp": 600}, "trained": 50}})
+    page, _ = page_of(adapter, out=tmp_path / "r.html")
+    assert "50 more numbers are trained beside these, which stay as they are: 5.0 % of the total." in page.text
+
+
+def test_what_is_written_beside_training_counts_for_how_long_training_stood_still(tmp_path):
+    run = told(fake_runs.begun(tmp_path / "run"),
+               *({"event": "step", "step": n, "loss": 3.0, "elapsed_s": n * 10.0,
+                  "phases": {"forward": 9.0, "checkpoint": 0.5, "sample": 0.25}} for n in (1, 2)),
+               {"event": "checkpoint", "step": 2, "bytes": 100, "seconds": 500.0})
+    parts = {name.en: share for name, _, share in time_parts(read_facts(run))}
+    assert parts == pytest.approx({"training": 20 / 21.5, "samples": 0.5 / 21.5, "waiting for checkpoints": 1 / 21.5})
+
+
+@pytest.mark.parametrize("bits, rival, interval, advantage", [
+    (1.0, 1.001, [-0.002, 0.003], (-0.003, 0.002)),     # better by a hair, though the interval leans the other way
+    (1.0, 0.9, [0.05, 0.15], (-0.15, -0.05)),
+])
+def test_an_interval_is_read_as_its_event_defines_it(bits, rival, interval, advantage, tmp_path):
+    run = told(fake_runs.begun(tmp_path / "run"), {
+        "event": "result", "split": "test", "bits_per_byte": bits,
+        "baselines": [{"name": "5-gram", "bits_per_byte": rival, "difference": bits - rival, "interval": interval}]})
+    found, = baselines(read_facts(run))
+    assert found.advantage == pytest.approx(rival - bits) and found.interval == pytest.approx(advantage)
+
+
+def test_baselines_beside_a_curve_name_the_split_they_were_measured_on(finished, tmp_path):
+    page, _ = page_of(finished, out=tmp_path / "r.html")
+    assert "5-gram, test: 1.951" in page.text
 
 
 def test_an_empty_directory_is_refused_and_a_bare_recipe_is_not(tmp_path):
