@@ -115,6 +115,8 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(folder):
     assert resumed.code == 0, resumed.err
     starts = [e["step"] for e in read_events(runs[1].events) if e["event"] == "start"]
     assert len(starts) == 2 and 20 <= starts[1] < steps, "it did not go on from a checkpoint"
+    elapsed = [e["elapsed_s"] for e in read_events(runs[1].events) if e["event"] == "step"]
+    assert elapsed == sorted(elapsed), "steps that the kill undid took their time too"
     assert_same_end(*runs, steps)
 
 

@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 BYTES_FP32 = 4
-OPTIMIZER_COPIES = {"adamw": 2, "adam": 2, "muon": 1, "rmsprop": 1, "sgd": 1}
 
 
 @dataclass(frozen=True)
@@ -33,15 +32,15 @@ class Estimate:
         return {**asdict(self), "memory_bytes": self.memory_bytes}
 
 
-def estimate(*, parameters: int, flops_per_token: float, tokens_per_step: int, steps: int, optimizer: str,
-             ema: bool, counted: Mapping[str, float], checkpoints_kept: int, trained: int | None = None) -> Estimate:
+def estimate(*, parameters: int, flops_per_token: float, tokens_per_step: int, steps: int, ema: bool,
+             counted: Mapping[str, float], checkpoints_kept: int, trained: int | None = None) -> Estimate:
     """Adds the parts up. `counted` is a step's memory by kind at its peak (`step.step_memory`).
 
-    A checkpoint holds the fp32 weights, the optimiser's state and the moving average if there is one: of all
+    A checkpoint holds the optimiser's state as counted, the fp32 weights and the moving average if there is one: of all
     parameters, or of those that are `trained`.
     """
     weights = (parameters if trained is None else trained) * BYTES_FP32
-    checkpoint = weights * (1 + OPTIMIZER_COPIES[optimizer] + ema)
+    checkpoint = weights * (1 + ema) + round(counted.get("optimizer", 0))
     return Estimate(
         parameters=parameters,
         flops_per_step=flops_per_token * tokens_per_step,

@@ -5,6 +5,7 @@ less than the number in the name. Links are bytes per second that one device can
 of the bidirectional figure on the data sheet. Nothing here is a price: prices change by the week; the user gives one.
 """
 
+import math
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -124,6 +125,16 @@ def machine(name: str) -> Machine:
     return KINDS[plain]
 
 
+def known_gpu(title: str, memory_bytes: float = 0.0) -> Machine | None:
+    """The kind that a device calls itself, such as "NVIDIA A100-SXM4-40GB"; of two that share a name the one nearest in
+    memory. None for others: an L40S is no L4, and a laptop's chip or a card without NVLink is not its namesake."""
+    words = set(title.lower().replace("rtx ", "rtx").replace("-", " ").split())
+    if words & {"laptop", "pcie", "nvl"}:
+        return None
+    same = [kind for kind in KINDS.values() if kind.name.split("-")[0] in words]
+    return min(same, key=lambda kind: abs(kind.memory_bytes - memory_bytes), default=None)
+
+
 def load_machine(path: Path | str) -> Machine:
     """A machine from a YAML file: `like:` a known kind, then what differs. Raises ConfigError for unknown keys."""
     try:
@@ -172,11 +183,13 @@ def _gpu_here(bf16: float, fp32: float) -> Machine:
     import torch
 
     found = torch.cuda.get_device_properties(0)
-    title = found.name.lower().replace(" ", "")
-    known = next((KINDS[name] for name in KINDS if name.split("-")[0] in title), KINDS["l4"])
+    known, why = known_gpu(found.name, found.total_memory), ""
+    if known is None:
+        known = min(KINDS.values(), key=lambda kind: abs(math.log(kind.peak_bf16_flops / bf16)))
+        why = f"{found.name} is not listed; links, power and the rest are those of the nearest by peak: "
     return replace(known, name="here", peak_bf16_flops=bf16, peak_fp32_flops=fp32, memory_bytes=found.total_memory,
                    host_devices=torch.cuda.device_count(), efficiency=min(1.0, known.efficiency * 1.2),
-                   efficiency_source=f"{known.name}'s, on a peak measured here ({known.efficiency_source})")
+                   efficiency_source=f"{why}{known.name}'s, on a peak measured here ({known.efficiency_source})")
 
 
 def _copy_bytes_per_s(device: Any) -> float:

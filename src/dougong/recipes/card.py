@@ -24,6 +24,7 @@ from dougong.evaluate.scores import NATS_PER_BIT
 from dougong.evaluate.statistics import paired_difference
 from dougong.generate.engine import Engine
 from dougong.generate.sampling import SamplingConfig
+from dougong.nn.moe import MoE
 from dougong.plan.machine import here
 from dougong.recipes.open_run import OpenRun, open_run
 from dougong.recipes.recipe import recipe_from_run
@@ -194,11 +195,16 @@ def _closeness(original: OpenRun, variant: OpenRun, documents: Sequence[Any]) ->
 
 
 def _read_bytes(opened: OpenRun) -> int:
-    """Bytes of weights that each new token reads: all but tables of which it looks up a row."""
+    """Bytes of weights that each new token reads: all but tables of which it looks up a row, and experts that it does
+    not visit."""
     tensors = tracked(opened.model)
     tied = not any(name.startswith("head.") for name in tensors)
-    return sum(tensor.numel() * tensor.element_size() for name, tensor in tensors.items()
-               if not (name.startswith("stem.values.") or (name.startswith("stem.tokens.") and not tied)))
+    visited = {f"{name}.experts.": part.top_k / part.section.num_experts
+               for name, part in opened.model.named_modules() if isinstance(part, MoE)}
+    read = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()
+            if not (name.startswith("stem.values.") or (name.startswith("stem.tokens.") and not tied))}
+    return round(sum(size * next((share for stack, share in visited.items() if name.startswith(stack)), 1)
+                     for name, size in read.items()))
 
 
 @torch.inference_mode()

@@ -60,9 +60,8 @@ def _language_model(recipe: Recipe, total: int, built: Assembly) -> dict[str, An
     tokens = math.prod(batch_fields(step.objective, rows, context)["tokens"][0])
     planned = estimate(
         parameters=total, trained=moved, flops_per_token=built.flops_per_token or 0,
-        tokens_per_step=tokens, steps=given(recipe.train.steps), optimizer=recipe.optim.kind,
-        ema=recipe.train.ema is not None, checkpoints_kept=recipe.train.keep_last + recipe.train.keep_best,
-        counted=counted)
+        tokens_per_step=tokens, steps=given(recipe.train.steps), ema=recipe.train.ema is not None, counted=counted,
+        checkpoints_kept=recipe.train.keep_last + recipe.train.keep_best)
     return planned.to_dict() | ({} if moved is None else {"parameters_trained": moved})
 
 

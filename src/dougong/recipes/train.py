@@ -23,6 +23,7 @@ from dougong.core.files import explained_disk_errors, lock, sha256, write_text
 from dougong.core.run import RunDirectory
 from dougong.models import count
 from dougong.optim.groups import describe
+from dougong.plan.machine import known_gpu
 from dougong.recipes.answering import before_and_after
 from dougong.recipes.assemble import Assembly, assemble, prepare_data, settle_intervals
 from dougong.recipes.derive import Derived, fit_to_epochs, fit_to_rows, fit_to_time, resolve
@@ -45,7 +46,7 @@ from dougong.train.trackers import check_trackers, open_trackers
 from dougong.train.view import open_view
 from dougong.train.watch import Watch, board
 
-_WATTS_PER_CORE, _WATTS_PER_GPU = 12.0, 700.0   # stated in the report beside the estimate
+_WATTS_PER_CORE, _WATTS_PER_GPU = 12.0, 700.0   # of a GPU that is not listed; stated in the report beside the estimate
 
 
 @dataclass(frozen=True)
@@ -204,6 +205,7 @@ def _train(directory: RunDirectory, recipe: Recipe, corpus: Any, derived: list[D
     problems = resumed.problems if resumed else []
     if resumed and resumed.path:
         load_checkpoint(resumed.path, state, recipe_hash=recipe_hash, mesh=runtime.mesh)
+        state.elapsed_s = max(state.elapsed_s, _spent_s(directory))     # steps that a kill undid took their time too
     watchers = _watchers(directory, recipe, corpus, state.step) if runtime.is_first else []
     reporter.listeners += watchers
     try:
@@ -225,6 +227,11 @@ def _train(directory: RunDirectory, recipe: Recipe, corpus: Any, derived: list[D
         raise
     reporter.close()
     return Finished(directory, state.step, reason, recipe.is_language_model, final)
+
+
+def _spent_s(directory: RunDirectory) -> float:
+    """Seconds of training that the run had told of."""
+    return max((event.get("elapsed_s") or 0.0 for event in read_events(directory.events)), default=0.0)
 
 
 def _check_same_models(recorded: Mapping[str, Any], built: Assembly) -> None:
@@ -359,13 +366,15 @@ def _score_final(directory: RunDirectory, reporter: Reporter, corpus: Any) -> di
 
 def _end(reporter: Reporter, built: Assembly, reason: str, **more: Any) -> None:
     state, runtime = built.state, built.runtime
-    cores, gpus = runtime.threads * launched(), launched()
-    watts = _WATTS_PER_GPU * gpus if runtime.device.type == "cuda" else _WATTS_PER_CORE * cores
-    what = f"{_WATTS_PER_GPU:.0f} W for each of {gpus} GPUs" if runtime.device.type == "cuda" else \
-        f"{_WATTS_PER_CORE:.0f} W for each of {cores} cores"
+    watts, number, unit = _WATTS_PER_CORE, runtime.threads * launched(), "cores"
+    if runtime.device.type == "cuda":
+        found = torch.cuda.get_device_properties(runtime.device)
+        kind = known_gpu(found.name, found.total_memory)
+        watts, number, unit = kind.watts if kind else _WATTS_PER_GPU, launched(), "GPUs"
     reporter.write("end", step=state.step, reason=reason, elapsed_s=state.elapsed_s,
-                   energy_wh=watts * state.elapsed_s / 3600,
-                   energy_assumption=f"{what} while training, assumed and not measured",
+                   energy_wh=watts * number * state.elapsed_s / 3600,
+                   energy_assumption=f"{watts:.0f} W for each of {number} {unit} while training, assumed and not "
+                                     "measured",
                    **{"peak_memory_bytes": peak_memory_bytes(runtime.device), **more})
 
 

@@ -22,7 +22,8 @@ from dougong.train.state import TrainState
 
 def go_back(state: TrainState, checkpointer: Checkpointer, *, recipe_hash: str = "") -> dict[str, Any]:
     """Puts `state` back to the newest whole checkpoint from before the leaps, bans their batches, and saves that at
-    once, so that a crash does not forget it. Returns the fields of the `rewind` event.
+    once, so that a crash does not forget it; the time that the left way took stays counted. Returns the fields of the
+    `rewind` event.
 
     Later checkpoints are removed: they are of the way that was left. Every process calls it. Raises DougongError where
     there is no such checkpoint, or training has gone back too often.
@@ -34,7 +35,9 @@ def go_back(state: TrainState, checkpointer: Checkpointer, *, recipe_hash: str =
     found = from_first(newest_before(run, request.step) if process_rank() == 0 else None)
     if found is None or rewinds > config.max_rewinds:
         raise _lost(now, rewinds, found, run)
+    spent = state.elapsed_s
     load_checkpoint(found, state, recipe_hash=recipe_hash, mesh=checkpointer.mesh)
+    state.elapsed_s = spent
     state.rewind, state.spikes.banned, state.spikes.rewinds = None, banned, rewinds
     if process_rank() == 0:
         for step in run.checkpoint_steps():

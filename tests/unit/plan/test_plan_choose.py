@@ -10,7 +10,7 @@ from dougong.objectives.causal_lm import CausalLMConfig
 from dougong.optim import OPTIMIZERS
 from dougong.plan import choose, choose_layout
 from dougong.plan.choose import nothing_fits, rank
-from dougong.plan.machine import KINDS, here, load_machine, machine
+from dougong.plan.machine import KINDS, here, known_gpu, load_machine, machine
 from dougong.plan.option import bill, evaluate
 from dougong.plan.schedule import SCHEDULES, pipeline
 from dougong.plan.work import Work
@@ -153,6 +153,16 @@ def test_a_machine_of_your_own(tmp_path):
     file.write_text("like: h100\nwatts: 300\nwatts: 700\n")
     with pytest.raises(ConfigError, match="line 3: the key 'watts' stands here again, first in line 2"):
         load_machine(file)
+
+
+@pytest.mark.parametrize("title, memory_gib, kind", [
+    ("NVIDIA H200", 139.8, "h200"), ("NVIDIA H100 80GB HBM3", 79.1, "h100"), ("NVIDIA L4", 22, "l4"),
+    ("NVIDIA A100-SXM4-40GB", 39.4, "a100-40"), ("NVIDIA A100-SXM4-80GB", 79.1, "a100-80"),
+    ("NVIDIA GeForce RTX 4090", 23.6, "rtx4090"), ("NVIDIA L40S", 44.4, None), ("NVIDIA GH200 480GB", 94.5, None),
+    ("NVIDIA H100 PCIe", 79.1, None), ("NVIDIA GeForce RTX 4090 Laptop GPU", 15.7, None)])
+def test_a_gpu_is_known_by_its_name_and_not_by_a_part_of_another(title, memory_gib, kind):
+    found = known_gpu(title, memory_gib * 2**30)
+    assert (found and found.name) == kind
 
 
 def test_this_machine_is_measured():

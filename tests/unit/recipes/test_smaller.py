@@ -9,7 +9,8 @@ from tiny_recipe import MODELS, dougong, write_recipe, write_texts
 
 from dougong.core.run import RunDirectory
 from dougong.data.documents import Document
-from dougong.recipes.card import _some, variants_of
+from dougong.models import FAMILIES
+from dougong.recipes.card import _read_bytes, _some, variants_of
 from dougong.recipes.open_run import open_run
 from dougong.recipes.recipe import recipe_from_run
 
@@ -169,3 +170,12 @@ def test_tokens_of_a_tuned_run_are_counted_in_text_that_is_named(tuned, tmp_path
     done = dougong(*asked, "--data", tuned[kind].parent / "texts")
     assert done.code == 0, done.err
     assert hasattr(open_run(tmp_path / "out").model, "value") == (kind != "chats")
+
+
+def test_a_token_reads_the_experts_that_it_visits_and_a_row_of_each_table():
+    model = FAMILIES["qwen3_moe"](vocab_size=50, context=16, dim=32, num_layers=2, num_heads=2, num_kv_heads=1,
+                                  head_dim=16, num_experts=8, top_k=2, tied=False).build()
+    sizes = {name: p.numel() * p.element_size() for name, p in model.named_parameters()}
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    rest = sum(sizes.values()) - experts - sizes["stem.tokens.weight"]
+    assert _read_bytes(SimpleNamespace(model=model)) == rest + experts // 4 and experts > rest / 2

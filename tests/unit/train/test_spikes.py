@@ -318,11 +318,13 @@ def test_a_crash_after_going_back_does_not_forget_it(tmp_path):
     for result in fit(state, STEADY, RUNTIME, config(30)):
         if result.step in (16, 20, 23):
             checkpointer.save(state, "interval")
+    spent = state.elapsed_s
     go_back(state, checkpointer)
     other = state_with(wild={21, 22, 24}, seed=5)
     found = latest_valid(run)
     assert found.step == 20, "the checkpoint from among the leaps was kept"
     load_checkpoint(found.path, other)
+    assert state.elapsed_s == other.elapsed_s == spent, "the way that was left took its time too"
     other.spikes.config = QUICK
     numbers = [result.number for result in fit(other, STEADY, RUNTIME, config(30))]
     assert numbers == [20, *range(25, 34)] and other.spikes.rewinds == 1
