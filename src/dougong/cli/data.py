@@ -5,12 +5,10 @@ from typing import Annotated
 
 import typer
 
-from dougong.cli.output import Json, Overrides, console, emit, progress_bar, with_model
+from dougong.cli.output import Json, ModelToBegin, Overrides, console, emit, progress_bar, with_model
 
 app = typer.Typer(no_args_is_help=True, help="Look at a recipe's data, or prepare it ahead of training.")
 _Recipe = Annotated[str, typer.Argument(help="A shipped recipe's name, a .yaml file, or a run.")]
-_Model = Annotated[str | None, typer.Option("--model", help="The model that the recipe begins from. Short for "
-                                                            "start.path=…")]
 
 
 def _corpus(recipe: str, overrides: list[str] | None, as_json: bool, model: str | None):
@@ -44,7 +42,7 @@ def _corpus_of_run(path: Path, changes: list[str], as_json: bool):
 
 
 @app.command("prepare")
-def prepare(recipe: _Recipe = "first", overrides: Overrides = None, model: _Model = None,
+def prepare(recipe: _Recipe = "first", overrides: Overrides = None, model: ModelToBegin = None,
             as_json: Json = False) -> None:
     """Read, clean, split, tokenise and pack; training then starts at once."""
     from dougong.recipes.assemble import print_data_facts
@@ -60,7 +58,7 @@ def inspect(
     overrides: Overrides = None,
     documents: Annotated[int, typer.Option("--documents", "-n", min=1, help="How many documents to show.")] = 3,
     split: Annotated[str, typer.Option("--split", help="train, validation or test.")] = "train",
-    model: _Model = None,
+    model: ModelToBegin = None,
     as_json: Json = False,
 ) -> None:
     """Show documents with their tokens in colour, what was skipped and what was removed."""

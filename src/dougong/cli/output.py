@@ -12,6 +12,8 @@ from dougong.core.events import finite
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line of standard output.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
                                                        help="Changes, such as optim.lr=3e-4 or data.path=~/texts.")]
+ModelToBegin = Annotated[str | None, typer.Option("--model", help="A model to begin from: a run, a Hugging Face "
+                                                                  "folder, hf:OWNER/NAME. Short for start.path=…")]
 
 
 def with_model(model: str | None, overrides: list[str] | None) -> list[str]:

@@ -5,12 +5,13 @@ from typing import Annotated, Any
 
 import typer
 
-from dougong.cli.output import Json, Overrides, console, emit, progress_bar
+from dougong.cli.output import Json, ModelToBegin, Overrides, console, emit, progress_bar, with_model
 
 
 def plan(
     recipe: Annotated[str | None, typer.Argument(help="A shipped recipe's name or a .yaml file.")] = None,
     overrides: Overrides = None,
+    model: ModelToBegin = None,
     gpus: Annotated[int | None, typer.Option("--gpus", min=1, help="How many; else this machine.")] = None,
     gpu: Annotated[str | None, typer.Option("--gpu", help="Which: h200, h100, a100-80, b200, l4, rtx4090 …")] = None,
     hosts: Annotated[int | None, typer.Option("--hosts", min=1, help="Hosts they stand in; else by kind.")] = None,
@@ -28,8 +29,12 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Plan a run before its first step: memory, time, cost, layout. With --budget: which model to train."""
+    from dougong.core.errors import ConfigError
+
     out, progress = console(as_json), progress_bar(as_json)
     if budget is not None:
+        if model is not None:
+            raise ConfigError(f"--model {model} is a model, and --budget chooses one. Leave one of them out.")
         _refuse_beside_budget(budget, gpus=gpus, gpu=gpu, hosts=hosts, machine=machine, price=price, simulate=simulate)
         from dougong.recipes.choose import plan_budget
 
@@ -47,7 +52,7 @@ def plan(
 
     _check(recipe, data=data, memory_for_serving=memory_for_serving)
     where, devices = _machine(gpus, gpu, hosts, machine, price)
-    asked, _ = load_recipe(str(recipe), overrides)
+    asked, _ = load_recipe(str(recipe), with_model(model, overrides))
     found = plan_recipe(asked, where, devices, probe=probe is not False, simulate=simulate is not False,
                         progress=progress)
     print_plan(found, out)

@@ -5,12 +5,13 @@ from typing import Annotated
 
 import typer
 
-from dougong.cli.output import Json, Overrides, console, emit
+from dougong.cli.output import Json, ModelToBegin, Overrides, console, emit, with_model
 
 
 def show(
     recipe: Annotated[str, typer.Argument(help="A shipped recipe's or journey's name, or a .yaml file.")] = "first",
     overrides: Overrides = None,
+    model: ModelToBegin = None,
     json_schema: Annotated[bool, typer.Option("--json-schema", help="Print the JSON schema for editors.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -23,6 +24,7 @@ def show(
 
     from dougong.core.config import difference, dump_yaml, to_dict
     from dougong.core.config import json_schema as schema_of
+    from dougong.core.errors import ConfigError
     from dougong.recipes.derive import resolve
     from dougong.recipes.journey import is_journey, load_journey
     from dougong.recipes.recipe import Recipe, load_recipe
@@ -32,12 +34,14 @@ def show(
         return
     out = console(as_json)
     if is_journey(recipe):
+        if model:
+            raise ConfigError("--model belongs to one recipe, and a journey has several: dougong show RECIPE --model …")
         journey = load_journey(recipe, overrides)
         out.print(Syntax(dump_yaml(journey), "yaml", background_color="default"))
         out.print("A stage's changes lie over its recipe; `dougong show RECIPE` has the rest.", style="dim")
         emit({"journey": to_dict(journey)}, as_json)
         return
-    asked, base = load_recipe(recipe, overrides)
+    asked, base = load_recipe(recipe, with_model(model, overrides))
     resolved, derived = resolve(asked)
     out.print(Syntax(dump_yaml(resolved), "yaml", background_color="default"))
     if derived:

@@ -6,15 +6,14 @@ from typing import Annotated, Any
 
 import typer
 
-from dougong.cli.output import Json, Overrides, console, emit, is_first_process, progress_bar, with_model
+from dougong.cli.output import Json, ModelToBegin, Overrides, console, emit, is_first_process, progress_bar, with_model
 
 
 def train(
     recipe: Annotated[str | None, typer.Argument(help="A shipped recipe's or journey's name, or a .yaml file.")] = None,
     overrides: Overrides = None,
     run: Annotated[Path | None, typer.Option("--run", help="The run's directory; else runs/<recipe's name>.")] = None,
-    model: Annotated[str | None, typer.Option("--model", help="A model to begin from: a run, a Hugging Face folder, "
-                                                              "hf:OWNER/NAME. Short for start.path=…")] = None,
+    model: ModelToBegin = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run named by --run.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, count and predict; train nothing.")] = False,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Train this many seeds and show the spread.")] = 1,

@@ -320,12 +320,13 @@ def nothing_fits(work: Work, machine: Machine, devices: int, ranking: Ranking) -
                      f"device, and {machine.name} has {option.capacity / gib:,.1f}.")
     elif ranking.others:
         lines.append(f"{ranking.others[0].refused}.")
-    enough = fewest_devices(work, machine, devices)
+    enough = fewest_devices(work, machine, devices) if work.adapt is None else None
     if enough is not None:
         lines.append(f"The smallest number of {machine.name} that fits is {enough[0]} ({describe(enough[1].layout)}"
                      + "".join(f", {change}" for change in enough[1].changes) + ").")
     lines.append("Or try a smaller model, a shorter context (model.context), train.gradient_checkpointing=true, or "
-                 "rows that more processes can share (train.rows).")
+                 + ("rows that more processes can share (train.rows)." if work.adapt is None else
+                    "frozen weights as integers (adapt.base=int4)."))
     return "\n".join(lines)
 
 

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
 
+from dougong.adapt.lora import adapted_on_meta, trained
 from dougong.core.config import replace
 from dougong.models import count
 from dougong.models.compose import DecoderConfig
 from dougong.plan.step import Forward, Step, count_forward, period_of
 
-ITEMSIZE = {"bf16": 2, "fp32": 4}
+FP32 = 4
+ITEMSIZE = {"bf16": 2, "fp32": FP32}
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,23 @@ class Counts:
         return count.parameters(self.step.model)
 
     @cached_property
+    def adapter_parameters(self) -> int | None:
+        """What an adapter trains, everything else being frozen; None where every weight is trained."""
+        return None if self.step.adapt is None else trained(adapted_on_meta(self.step.model, self.step.adapt))
+
+    @cached_property
+    def trained_share(self) -> float:
+        """Trained numbers for each parameter of the model."""
+        return 1.0 if self.adapter_parameters is None else self.adapter_parameters / self.parameters["total"]
+
+    @cached_property
+    def weight_bytes(self) -> float:
+        """Held for each parameter; frozen ones lie as they compute, or as integers."""
+        return FP32 if self.step.adapt is None else self._whole("weights") / self.parameters["total"]
+
+    @cached_property
     def flops_per_token(self) -> int:
-        return count.flops_per_token(self.step.model, self.context) or 0
+        return count.flops_per_token(self.step.model, self.context, adapter=self.adapter_parameters) or 0
 
     @cached_property
     def layer_parameters(self) -> float:
@@ -87,14 +104,12 @@ class Counts:
 
     @cached_property
     def optimizer_copies(self) -> float:
-        """Bytes of optimiser state for each byte of weights, of the layers and of the ends taken together."""
-        shallow = self._forward("none", self._period, 1, 1)
-        return shallow.optimizer / shallow.weights if self.layers == self._period else \
-            self._state_bytes / (4 * self.parameters["total"])
+        """Bytes of optimiser state for each byte of fp32 weights, of the layers and of the ends taken together."""
+        return self._whole("optimizer") / (FP32 * self.parameters["total"])
 
-    @property
-    def _state_bytes(self) -> float:
-        few, more = (self._forward("none", n * self._period, 1, 1).optimizer for n in (1, 2))
+    def _whole(self, kind: str) -> float:
+        """Bytes of a kind that does not depend on rows, in the model of all its layers."""
+        few, more = (getattr(self._forward("none", n * self._period, 1, 1), kind) for n in (1, 2))
         return few + (more - few) / self._period * (self.layers - self._period)
 
     def _kept(self, mode: str) -> Line:

@@ -3,12 +3,11 @@
 import math
 from dataclasses import dataclass
 
-from dougong.plan.counts import Counts, Line
+from dougong.plan.counts import FP32, Counts, Line
 from dougong.plan.schedule import V_SHAPED, pipeline
 from dougong.runtime.layout import LayoutConfig
 from dougong.runtime.mesh import SHARDS
 
-FP32 = 4
 DEVICE_BYTES = 1.5 * 2**30
 """the driver's context and NCCL's buffers on a GPU; assumed, 1 to 2 GiB are usual"""
 FRAGMENTATION = 0.06
@@ -18,8 +17,8 @@ _AT_WORK = 0.2
 """of a layer's activations: gradients that exist while it is differentiated; simulated layouts say 0.1 to 0.3"""
 
 HOW = {
-    "weights": "fp32 masters, 4 bytes a parameter, divided by shard, tensor and pipeline",
-    "gradients": "fp32, divided as the weights",
+    "weights": "fp32 masters, 4 bytes a parameter, divided by shard, tensor and pipeline; frozen ones as they compute",
+    "gradients": "fp32 of what is trained, divided as the weights",
     "optimizer": "state counted on a small model of this kind, divided as the weights",
     "activations": "what autograd keeps, counted on shallow models; linear in layers, rows and micro-batches in flight",
     "logits": "one chunk of logits with its gradient, and the head's casts, counted",
@@ -134,7 +133,8 @@ def _one(counts: Counts, layout: LayoutConfig, mode: str, micro_rows: int, micro
         head_peak = counts.head_peak(micro_rows / layout.context) / parts
     one_layer = kept_per_row(counts, layout, "none").per_row * micro_rows
     at_work = _AT_WORK * one_layer
-    kinds = {"weights": held * FP32 * (2 if ema else 1), "gradients": held * FP32,
+    moved = held * FP32 * counts.trained_share
+    kinds = {"weights": held * counts.weight_bytes + (moved if ema else 0), "gradients": moved,
              "optimizer": held * FP32 * counts.optimizer_copies}
     in_loss, going_back, at_end = _gathered(counts, layout, split, micro_batches, first=first)
     before = {**kinds, "gradients": kinds["gradients"] if micro_batches > 1 else 0.0, "activations": activations}

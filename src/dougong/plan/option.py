@@ -113,7 +113,7 @@ def step_seconds(work: Work, counts: Counts, layout: LayoutConfig, machine: Mach
 
 def optimizer_seconds(work: Work, counts: Counts, layout: LayoutConfig, machine: Machine) -> float:
     """Memory traffic of the update; for Muon the products of Newton-Schulz too, each process doing its share."""
-    held = held_parameters(counts, layout, first=True) / Split.of(layout, counts.layers).shards
+    held = counts.trained_share * held_parameters(counts, layout, first=True) / Split.of(layout, counts.layers).shards
     seconds = held * FP32 * OPTIMIZER_PASSES.get(work.optim.kind, 7) / machine.memory_bytes_per_s
     if work.optim.kind == "muon":
         matrices = counts.layer_parameters * counts.layers / (layout.processes / layout.size("replicate"))

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from dougong.adapt.lora import hold_frozen
 from dougong.data.batch import Batch
 from dougong.plan.machine import Machine
 from dougong.plan.option import Option
@@ -53,6 +54,8 @@ def step_times(work: Work, micro_rows: int, *, steps: int = STEPS, budget_s: flo
     model = model.to_empty(device=device).train()
     model.initialise(0)
     model.compute_dtype = dtype
+    if work.adapt is not None:
+        hold_frozen(work.adapt.apply(model, seed=0))
     if work.checkpoint != "none":
         model.stack.checkpoint_activations = work.checkpoint
     state = TrainState(model, work.optim.build(model), lambda step: 1.0, loader=None)   # type: ignore[arg-type]

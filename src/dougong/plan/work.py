@@ -23,6 +23,8 @@ class Work:
     micro_rows: int | None = None
     """None: as many as fit"""
     ema: bool = False
+    adapt: Any = None
+    """an adapter: everything else is frozen"""
     compile: bool = False
     """zero-bubble schedules do not take compiled stages"""
 
@@ -34,7 +36,7 @@ class Work:
         """One process's step."""
         return Step(self.model, self.objective, self.optim, micro_rows=micro_rows, micro_batches=micro_batches,
                     context=self.context, precision=self.precision, device=self.device, checkpoint=self.checkpoint,
-                    ema=self.ema)
+                    ema=self.ema, adapt=self.adapt)
 
 
 CHECKPOINTING = {False: "none", True: "full", "selective": "selective"}

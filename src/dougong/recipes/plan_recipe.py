@@ -24,6 +24,7 @@ from dougong.runtime.layout import LayoutConfig
 _UNKNOWN_VOCABULARY = 256
 ASSUMPTIONS = (
     "activations are those of eager mode; torch.compile usually keeps fewer",
+    "a step is bound by its arithmetic: on a GPU, models of a few million parameters take longer, as launches do",
     "stages and processes are equally fast; stragglers, restarts, evaluations and checkpoints are not in the time",
     "networks are not shared with others; collectives reach 80 % of a link",
     "energy is that of devices and hosts under load; cooling is not in it",
@@ -39,6 +40,9 @@ def plan_recipe(asked: Recipe, machine: Machine, devices: int, *, probe: bool = 
     on fake tensors too.
     """
     check_plannable(asked)
+    if asked.adapter is not None and devices > 1:
+        raise ConfigError(f"an adapter is planned on one device, and --gpus {devices} were asked for. Each of several "
+                          "holds what one holds: --gpus 1.")
     if asked.train.epochs is not None and asked.train.steps is None:
         raise ConfigError(f"train.epochs={asked.train.epochs:g} is as long as the data are, and a plan reads no data. "
                           "Add train.steps=1000, or train.minutes.")
@@ -75,11 +79,10 @@ def check_plannable(recipe: Recipe) -> None:
     """Raises ConfigError where a step reads more or other than tokens with a target each (a dry run counts those), and
     where nothing says which model."""
     if recipe.model is None:
-        raise ConfigError(f"recipe {recipe.name} begins from a model that exists. Name one: start.path=RUN, "
-                          "start.path=FOLDER, or start.path=hf:OWNER/NAME.")
-    if recipe.adapter is not None:
-        raise ConfigError(f"`dougong plan` counts the training of every weight, and adapt.kind={recipe.adapter.kind} "
-                          f"trains few.\nTry: dougong train {recipe.name} --dry-run")
+        raise ConfigError(f"recipe {recipe.name} begins from a model that exists. Name one: --model RUN, "
+                          "--model FOLDER, or --model hf:OWNER/NAME.")
+    if recipe.adapter is not None and recipe.adapter.rank is None:
+        raise ConfigError("adapt.rank follows from the data, and a plan reads no data. Add adapt.rank=16.")
     if recipe.is_language_model and batch_fields(student_alone(recipe), 1, 1) == token_fields(1, 1):
         return
     trains = f"with objective.kind={recipe.objective.kind}" if recipe.is_language_model else f"a {recipe.model.kind}"
@@ -160,7 +163,7 @@ def work_of(recipe: Recipe, machine: Machine) -> Work:
                 context=recipe.row_tokens, steps=recipe.train.steps or 0,
                 precision=recipe.runtime.precision or "fp32",
                 device=machine.device, checkpoint=CHECKPOINTING[recipe.train.gradient_checkpointing],
-                micro_rows=recipe.train.micro_rows, ema=recipe.train.ema is not None,
+                micro_rows=recipe.train.micro_rows, ema=recipe.train.ema is not None, adapt=recipe.adapter,
                 compile=bool(recipe.runtime.compile))
 
 
@@ -208,7 +211,8 @@ def _facts(recipe: Recipe, derived: list[Derived], work: Work, counts: Counts, m
     parameters = count.parameters(work.model)
     return {
         "recipe": recipe.name, "devices": devices, "hosts": machine.hosts(devices), "machine": to_dict(machine),
-        "model": {"kind": work.model.kind, "parameters": parameters, "flops_per_token": counts.flops_per_token,
+        "model": {"kind": work.model.kind, "parameters": parameters, "trained": counts.adapter_parameters,
+                  "flops_per_token": counts.flops_per_token,
                   "layers": counts.layers, "dim": counts.dim, "vocab_size": counts.vocab_size,
                   "context": work.context,
                   "cache_bytes_per_row": 2 * counts.layers * groups * width * work.context

@@ -14,7 +14,8 @@ def print_plan(plan: dict[str, Any], out: Any) -> None:
     machine, devices = plan["machine"], plan["devices"]
     where = f"{devices:,} x {machine['name']}" + (f" in {plan['hosts']:,} hosts" if plan["hosts"] > 1 else "")
     out.print(f"[bold]{plan['recipe']}[/] on {where}: {amount(model['parameters']['total'])} parameters, "
-              f"{amount(model['flops_per_token'])} FLOP a token, {amount(work['tokens'])} tokens in "
+              + (f"{amount(model['trained'])} trained beside them, " if model["trained"] else "")
+              + f"{amount(model['flops_per_token'])} FLOP a token, {amount(work['tokens'])} tokens in "
               f"{work['steps']:,} steps of {work['rows']:,} rows x {work['context']:,}")
     out.print()
     _memory(chosen, out)

@@ -42,7 +42,7 @@ def with_start(recipe: Recipe) -> tuple[Recipe, list[Derived]]:
     if recipe.start is None:
         if recipe.model is None:
             raise ConfigError(f"recipe {recipe.name} begins from a model that exists. Name one: --model RUN, "
-                              "--model FOLDER, or --model hf:OWNER/NAME (for `show` and `plan`: start.path=RUN).")
+                              "--model FOLDER, or --model hf:OWNER/NAME.")
         return recipe, []
     begun, derived = recipe, []
     if not is_hub_name(recipe.start.path):

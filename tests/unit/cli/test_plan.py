@@ -60,6 +60,23 @@ def test_a_plan_for_this_machine_counts_one_step_exactly():
         4 * found["model"]["parameters"]["total"]
 
 
+def test_an_adapter_of_a_model_that_is_only_described_is_planned_and_shown(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 128,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300,
+        "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "hidden_act": "silu"}))
+    begun = ["sft", "--model", str(tmp_path), "adapt=lora", "adapt.rank=4", "train.steps=10"]
+    result = CliRunner().invoke(app, ["plan", *begun, "--gpu", "rtx4090", "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout.splitlines()[-1])
+    inner = 4 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128)) * 2      # rank, in plus out of 7 matrices, 2 layers
+    assert found["model"]["trained"] == inner and found["best"][0]["fits"]
+    shown = CliRunner().invoke(app, ["show", *begun, "--json"])
+    assert shown.exit_code == 0 and json.loads(shown.stdout.splitlines()[-1])["recipe"]["model"]["dim"] == 64
+    refused = CliRunner().invoke(app, ["plan", "--budget", "h200 x 1 hour", "--model", str(tmp_path)])
+    assert "--budget chooses one" in str(refused.exception)
+
+
 def test_wrong_machines_are_refused_in_words():
     assert "h200" in str(plan("--gpus", "8", "--gpu", "h2000").exception)
     assert "--gpu" in str(plan("--gpus", "8").exception)

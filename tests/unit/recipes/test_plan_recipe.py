@@ -1,21 +1,27 @@
 """`dougong plan RECIPE`: what it measures is what it chose, what it chose fits, and what it advises can be trained."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
 
-from dougong.adapt.lora import LoRAConfig
+from dougong.adapt.lora import LoRAConfig, adapted_on_meta, trained
 from dougong.core.config import replace
 from dougong.core.errors import ConfigError
 from dougong.data.chats import ChatData
+from dougong.models import count
 from dougong.objectives import OBJECTIVES
 from dougong.plan import probe
+from dougong.plan.counts import Counts
 from dougong.plan.machine import machine
+from dougong.plan.memory import memory
+from dougong.plan.step import step_memory
 from dougong.recipes import choose
 from dougong.recipes import plan_recipe as module
 from dougong.recipes.launch import why_not
 from dougong.recipes.plan_recipe import plan_recipe, work_of
 from dougong.recipes.recipe import StartConfig, load_recipe
+from dougong.runtime.layout import LayoutConfig
 
 SMALL = ["size=null", "tokenizer.vocab_size=512", "model.context=128", "model.dim=64", "model.num_layers=2",
          "model.num_heads=2", "model.num_kv_heads=2", "model.head_dim=32", "model.ffn_dim=128", "train.rows=16",
@@ -41,6 +47,11 @@ def test_what_does_not_learn_from_texts_is_refused_by_name(kind, monkeypatch):
     monkeypatch.setattr(choose, "load_recipe", lambda *_: (recipe, recipe))
     with pytest.raises(ConfigError, match=f"objective.kind={kind}.*\n.*--dry-run"):
         choose.plan_budget(budget="h200 x 1 hour")
+
+
+def adapted(**settings):
+    return replace(asked("model.vocab_size=512", "optim=adamw"), start=StartConfig(path="somewhere"),
+                   adapt=LoRAConfig(**{"rank": 8, **settings}))
 
 
 @pytest.fixture
@@ -122,11 +133,48 @@ def test_a_layout_of_ones_own_that_training_refuses_is_refused_for_the_same_reas
 
 @pytest.mark.parametrize(("recipe", "says"), [
     (asked("train.steps=null", "train.epochs=3"), "Add train.steps"),
-    (replace(asked(), start=StartConfig(path="somewhere"), adapt=LoRAConfig()), "--dry-run")],
-    ids=["epochs", "adapter"])
+    (adapted(rank=None), r"adapt\.rank follows from the data.*adapt\.rank=16")], ids=["epochs", "rank"])
 def test_what_a_plan_cannot_know_or_count_is_refused_with_what_can(recipe, says):
     with pytest.raises(ConfigError, match=says):
         plan_recipe(recipe, cpu(1000), 1)
+
+
+@pytest.mark.parametrize("base", ["float", "int4"])
+def test_an_adapter_fits_where_the_whole_training_does_not_and_costs_what_it_costs(base, timed):
+    plan = plan_recipe(adapted(base=base), cpu(1000), 1)
+    recipe, best = adapted(base=base), plan["best"][0]
+    model = adapted_on_meta(work_of(recipe, cpu(1000)).model, recipe.adapt)
+    assert plan["model"]["trained"] == trained(model) < plan["model"]["parameters"]["total"] / 2
+    assert plan["model"]["flops_per_token"] == count.flops_per_token(work_of(recipe, cpu(1000)).model, 128,
+                                                                     adapter=trained(model))
+    assert best["memory"]["optimizer"] == pytest.approx(2 * 4 * trained(model), rel=0.01)
+    whole = plan_recipe(asked("optim=adamw"), cpu(1000), 1)["best"][0]
+    assert (best["checkpoint"], best["micro_rows"]) == (whole["checkpoint"], whole["micro_rows"])
+    between = (best["memory_bytes"] + whole["memory_bytes"]) / 2 / 2**20
+    settled = ["train.micro_rows=16", "train.gradient_checkpointing=false"]
+    small = plan_recipe(replace(adapted(base=base), train=asked(*settled).train), cpu(between), 1)["best"][0]
+    assert small["micro_rows"] == 16 and not small["changes"] and small["seconds"]["optimizer"] < \
+        whole["seconds"]["optimizer"] / 2
+
+
+def test_what_an_adapter_needs_by_arithmetic_is_near_what_a_step_of_it_holds():
+    for base, rows in itertools.product(("float", "int4"), (1, 16)):
+        work = work_of(adapted(base=base), cpu(1000))
+        held = memory(Counts(work.step()), LayoutConfig(replicate=1), "none", rows, 1, gpu=False)
+        exact = step_memory(work.step(micro_rows=rows)).peak_bytes
+        assert 0.85 < sum(held.values()) / exact < 1.15
+
+
+def test_an_adapter_that_fits_nowhere_is_told_what_would_help_and_several_devices_are_not_asked_for():
+    with pytest.raises(ConfigError, match=r"adapt\.base=int4"):
+        plan_recipe(adapted(), cpu(0.5), 1)
+    with pytest.raises(ConfigError, match="--gpus 1"):
+        plan_recipe(adapted(), cpu(1000), 2)
+
+
+def test_the_probe_takes_steps_of_the_adapter():
+    work = work_of(replace(adapted(), train=asked("train.rows=2").train), cpu(1000))
+    assert all(seconds > 0 for seconds in probe.step_times(work, 2, steps=2))
 
 
 def test_rows_shorter_than_the_context_are_planned_as_they_are():
