@@ -1,5 +1,6 @@
 """The plan's arithmetic against the divided model itself, run on fake tensors."""
 
+import dataclasses
 import math
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from dougong.adapt.lora import LoRAConfig
 from dougong.models.families.llama import LlamaConfig
 from dougong.models.families.qwen3_moe import Qwen3MoEConfig
 from dougong.objectives.causal_lm import CausalLMConfig
@@ -41,6 +43,18 @@ def test_arithmetic_is_within_a_tenth_of_the_simulation(layout, mode):
     assert math.isfinite(found.peak_bytes)
     assert 0.9 < told / found.peak_bytes < 1.1
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:4], ids=lambda layout: f"{layout}, {layout.gathered}")
+def test_an_adapters_memory_and_messages_are_those_of_the_simulation(layout):
+    job = dataclasses.replace(work(MODEL), adapt=LoRAConfig(rank=16))
+    found, counts = simulate(job, layout, checkpoint="none", micro_rows=2, micro_batches=1), Counts(job.step())
+    assert 0.9 < sum(memory(counts, layout, "none", 2, 1, gpu=False).values()) / found.peak_bytes < 1.1
+    told = {item.what: item.bytes for item in traffic(counts, layout, machine("h100"), "none", 2, 1)}
+    for name, what in (("_allgather_base_", "weights gathered"),
+                       ("_reduce_scatter_base_", "gradients summed, each to its owner")):
+        received = found.message_bytes.get(name, 0) * (1 - 1 / layout.shard)
+        assert told.get(what, 0) == pytest.approx(received, rel=0.1)
 
 
 MIXTURE = Qwen3MoEConfig(vocab_size=4096, context=512, dim=512, num_layers=8, num_heads=8, num_kv_heads=8, head_dim=64,

@@ -32,6 +32,7 @@ from dougong.nn.lora import (
 )
 from dougong.nn.moe import Experts
 from dougong.nn.ranges import Count, Positive, Probability
+from dougong.runtime.layout import LayoutConfig
 
 ALPHA = 32.0
 _TRIED, _SLACK, _FLOOR = 16, 8.0, 2e-6
@@ -170,6 +171,20 @@ def check_merge(model: nn.Module) -> Merged:
                                   "be damaged, or its training may have diverged.")
         worst = max(worst, (difference, allowed, rounding))
     return Merged(len(adapters(model)), *worst)
+
+
+def why_not_divided(adapt: Any, layout: LayoutConfig) -> str | None:
+    """Why the processes of a layout cannot train so, and what they can; None if they can. Adapters know copies of a
+    model and parts of each matrix that are gathered whole; what cuts matrices or layers apart would cut them too."""
+    if layout.processes == 1:
+        return None
+    if adapt.whole:
+        return f"adapt.kind={adapt.kind} trains in one process so far. Start it without torchrun."
+    if layout.size("tensor", "pipeline", "context", "expert") > 1 or adapt.base != "float":
+        return (f"in several processes adapters (adapt.kind={adapt.kind} adapt.base={adapt.base}) train over floating-"
+                "point matrices, along replicate and shard alone. Try layout.replicate or layout.shard, and "
+                "adapt.base=float.")
+    return None
 
 
 def hold_frozen(model: Any) -> nn.Module:

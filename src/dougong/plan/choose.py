@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dougong.adapt.lora import why_not_divided
 from dougong.core.errors import ConfigError
 from dougong.plan.counts import Counts
 from dougong.plan.machine import Machine, here
@@ -16,6 +17,8 @@ from dougong.runtime.layout import DATA, LayoutConfig
 _FILLED = 8
 """micro-batches for each stage at which a pipeline's bubble is a tenth and less"""
 _ROOM_FOR_COPIES = 0.5
+_ANY_RANK = 32
+"""of an adapter whose rank follows from data that are not read yet; it does not decide"""
 _LONG_CONTEXT = 8192
 """below it, a row's activations are divided better by tensor parallelism or not at all"""
 _WORTH = 0.97
@@ -66,8 +69,10 @@ def _said(option: Option, work: Work, best: Option | None) -> Option:
     return replace(option, changes=(*option.changes, *micro), reason=explain(option, best))
 
 
-def choose_layout(model: Any, train: Any, runtime: Any, optim: Any, processes: int) -> tuple[LayoutConfig, str]:
-    """The layout for `layout: auto`, and the reason; called by the processes launched, each alike.
+def choose_layout(model: Any, train: Any, runtime: Any, optim: Any, processes: int,
+                  adapt: Any = None) -> tuple[LayoutConfig, str]:
+    """The layout for `layout: auto`, and the reason; called by the processes launched, each alike. `adapt`: the adapter
+    that is trained.
 
     Copies where a whole model with its optimiser leaves half of the memory free: nothing is simpler, and small parts
     travel badly. Else what the plan ranks first. Raises ConfigError where nothing fits.
@@ -83,7 +88,8 @@ def choose_layout(model: Any, train: Any, runtime: Any, optim: Any, processes: i
                 rows=train.rows or processes, context=model.context or 1024, steps=train.steps or 1,
                 precision=runtime.precision or "fp32", device=runtime.device or "cpu",
                 checkpoint=CHECKPOINTING[train.gradient_checkpointing], micro_rows=train.micro_rows,
-                ema=train.ema is not None, compile=bool(runtime.compile))
+                ema=train.ema is not None, compile=bool(runtime.compile),
+                adapt=adapt and replace(adapt, rank=adapt.rank or _ANY_RANK))
     machine = _shared(processes)
     copies = rank(work, machine, processes, pinned=LayoutConfig(replicate=processes), keep=1, changes=False).chosen
     if copies is not None and copies.memory_bytes <= _ROOM_FOR_COPIES * copies.capacity:
@@ -151,6 +157,8 @@ def refusal(work: Work, layout: LayoutConfig) -> str | None:
     from dougong.parallel.tensor import why_not_tensor
 
     copies = layout.size(*DATA)
+    if work.adapt is not None and (reason := why_not_divided(work.adapt, layout)):
+        return reason
     if work.rows % copies:
         return f"{work.rows} rows a step cannot be shared equally by {copies} processes"
     reason = None
@@ -320,7 +328,7 @@ def nothing_fits(work: Work, machine: Machine, devices: int, ranking: Ranking) -
                      f"device, and {machine.name} has {option.capacity / gib:,.1f}.")
     elif ranking.others:
         lines.append(f"{ranking.others[0].refused}.")
-    enough = fewest_devices(work, machine, devices) if work.adapt is None else None
+    enough = fewest_devices(work, machine, devices)
     if enough is not None:
         lines.append(f"The smallest number of {machine.name} that fits is {enough[0]} ({describe(enough[1].layout)}"
                      + "".join(f", {change}" for change in enough[1].changes) + ").")

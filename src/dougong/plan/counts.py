@@ -74,6 +74,11 @@ class Counts:
         return FP32 if self.step.adapt is None else self._whole("weights") / self.parameters["total"]
 
     @cached_property
+    def end_bytes(self) -> float:
+        """Of each parameter of stem and head, as FSDP gathers them."""
+        return FP32 if self.step.adapt is None else self.itemsize
+
+    @cached_property
     def flops_per_token(self) -> int:
         return count.flops_per_token(self.step.model, self.context, adapter=self.adapter_parameters) or 0
 

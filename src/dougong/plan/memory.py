@@ -170,8 +170,9 @@ def _gathered(counts: Counts, layout: LayoutConfig, split: Split, micro_batches:
         return 0.0, 0.0, 0.0
     layer, ends = gathered_parameters(counts, layout), end_parameters(counts, layout, first=first)
     size, whole = counts.itemsize, layout.gathered == "step"
-    weights = (split.layers if whole else 2) * layer * size + ends * FP32
-    waiting = split.layers * layer * FP32 if whole and micro_batches > 1 else 0.0
-    leaving = layer * (size + FP32)
-    last = weights + waiting + leaving + ends * FP32 - (0 if whole else layer * size)
+    share = counts.trained_share
+    weights = (split.layers if whole else 2) * layer * size + ends * counts.end_bytes
+    waiting = split.layers * layer * FP32 * share if whole and micro_batches > 1 else 0.0
+    leaving = layer * (size + FP32) * share
+    last = weights + waiting + leaving + ends * FP32 * share - (0 if whole else layer * size)
     return weights + waiting, weights + waiting + leaving, last

@@ -21,12 +21,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from dougong.adapt.lora import hold_frozen
 from dougong.core.config import replace
 from dougong.data.batch import Batch
 from dougong.parallel.data import CopiedGradients
 from dougong.parallel.gradients import plain_gradients
 from dougong.parallel.parallelize import parallelize
-from dougong.plan.counts import Counts
+from dougong.plan.counts import FP32, Counts
 from dougong.plan.memory_counter import MemoryCounter
 from dougong.plan.schedule import pipeline
 from dougong.plan.stand_ins import kernels_of
@@ -82,7 +83,7 @@ def simulate(work: Work, layout: LayoutConfig, *, checkpoint: str, micro_rows: i
         else:
             a, b = (_run(work, runtime, checkpoint, micro_rows, micro_batches, n) for n in (few, more))
             found = b.combine(a, (layers - more) / (more - few))
-    state = found.weights * counts.optimizer_copies
+    state = found.weights / counts.weight_bytes * FP32 * counts.optimizer_copies
     waiting = 0.0 if each is None else (each.in_flight[0] / each.stages_each - 1) * found.kept
     return dataclasses.replace(found, peak_bytes=found.peak_bytes + state + waiting,
                                seconds=time.perf_counter() - begin)
@@ -111,6 +112,8 @@ def _run(work: Work, runtime: Runtime, checkpoint: str, micro_rows: int, micro_b
     with torch.device("meta"):
         model = replace(work.model, num_layers=layers).build()
     model.compute_dtype = runtime.dtype
+    if work.adapt is not None:
+        hold_frozen(work.adapt.apply(model, seed=0))
     if checkpoint != "none":
         model.stack.checkpoint_activations = checkpoint
     objective = work.objective.build()

@@ -56,11 +56,11 @@ def traffic(counts: Counts, layout: LayoutConfig, machine: Machine, mode: str, m
         share, m = (n - 1) / n, layout.size("shard", "context")
         own = experts / layout.expert * (m - 1) / m
         add(SHARDS, "weights gathered", groups * gathers + times,
-            (share * weights + own) * counts.itemsize * gathers + share * ends * FP32 * times, hidden=True)
+            (share * weights + own) * counts.itemsize * gathers + share * ends * counts.end_bytes * times, hidden=True)
         add(SHARDS, "gradients summed, each to its owner", (groups + 1) * times,
-            (share * (weights + ends) + own) * FP32 * times, hidden=True)
+            (share * (weights + ends) + own) * FP32 * counts.trained_share * times, hidden=True)
     if (n := layout.size("replicate")) > 1:
-        size = (weights + experts + ends) / split.shards * FP32
+        size = (weights + experts + ends) / split.shards * FP32 * counts.trained_share
         alone = layout.size("replicate") == layout.processes        # DDP sends buckets, FSDP2 each layer by itself
         messages = groups + 1 + (_STACKS * split.layers if experts_apart(layout) else 0)
         add(("replicate",), "gradients summed", math.ceil(size / _BUCKET) if alone else messages,

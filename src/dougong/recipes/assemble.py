@@ -210,14 +210,13 @@ def _divided_model(recipe: Recipe, objective: Objective, runtime: Runtime,
 
     with torch.device("meta"):
         whole = _with_its_heads(recipe)
+    whole.compute_dtype = runtime.dtype
     if recipe.adapt is not None:
-        _check_adapter_divisible(recipe, runtime.mesh)
-        recipe.adapt.apply(whole, seed=0)
+        hold_frozen(recipe.adapt.apply(whole, seed=0))
     _checkpoint_activations(whole, recipe)
     if recipe.runtime.float8:
         check_float8(recipe, runtime.device)
         multiply_in_float8(whole)
-    whole.compute_dtype = runtime.dtype
     parallel = parallelize(whole, objective, runtime, micro_batches=micro_batches(recipe, runtime.mesh.layout),
                            compile=compile_blocks if runtime.compile else None)
     model: Any = parallel.model.to_empty(device=runtime.device)
@@ -227,17 +226,6 @@ def _divided_model(recipe: Recipe, objective: Objective, runtime: Runtime,
     if recipe.adapter is not None:
         recipe.adapter.fill(model, seed=derive(recipe.seed, "adapter"))
     return model, parallel
-
-
-def _check_adapter_divisible(recipe: Recipe, mesh: Mesh) -> None:
-    """Adapters know copies and shards of rows of data; what cuts matrices or layers apart would cut them too."""
-    if recipe.adapter is None:
-        raise ConfigError(f"adapt.kind={recipe.adapt.kind} trains in one process so far, and the layout asks for "
-                          f"{mesh.layout}. Start it without torchrun.")
-    if mesh.size("tensor", "pipeline", "context", "expert") > 1 or recipe.adapter.base != "float":
-        raise ConfigError(f"adapt.kind={recipe.adapt.kind} adapt.base={recipe.adapt.base} with the layout "
-                          f"{mesh.layout}: in several processes adapters train over floating-point matrices, along "
-                          "replicate and shard alone. Try layout.replicate or layout.shard, and adapt.base=float.")
 
 
 def _checkpoint_activations(model: nn.Module, recipe: Recipe) -> None:

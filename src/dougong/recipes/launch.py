@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from dougong.adapt.lora import why_not_divided
 from dougong.core.config import dump_yaml, replace
 from dougong.core.errors import ConfigError
 from dougong.core.files import write_text
@@ -31,8 +32,9 @@ def lay_out(recipe: Recipe, asked: LayoutConfig | AutoLayoutConfig | None = None
         from dougong.plan import choose_layout
 
         # by process 0's machine: hosts that differ would choose differently
-        layout, reason = from_first(choose_layout(recipe.model, recipe.train, recipe.runtime, recipe.optim, processes)
-                                    if process_rank() == 0 else None)
+        layout, reason = from_first(
+            choose_layout(recipe.model, recipe.train, recipe.runtime, recipe.optim, processes, recipe.adapter)
+            if process_rank() == 0 else None)
         layout = layout.on(processes)
         derived = [Derived("layout", str(layout), reason)]
     else:
@@ -83,6 +85,8 @@ def _numbers_that_fit(rows: int, layout: LayoutConfig) -> str:
 
 def _reasons(recipe: Recipe, layout: LayoutConfig) -> Any:
     """What each axis in use says, cheapest first; modules are loaded only for axes above 1."""
+    if recipe.adapt is not None:
+        yield why_not_divided(recipe.adapt, layout)
     if layout.tensor > 1:
         from dougong.parallel.tensor import why_not_tensor
 

@@ -40,9 +40,6 @@ def plan_recipe(asked: Recipe, machine: Machine, devices: int, *, probe: bool = 
     on fake tensors too.
     """
     check_plannable(asked)
-    if asked.adapter is not None and devices > 1:
-        raise ConfigError(f"an adapter is planned on one device, and --gpus {devices} were asked for. Each of several "
-                          "holds what one holds: --gpus 1.")
     if asked.train.epochs is not None and asked.train.steps is None:
         raise ConfigError(f"train.epochs={asked.train.epochs:g} is as long as the data are, and a plan reads no data. "
                           "Add train.steps=1000, or train.minutes.")

@@ -283,11 +283,11 @@ def machine_of(run: RunFacts) -> list[tuple[Text, Text]]:
 def parameters_of(run: RunFacts) -> list[tuple[Text, Text, float]]:
     """(part, count, share of the total): the parts, which add up to the total, and the total."""
     counted = run.model.get("parameters") or {}
-    parts = counted.get("by_part") if isinstance(counted.get("by_part"), dict) else {}
-    total = counted.get("total")
+    parts, total = counted.get("by_part"), counted.get("total")
     if not is_number(total) or not total:
         return []
-    rows = [(Text.same(name), value) for name, value in parts.items() if is_number(value)]
+    named = parts.items() if isinstance(parts, dict) else ()
+    rows = [(Text.same(name), value) for name, value in named if is_number(value)]
     return [(name, numbers.exact(value), value / total) for name, value in [*rows, (say("total"), total)]]
 
 

@@ -21,7 +21,7 @@ from dougong.recipes import plan_recipe as module
 from dougong.recipes.launch import why_not
 from dougong.recipes.plan_recipe import plan_recipe, work_of
 from dougong.recipes.recipe import StartConfig, load_recipe
-from dougong.runtime.layout import LayoutConfig
+from dougong.runtime.layout import AXES, LayoutConfig
 
 SMALL = ["size=null", "tokenizer.vocab_size=512", "model.context=128", "model.dim=64", "model.num_layers=2",
          "model.num_heads=2", "model.num_kv_heads=2", "model.head_dim=32", "model.ffn_dim=128", "train.rows=16",
@@ -165,11 +165,22 @@ def test_what_an_adapter_needs_by_arithmetic_is_near_what_a_step_of_it_holds():
         assert 0.85 < sum(held.values()) / exact < 1.15
 
 
-def test_an_adapter_that_fits_nowhere_is_told_what_would_help_and_several_devices_are_not_asked_for():
+def test_an_adapter_that_fits_nowhere_is_told_what_would_help():
     with pytest.raises(ConfigError, match=r"adapt\.base=int4"):
         plan_recipe(adapted(), cpu(0.5), 1)
-    with pytest.raises(ConfigError, match="--gpus 1"):
-        plan_recipe(adapted(), cpu(1000), 2)
+
+
+def test_on_several_devices_an_adapter_is_copied_or_in_parts_and_nothing_else():
+    plan = plan_recipe(adapted(), cpu(1000), 4)
+    printed = [*plan["best"], *plan["others"]]
+    fitting = [option["layout"] for option in printed if option["fits"]]
+    assert {axis for layout in fitting for axis in AXES if (layout[axis] or 1) > 1} == {"replicate", "shard"}
+    refused = [option["refused"] for option in printed if not option["fits"]]
+    assert refused and all("along replicate and shard alone" in reason for reason in refused)
+    integers = plan_recipe(adapted(base="int4"), cpu(1000), 1)["best"][0]
+    assert integers["fits"]
+    with pytest.raises(ConfigError, match=r"adapt\.base=float"):
+        plan_recipe(adapted(base="int4"), cpu(1000), 2)
 
 
 def test_the_probe_takes_steps_of_the_adapter():
