@@ -18,7 +18,7 @@ _HERE = Path(__file__).parent
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 1040, 360, 84, 24, 26, 48
 
 _PHRASES: dict[str, tuple[str, str]] = {
-    "plan": ("Plan for a budget", "按预算计划"),
+    "plan": ("Plan for a budget", "按预算规划"),
     "chosen": ("{parameters} parameters on {tokens} tokens", "{parameters} 参数，{tokens} 词元"),
     "shape": ("{layers} layers of width {dim}, vocabulary {vocabulary}, context {context}",
               "{layers} 层，宽 {dim}，词表 {vocabulary}，上下文 {context}"),
@@ -37,7 +37,7 @@ _PHRASES: dict[str, tuple[str, str]] = {
     "source": ("from", "来源"), "extrapolated": ("extrapolated:", "外推："),
     "runs_title": ("The small runs of the probe", "探测用的小型训练"),
     "size": ("size", "规模"), "tokens": ("tokens", "词元"), "steps": ("steps", "步数"),
-    "bits": ("bits per byte", "每字节比特"),
+    "bits": ("bits per byte", "每字节比特数"),
     "train": ("Train it", "开始训练"),
     "predicted": ("predicted", "预测"),
 }

@@ -17,7 +17,7 @@ _PHRASES: dict[str, tuple[str, str]] = {
     "variants": ("{count} variants", "{count} 个版本"),
     "scored": ("{documents} held-out documents, {size}", "{documents} 篇留出文档，共 {size}"),
     "smaller": ("smaller on disk", "磁盘体积缩小"),
-    "costs": ("more bits per byte", "每字节比特增加"),
+    "costs": ("more bits per byte", "每字节比特数增加"),
     "faster": ("speed, one text at a time", "单条生成速度"),
     "agrees": ("same first choice", "首选词元一致"),
     "of_name": ("{name}", "{name}"),
@@ -25,20 +25,20 @@ _PHRASES: dict[str, tuple[str, str]] = {
     "plot_lead": ("Down and left is better. The larger the dot, the faster it writes; the line joins what no other "
                   "variant beats in size and quality, and a ring marks what none beats in all three. Whiskers are "
                   "paired 95 % intervals.",
-                  "越靠左下越好。圆点越大，生成越快；连线上的版本在体积与质量上没有别的能同时胜过；"
-                  "带环者在三方面都不被胜过。竖线为配对的 95% 区间。"),
+                  "越靠左下越好。圆点越大，生成越快；连线上的版本，没有别的版本能在体积与质量上同时胜过；"
+                  "带环的，在三方面都没有别的版本能同时胜过。误差线为配对的 95% 区间。"),
     "axis_size": ("weights in memory", "权重占用内存"),
-    "axis_costs": ("bits per byte, against the original", "每字节比特，与原模型相比"),
+    "axis_costs": ("bits per byte, against the original", "每字节比特数，与原模型相比"),
     "bars_title": ("Side by side", "逐项对照"),
-    "size": ("size on disk", "磁盘体积"), "quality": ("bits per byte", "每字节比特"),
+    "size": ("size on disk", "磁盘体积"), "quality": ("bits per byte", "每字节比特数"),
     "speed": ("tokens per second", "词元/秒"),
     "one": ("one text", "单条"), "many": ("16 texts", "16 条"),
     "close_title": ("How close it stays", "与原模型的接近程度"),
     "close_lead": ("Every token of {documents} documents, read by both. Divergence is what a code made for the variant "
                    "would waste on the original's text; the 99th percentile shows the tokens that suffer most. "
                    "Calibration, over the whole split, is how far confidence lies from being right.",
-                   "在 {documents} 篇文档的每个词元上同时读取两个模型。散度为按该版本编码原模型文本所浪费的量；"
-                   "第 99 百分位反映受影响最大的词元。校准误差（全部文档）为置信度与正确率之差。"),
+                   "{documents} 篇文档的每个词元都由两个模型各读一遍。散度为按该版本编码原模型文本所浪费的量；"
+                   "第 99 百分位反映受影响最大的词元。校准误差（整个划分）为置信度与正确率之差。"),
     "variant": ("variant", "版本"), "made": ("made by", "方法"),
     "parameters": ("parameters", "参数"), "bits_per_weight": ("bits a weight", "每权重比特"),
     "disk": ("on disk", "磁盘"), "memory": ("in memory", "内存"),
@@ -49,16 +49,16 @@ _PHRASES: dict[str, tuple[str, str]] = {
     "table_title": ("All figures", "全部数字"),
     "worst_title": ("Where it hurts most", "受损最大的文档"),
     "worst_lead": ("The documents whose bits per byte grew most. A mean can be fine while one kind of text is not.",
-                   "每字节比特增加最多的文档。平均值正常时，某一类文本仍可能受损。"),
+                   "每字节比特数增加最多的文档。平均值正常时，某一类文本仍可能受损。"),
     "document": ("document", "文档"), "before": ("original", "原模型"), "after": ("variant", "该版本"),
     "other_tokens": ("other tokens: not compared", "词元不同，无法比较"),
     "how_title": ("How it was measured", "测量方法"),
     "how_quality": ("Bits per byte: every token of all {documents} documents of the {split} split, scored once.",
-                    "每字节比特：{split} 划分全部 {documents} 篇文档的每个词元各计一次。"),
+                    "每字节比特数：{split} 划分全部 {documents} 篇文档的每个词元各计一次。"),
     "how_interval": ("Intervals: bootstrap over documents, in pairs with the original.",
                      "区间：对文档自助重采样，与原模型配对。"),
     "how_speed": ("Speed: prompts of 16 tokens, {written} tokens written greedily, all variants in turns; the median.",
-                  "速度：提示 16 词元，贪心生成 {written} 词元，各版本轮流运行，取中位数。"),
+                  "速度：提示词 16 个词元，贪心生成 {written} 词元，各版本轮流运行，取中位数。"),
     "how_bandwidth": ("Bandwidth: weights read for each token of one text, times tokens per second, of the {rate} that "
                       "copying memory reaches here. Above 100 % the weights fit the processor's caches.",
                       "带宽：单条生成时每词元读取的权重量乘以速度，占本机内存复制所达 {rate} 的比例；"
@@ -66,15 +66,15 @@ _PHRASES: dict[str, tuple[str, str]] = {
     "machine": ("Machine: {name}, {threads} threads.", "机器：{name}，{threads} 线程。"),
     "for_everyday": ("everyday use", "日常使用"),
     "for_small": ("little memory", "内存紧张"),
-    "for_fast": ("one reader who waits", "单人等待"),
+    "for_fast": ("one reader who waits", "单个用户等待回答"),
     "for_many": ("many requests at once", "大量并发"),
     "take": ("{name} for {uses} ({facts})", "{uses}时选 {name}（{facts}）"),
     "times_smaller": ("{times} smaller", "体积缩小 {times}"),
-    "cost_said": ("{cost} bits per byte", "每字节比特 {cost}"),
+    "cost_said": ("{cost} bits per byte", "每字节比特数 {cost}"),
     "times_fast": ("{speed} as fast", "速度为 {speed}"),
     "keep": ("keep {name} to train on, and where every bit counts", "继续训练或不容任何损失时保留 {name}"),
     "none": ("no variant stays within {limit} of the original's bits per byte: keep {name}, or train a variant on",
-             "没有版本的每字节比特与原模型相差在 {limit} 以内：请保留 {name}，或对某一版本继续训练"),
+             "没有版本的每字节比特数与原模型相差在 {limit} 以内：请保留 {name}，或对某一版本继续训练"),
 }
 
 

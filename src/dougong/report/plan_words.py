@@ -5,7 +5,7 @@ from typing import Any
 from dougong.report.numbers import Text
 
 _PHRASES: dict[str, tuple[str, str]] = {
-    "plan": ("Plan", "计划"),
+    "plan": ("Plan", "规划"),
     "on": ("{devices} × {name}", "{devices} × {name}"),
     "memory": ("memory of one process", "每个进程的内存"),
     "of_capacity": ("of {size}", "共 {size}"),
@@ -30,7 +30,7 @@ _PHRASES: dict[str, tuple[str, str]] = {
     "some_hosts": ("{shown} of {all} hosts, evenly spread", "{all} 台主机中均匀取 {shown} 台"),
     "curve_title": ("Speed against memory", "速度与内存"),
     "curve_lead": ("Numbers are places in the ranking; the line joins layouts that none beats in both; crosses do "
-                   "not fit.", "数字为名次；连线上的布局没有别的在两方面都更好；叉号表示放不下。"),
+                   "not fit.", "数字为名次；连线上的布局，没有别的布局能在两方面都胜过；叉号表示放不下。"),
     "axis_memory": ("GiB of one process", "每进程 GiB"),
     "axis_speed": ("tokens/s", "词元/秒"),
     "axis_capacity": ("{name} holds this", "{name} 的容量"),
@@ -39,14 +39,14 @@ _PHRASES: dict[str, tuple[str, str]] = {
     "why": ("why", "理由"),
     "rows_at_once": ("rows at once", "一次行数"),
     "traffic_title": ("What is sent in a step", "一步中的通信"),
-    "axis": ("axis", "轴"), "messages": ("messages", "次数"), "bytes": ("bytes sent", "发送量"),
+    "axis": ("axis", "轴"), "messages": ("messages", "消息数"), "bytes": ("bytes sent", "发送量"),
     "link": ("over", "经由"),
     "takes": ("takes", "用时"), "hidden": ("while computing", "与计算重叠"), "waited": ("waited for", "需等待"),
     "host": ("the host's links", "主机内"), "network": ("the network", "网络"),
     "how_title": ("How it was computed", "如何算出"),
     "efficiency": ("Efficiency {share} of the device's peak: {source}.", "效率为设备峰值的 {share}：{source}。"),
     "simulated": ("The divided model ran on fake tensors: {peak} at the peak (arithmetic: {arithmetic}).",
-                  "切分后的模型已用假张量运行：峰值 {peak}（算式：{arithmetic}）。"),
+                  "切分后的模型已用假张量运行：峰值 {peak}（算术估计：{arithmetic}）。"),
     "assumed": ("Assumed", "假设"),
     "considered": ("{number} ways were tried.", "共比较 {number} 种方案。"),
     "fails": ("does not fit or work", "放不下或不可行"),
@@ -57,7 +57,7 @@ _PHRASES: dict[str, tuple[str, str]] = {
     "slower": ("{share} slower than the best", "比最好的慢 {share}"),
     "too_large": ("does not fit: {size} of {capacity}", "放不下：{size}，容量 {capacity}"),
     "one": ("everything fits one device", "一个设备即可"),
-    "tensor": ("each product shared by {n} neighbours", "每个矩阵乘由 {n} 个邻居分担"),
+    "tensor": ("each product shared by {n} neighbours", "每个矩阵乘法由相邻的 {n} 个设备分担"),
     "context": ("rows cut into {n} stretches", "每行切成 {n} 段"),
     "pipeline": ("layers in {n} places", "各层分布于 {n} 处"),
     "shard": ("weights in {n} parts", "权重切成 {n} 份"),
@@ -68,7 +68,7 @@ _PHRASES: dict[str, tuple[str, str]] = {
 KINDS = {
     "weights": Text("weights", "权重"), "gradients": Text("gradients", "梯度"),
     "optimizer": Text("optimiser", "优化器"),
-    "activations": Text("activations", "激活"), "logits": Text("logits", "输出分数"),
+    "activations": Text("activations", "激活"), "logits": Text("logits", "logits"),
     "gathered": Text("gathered weights", "收集的权重"), "recomputed": Text("layer at work", "当前层"),
     "temporary": Text("temporary", "临时"), "inputs": Text("inputs", "输入"), "allowance": Text("allowance", "余量"),
 }

@@ -80,7 +80,7 @@ PHRASES: dict[str, tuple[str, str]] = {
     "difference_plain": ("{ours} against {theirs}", "{ours} 对 {theirs}"),
     "accuracy": ("accuracy", "准确率"),
     "loss_last": ("training loss at the end", "训练末期损失"),
-    "loss_unit": ("nats per token", "纳特/词元"),
+    "loss_unit": ("nats per token", "奈特/词元"),
     "loss_unit_other": ("mean over the step", "每步平均"),
     "evaluation_loss": ("evaluation loss", "评估损失"),
     "parameters": ("parameters", "参数"),
@@ -181,13 +181,13 @@ PHRASES: dict[str, tuple[str, str]] = {
     "curve_lr": ("Learning rate", "学习率"),
     "curve_grad_norm": ("Gradient norm", "梯度范数"),
     "curve_tokens_per_s": ("Throughput", "吞吐量"),
-    "unit_nats": ("nats", "纳特"),
+    "unit_nats": ("nats", "奈特"),
     "unit_bits": ("bits / byte", "比特/字节"),
     "unit_before_clip": ("before clipping", "裁剪前"),
     "unit_per_s": ("tokens / s", "词元/秒"),
     "unit_examples_per_s": ("examples / s", "样本/秒"),
     "line_raw": ("each step", "每步"),
-    "line_smooth": ("weighted mean of {n}", "{n} 个加权平均"),
+    "line_smooth": ("weighted mean of {n}", "{n} 个点的加权平均"),
     "line_baseline": ("{name}, {split}: {value}", "{name}（{split}）{value}"),
     "line_value": ("value", "数值"),
     "line_eval": ("{split}", "{split}"),
@@ -207,13 +207,13 @@ PHRASES: dict[str, tuple[str, str]] = {
     "samples_title": ("What it wrote", "它写的文字"),
     "samples_note": (
         "The same prompts at different moments of training. The prompt is grey, the model's words are dark.",
-        "同样的提示，训练的不同时刻。灰色是提示，深色是模型所写。",
+        "同样的提示词，训练的不同时刻。灰色是提示词，深色是模型所写。",
     ),
     "samples_some": ("{shown} of {total} moments shown.", "共 {total} 个时刻，显示 {shown} 个。"),
     "no_samples": ("This run wrote no samples.", "本次训练没有写样例。"),
-    "no_prompt": ("without a prompt", "无提示"),
+    "no_prompt": ("without a prompt", "无提示词"),
     "nothing_written": ("(nothing)", "（空）"),
-    "prompts_left": ("{n} more prompts are in events.jsonl.", "另有 {n} 个提示，见 events.jsonl。"),
+    "prompts_left": ("{n} more prompts are in events.jsonl.", "另有 {n} 个提示词，见 events.jsonl。"),
     # data
     "data_title": ("What it learned from", "学习的数据"),
     "no_data": ("Nothing about the data has been recorded yet.", "还没有记录数据信息。"),
@@ -383,11 +383,15 @@ def word(name: object) -> Text:
     return say(text) if text in _NAMES else Text.same(text)
 
 
+_RIVALS = {"random forest": "随机森林", "linear SVM": "线性 SVM ", "xz -9 per document": " xz -9（逐篇）"}
+
+
 def baseline_name(name: object) -> Text:
-    """How a sentence speaks of a baseline: "a 5-gram", "xz -9"."""
+    """How a sentence speaks of a baseline: "a byte 5-gram", "xz -9 per document"."""
     text = str(name)
     number, gram, rest = text.partition("gram")
-    digits = number.rstrip("- ")
+    digits = number.removeprefix("byte ").rstrip("- ")
     if gram and digits.isdigit():
-        return Text(f"a {text}", f" {digits} 元语法{rest}")
-    return Text(text, f" {text} ")
+        unit = "字节 " if number.startswith("byte ") else ""
+        return Text(f"a {text}", f" {unit}{digits} 元语法{rest}")
+    return Text(text, _RIVALS.get(text, f" {text} "))

@@ -24,7 +24,7 @@ def test_the_page_says_what_to_train_and_why(inside, tmp_path):
     assert inside["command"] in page.replace("&#34;", '"') and f"{inside['loss']['value']:.3f}" in page
     for figure in inside["figures"]:
         assert figure["source"].split(" (arXiv")[0].split("'")[0][:40] in page
-    assert "按预算计划" in page and "Plan for a budget" in page
+    assert "按预算规划" in page and "Plan for a budget" in page
     assert not re.search(r'(src|href)="https?://', page)
 
 

@@ -80,14 +80,14 @@ def test_returns_the_path_it_wrote(finished, tmp_path):
 def test_says_what_the_model_reached_in_plain_words_in_both_languages(finished, tmp_path):
     page, _ = page_of(finished, out=tmp_path / "r.html")
     assert (
-        "The model needs 1.31 bits for each byte of unseen text; a 5-gram needs 1.95: 33 % fewer."
+        "The model needs 1.31 bits for each byte of unseen text; a byte 5-gram needs 1.95: 33 % fewer."
         in page.text
     )
     assert (
-        "The model needs 1.31 bits for each byte of unseen text; xz -9 needs 1.68: 22 % fewer." in page.text
+        "The model needs 1.31 bits for each byte of unseen text; xz -9 per document needs 1.68: 22 % fewer." in page.text
     )
     assert "0.347 to 0.396, excludes 0" in page.text
-    assert "每个字节的未见文本，模型需要 1.31 比特；5 元语法需要 1.95 比特：少 33%。" in page.text
+    assert "每个字节的未见文本，模型需要 1.31 比特；字节 5 元语法需要 1.95 比特：少 33%。" in page.text
 
 
 def test_holds_everything_the_report_promises(finished, tmp_path):
@@ -230,7 +230,7 @@ def test_an_interval_is_read_as_its_event_defines_it(bits, rival, interval, adva
 
 def test_baselines_beside_a_curve_name_the_split_they_were_measured_on(finished, tmp_path):
     page, _ = page_of(finished, out=tmp_path / "r.html")
-    assert "5-gram, test: 1.951" in page.text
+    assert "byte 5-gram, test: 1.951" in page.text
 
 
 def test_an_empty_directory_is_refused_and_a_bare_recipe_is_not(tmp_path):

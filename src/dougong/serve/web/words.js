@@ -8,7 +8,7 @@ const WORDS = {
   ask: ["Your message", "你的消息"], ask_chat: ["Say something…", "说点什么……"],
   ask_continue: ["Write a beginning; the model goes on…", "写一个开头，模型接着写……"],
   ask_more: ["Add words of your own, or just let it go on…", "加上你自己的话，或直接让它继续……"],
-  send: ["Send", "发送"], go_on: ["Go on", "继续"], stop: ["Stop", "停止"], system: ["System prompt", "系统提示"],
+  send: ["Send", "发送"], go_on: ["Go on", "继续"], stop: ["Stop", "停止"], system: ["System prompt", "系统提示词"],
   stops: ["Stop at these texts (one per line)", "遇到这些文字即停（每行一个）"],
   inspect: ["Ask for token probabilities", "获取词元概率"], shade: ["Shade what the model found unlikely", "标出模型认为不太可能的词元"],
   reset: ["Back to the defaults", "恢复默认"], keys: ["Keyboard", "快捷键"],
