@@ -26,7 +26,8 @@ MODEL = LlamaConfig(vocab_size=4096, context=512, dim=512, num_layers=8, num_hea
 LAYOUTS = [LayoutConfig(replicate=4), LayoutConfig(replicate=1, shard=4),
            LayoutConfig(replicate=1, shard=4, gathered="step"), LayoutConfig(replicate=2, shard=2),
            LayoutConfig(replicate=1, tensor=4), LayoutConfig(replicate=1, shard=2, tensor=2),
-           LayoutConfig(replicate=1, shard=2, context=2)]
+           LayoutConfig(replicate=1, shard=2, context=2), LayoutConfig(replicate=1, context=4),
+           LayoutConfig(replicate=2, context=2)]
 
 
 def work(model, precision="bf16", rows=16):

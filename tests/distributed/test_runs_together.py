@@ -77,7 +77,7 @@ def _chosen(recipe):
     from dougong.runtime.processes import process_rank
 
     own = [LayoutConfig(replicate=2), LayoutConfig(shard=2)][process_rank()]
-    dougong.plan.choose_layout = lambda *_: (own, "what fits here")
+    dougong.plan.choose_layout = lambda *_, **__: (own, "what fits here")
     return lay_out(recipe)[0]
 
 

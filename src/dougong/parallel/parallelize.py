@@ -69,7 +69,7 @@ def parallelize(model: nn.Module, objective: Objective, runtime: Runtime, *, mic
         pipeline = Pipeline(model, stages, runtime)
         gradients = pipeline.gradients
         losses = partial(pipeline.losses, objective)
-    if mesh.size("shard", "tensor", "expert", "pipeline") == 1:
+    if mesh.layout.whole:
         return Parallel(model, CopiedGradients(), forward_only(model, objective, runtime))
     for axes, left in divide(model, mesh, runtime.dtype, roots=stages).items():
         apart = {id(p) for p in left}

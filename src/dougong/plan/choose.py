@@ -1,7 +1,7 @@
 """Which layout: every sensible product of axes is tried by arithmetic, ranked by tokens per second, and explained."""
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,14 +39,15 @@ class Ranking:
 
 
 def rank(work: Work, machine: Machine, devices: int, *, counts: Counts | None = None, keep: int = 5,
-         pinned: LayoutConfig | None = None, changes: bool = True) -> Ranking:
+         pinned: LayoutConfig | None = None, changes: bool = True,
+         why_not: Callable[[LayoutConfig], str | None] = lambda layout: None) -> Ranking:
     """The best layouts of `devices` devices, of different families, and the best of each family that fails.
 
     `pinned`: only this layout. `changes`: keeping more or fewer activations than the recipe asks is tried too, and said
-    in `Option.changes`.
+    in `Option.changes`. `why_not`: what else speaks against a layout; those are left out.
     """
     counts = counts or Counts(work.step())
-    layouts = [pinned] if pinned else list(candidates(work, counts, machine, devices))
+    layouts = [pinned] if pinned else [one for one in candidates(work, counts, machine, devices) if not why_not(one)]
     modes = dict.fromkeys((work.checkpoint, *(("none", "selective", "full") if changes else ())))
     options = [option for layout in layouts for option in _ways(work, counts, layout, machine, modes)]
     by_family: dict[tuple[str, ...], Option] = {}
@@ -69,10 +70,13 @@ def _said(option: Option, work: Work, best: Option | None) -> Option:
     return replace(option, changes=(*option.changes, *micro), reason=explain(option, best))
 
 
-def choose_layout(model: Any, train: Any, runtime: Any, optim: Any, processes: int,
-                  adapt: Any = None) -> tuple[LayoutConfig, str]:
-    """The layout for `layout: auto`, and the reason; called by the processes launched, each alike. `adapt`: the adapter
-    that is trained.
+def choose_layout(model: Any, train: Any, runtime: Any, optim: Any, processes: int, *, adapt: Any = None,
+                  context: int | None = None,
+                  why_not: Callable[[LayoutConfig], str | None] = lambda layout: None) -> tuple[LayoutConfig, str]:
+    """The layout for `layout: auto`, and the reason; called by the processes launched, each alike.
+
+    `adapt`: the adapter that is trained. `context`: tokens of a row, where that is not the model's. `why_not`: what of
+    the recipe speaks against a layout.
 
     Copies where a whole model with its optimiser leaves half of the memory free: nothing is simpler, and small parts
     travel badly. Else what the plan ranks first. Raises ConfigError where nothing fits.
@@ -85,7 +89,7 @@ def choose_layout(model: Any, train: Any, runtime: Any, optim: Any, processes: i
 
     vocab_size = model.vocab_size or 4096       # the tokenizer's is not known yet; it does not decide
     work = Work(model=replace(model, vocab_size=vocab_size), objective=CausalLMConfig(), optim=optim,
-                rows=train.rows or processes, context=model.context or 1024, steps=train.steps or 1,
+                rows=train.rows or processes, context=context or model.context or 1024, steps=train.steps or 1,
                 precision=runtime.precision or "fp32", device=runtime.device or "cpu",
                 checkpoint=CHECKPOINTING[train.gradient_checkpointing], micro_rows=train.micro_rows,
                 ema=train.ema is not None, compile=bool(runtime.compile),
@@ -94,7 +98,7 @@ def choose_layout(model: Any, train: Any, runtime: Any, optim: Any, processes: i
     copies = rank(work, machine, processes, pinned=LayoutConfig(replicate=processes), keep=1, changes=False).chosen
     if copies is not None and copies.memory_bytes <= _ROOM_FOR_COPIES * copies.capacity:
         return copies.layout, f"every process has room for the whole model: {_held(copies)}"
-    ranking = rank(work, machine, processes, keep=1, changes=False)
+    ranking = rank(work, machine, processes, keep=1, changes=False, why_not=why_not)
     if ranking.chosen is None:
         raise ConfigError(f"no layout of {processes} processes fits:\n"
                           + nothing_fits(work, machine, processes, ranking))
@@ -139,8 +143,8 @@ def _over_data(work: Work, data: int, inner: LayoutConfig, machine: Machine) -> 
     shards = {1, data, *(n for n in _powers(data, data) if n * near in (machine.host_devices, 64, 512))}
     for shard in sorted(shards):
         # a pipeline's stages hold their weights for the step: gathering them for each micro-batch would not be hidden
-        alone = shard * inner.size("context", "expert") == 1
-        ways = () if alone else ("step",) if inner.pipeline > 1 else ("layer", "step")
+        undivided = shard * inner.size("context", "expert") == 1 or replace(inner, shard=shard).whole
+        ways = () if undivided else ("step",) if inner.pipeline > 1 else ("layer", "step")
         for gathered, schedule in itertools.product(ways or ("layer",), schedules):
             yield replace(inner, replicate=data // shard, shard=shard, schedule=schedule,   # type: ignore[arg-type]
                           gathered=gathered)                                                # type: ignore[arg-type]

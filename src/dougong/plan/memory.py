@@ -43,7 +43,8 @@ class Split:
     def of(cls, layout: LayoutConfig, layers: int) -> "Split":
         stages = layout.pipeline * (pipeline_stages(layout))
         each = math.ceil(layers / stages) * pipeline_stages(layout)
-        return cls(min(layers, each), stages, layout.tensor, layout.size(*SHARDS), layout.context)
+        return cls(min(layers, each), stages, layout.tensor, 1 if layout.whole else layout.size(*SHARDS),
+                   layout.context)
 
 
 def pipeline_stages(layout: LayoutConfig) -> int:
@@ -101,7 +102,8 @@ def kept_per_row(counts: Counts, layout: LayoutConfig, mode: str) -> Line:
         heads, groups, width = counts.section.attention.heads(counts.dim)     # as exchanged, beside as computed
         row += counts.context * (heads + 2 * groups) * width / tensor * counts.itemsize
     casts = outside.fixed + inside.fixed / tensor
-    if layout.size(*SHARDS) > 1:      # FSDP's copies are, but experts that it does not gather are cast as they are used
+    if layout.size(*SHARDS) > 1 and not layout.whole:
+        # FSDP's copies are in its precision, but experts that it does not gather are cast as they are used
         cast = experts_apart(layout) and counts.itemsize < FP32
         casts = counts.layer_experts / layout.expert * counts.itemsize if cast else 0.0
     return Line(casts, row / layout.context)

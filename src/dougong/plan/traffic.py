@@ -59,11 +59,11 @@ def traffic(counts: Counts, layout: LayoutConfig, machine: Machine, mode: str, m
             (share * weights + own) * counts.itemsize * gathers + share * ends * counts.end_bytes * times, hidden=True)
         add(SHARDS, "gradients summed, each to its owner", (groups + 1) * times,
             (share * (weights + ends) + own) * FP32 * counts.trained_share * times, hidden=True)
-    if (n := layout.size("replicate")) > 1:
+    copied: tuple[Axis, ...] = ("replicate", "context") if layout.whole else ("replicate",)
+    if (n := layout.size(*copied)) > 1:
         size = (weights + experts + ends) / split.shards * FP32 * counts.trained_share
-        alone = layout.size("replicate") == layout.processes        # DDP sends buckets, FSDP2 each layer by itself
         messages = groups + 1 + (_STACKS * split.layers if experts_apart(layout) else 0)
-        add(("replicate",), "gradients summed", math.ceil(size / _BUCKET) if alone else messages,
+        add(copied, "gradients summed", math.ceil(size / _BUCKET) if layout.whole else messages,   # DDP sends buckets
             2 * (n - 1) / n * size, hidden=True)
     if (n := layout.tensor) > 1:
         passes = 2 + (mode == "full")

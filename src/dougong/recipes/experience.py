@@ -20,15 +20,11 @@ from dougong.runtime.device import Runtime
 
 def with_experience(recipe: Recipe, corpus: Any, objective: Objective, model: nn.Module,
                     runtime: Runtime) -> tuple[Objective, Any]:
-    """The corpus of tasks as one of experience. Raises ConfigError for other data, and for layouts in which no process
-    holds the whole model."""
-    kind, mesh = recipe.objective.kind, runtime.mesh
+    """The corpus of tasks as one of experience. Raises ConfigError for other data."""
+    kind = recipe.objective.kind
     if recipe.data.kind != "chats":
         raise ConfigError(f"objective.kind={kind} asks tasks with answers, and data.kind={recipe.data.kind} has none.\n"
                           "Try data.kind=chats data.path=tasks.jsonl, each line with question and answer.")
-    if mesh.size("pipeline", "shard", "expert", "context", "tensor") > 1:
-        raise ConfigError(f"objective.kind={kind} lets every process write with the whole model, and {mesh.layout} "
-                          "divides it. Try layout.replicate alone.")
     if recipe.objective.max_tokens >= recipe.model.context:
         raise ConfigError(f"objective.max_tokens={recipe.objective.max_tokens} leaves no place for a prompt in a "
                           f"context of {recipe.model.context}. Try objective.max_tokens={recipe.model.context // 2}.")

@@ -4,6 +4,7 @@ import hashlib
 import math
 import os
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from dougong.core.config import dump_yaml, replace
 from dougong.core.errors import ConfigError
 from dougong.core.files import write_text
 from dougong.core.run import RunDirectory
+from dougong.objectives.distil import DistilConfig
 from dougong.objectives.objective import batch_fields, token_fields
+from dougong.objectives.policy import RolloutConfig
 from dougong.recipes.derive import Derived
 from dougong.recipes.recipe import Recipe
 from dougong.runtime.layout import DATA, AutoLayoutConfig, LayoutConfig
@@ -33,7 +36,8 @@ def lay_out(recipe: Recipe, asked: LayoutConfig | AutoLayoutConfig | None = None
 
         # by process 0's machine: hosts that differ would choose differently
         layout, reason = from_first(
-            choose_layout(recipe.model, recipe.train, recipe.runtime, recipe.optim, processes, recipe.adapter)
+            choose_layout(recipe.model, recipe.train, recipe.runtime, recipe.optim, processes, adapt=recipe.adapter,
+                          context=getattr(recipe.data, "row_tokens", None), why_not=partial(why_not, recipe))
             if process_rank() == 0 else None)
         layout = layout.on(processes)
         derived = [Derived("layout", str(layout), reason)]
@@ -85,6 +89,14 @@ def _numbers_that_fit(rows: int, layout: LayoutConfig) -> str:
 
 def _reasons(recipe: Recipe, layout: LayoutConfig) -> Any:
     """What each axis in use says, cheapest first; modules are loaded only for axes above 1."""
+    objective = recipe.objective
+    if isinstance(objective, DistilConfig):
+        yield "distillation trains in one process so far. Start it without torchrun, and leave the layout out."
+    if isinstance(objective, RolloutConfig) and layout.processes > layout.size("replicate"):
+        yield (f"objective.kind={objective.kind} lets every process write with the whole model. Try layout.replicate "
+               "alone.")
+    if whole := objective.build().not_additive:
+        yield f"its processes share each batch, but {whole}. Start it without torchrun, and leave the layout out."
     if recipe.adapt is not None:
         yield why_not_divided(recipe.adapt, layout)
     if layout.tensor > 1:

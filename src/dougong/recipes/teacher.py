@@ -95,9 +95,6 @@ def taught(recipe: Recipe, corpus: Any, objective: Objective, model: Any,
     """The objective with its teacher, or the corpus with the teacher's answers; on policy, a corpus of what the student
     writes. Raises ConfigError where teacher and student do not fit."""
     section: DistilConfig = recipe.objective
-    if runtime.mesh.devices is not None:
-        raise ConfigError("distillation trains in one process so far. Start it without torchrun, and leave the layout "
-                          "out.")
     teacher = open_teacher(section, runtime)
     check_tokenizers(section, teacher, corpus.tokenizer)
     plan = answers_of(recipe, teacher, corpus)

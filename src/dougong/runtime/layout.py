@@ -80,6 +80,11 @@ class LayoutConfig:
     def processes(self) -> int:
         return self.size(*AXES)
 
+    @property
+    def whole(self) -> bool:
+        """Whether every process holds a whole model: rows alone are divided, or stretches of them."""
+        return self.size("shard", "tensor", "pipeline", "expert") == 1
+
     def __str__(self) -> str:
         return " x ".join(f"{axis} {self.size(axis)}" for axis in AXES if self.size(axis) > 1) or "one process"
 

@@ -3,6 +3,8 @@
 
 import pytest
 
+from dougong.adapt.lora import LoRAConfig
+from dougong.core.config import replace
 from dougong.core.errors import ConfigError
 from dougong.models.families.llama import LlamaConfig
 from dougong.models.families.qwen3_moe import Qwen3MoEConfig
@@ -93,6 +95,17 @@ def test_auto_copies_what_has_room_and_divides_what_has_none(monkeypatch):
     assert small == LayoutConfig(replicate=8) and "room for the whole model" in reason
     large, _ = choose_layout(EIGHT_B, *recipe)
     assert large.size("shard", "tensor", "pipeline") > 1
+
+
+def test_auto_leaves_out_what_the_recipe_says_no_to(monkeypatch):
+    monkeypatch.setattr(choose, "here", lambda: replace(machine("h200"), memory_bytes=32 * 2**30))
+    recipe = (TrainConfig(rows=16), RuntimeConfig(device="cuda", precision="bf16"), OPTIMIZERS["adamw"](), 16)
+    layout, _ = choose_layout(EIGHT_B, *recipe)
+    assert layout.context > 1, "or this shows nothing"
+    other, _ = choose_layout(EIGHT_B, *recipe, why_not=lambda one: "no" if one.context > 1 else None)
+    assert other.context == 1 and other.processes == 16
+    adapted, reason = choose_layout(EIGHT_B, *recipe, adapt=LoRAConfig(), context=64)
+    assert adapted == LayoutConfig(replicate=16), reason
 
 
 def test_figures_follow_the_machine():

@@ -23,8 +23,18 @@ def test_what_judges_whole_texts_is_not_cut_along_them(recipe, kind, axis):
     judging = replace(recipe, objective=OBJECTIVES[kind]())
     reason = why_not(judging, LayoutConfig(replicate=1, **{axis: 2}))
     assert f"objective.kind={kind}" in reason and f"along {axis}" in reason
-    assert why_not(judging, LayoutConfig(replicate=2)) is None
-    assert why_not(judging, LayoutConfig(shard=2)) is None
+    for rows in (LayoutConfig(replicate=2), LayoutConfig(replicate=1, shard=2)):
+        assert "KTO judges" in why_not(judging, rows) if kind == "kto" else why_not(judging, rows) is None
+
+
+@pytest.mark.parametrize(("kind", "copies", "says"), [
+    ("distil", False, "one process"), ("gan", False, "share each batch"), ("grpo", True, "layout.replicate alone"),
+    ("rejection", True, "layout.replicate alone")])
+def test_what_processes_cannot_share_is_refused_before_data_are_read(recipe, kind, copies, says):
+    asked = replace(recipe, objective=OBJECTIVES[kind]())
+    assert says in why_not(asked, LayoutConfig(replicate=1, shard=2))
+    assert (why_not(asked, LayoutConfig(replicate=2)) is None) == copies
+    assert why_not(asked, LayoutConfig(replicate=1)) is None
 
 
 @pytest.mark.parametrize("axis", ["tensor", "context", "pipeline"])

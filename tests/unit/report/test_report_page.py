@@ -83,9 +83,8 @@ def test_says_what_the_model_reached_in_plain_words_in_both_languages(finished, 
         "The model needs 1.31 bits for each byte of unseen text; a byte 5-gram needs 1.95: 33 % fewer."
         in page.text
     )
-    assert (
-        "The model needs 1.31 bits for each byte of unseen text; xz -9 per document needs 1.68: 22 % fewer." in page.text
-    )
+    beside_xz = "The model needs 1.31 bits for each byte of unseen text; xz -9 per document needs 1.68: 22 % fewer."
+    assert beside_xz in page.text
     assert "0.347 to 0.396, excludes 0" in page.text
     assert "每个字节的未见文本，模型需要 1.31 比特；字节 5 元语法需要 1.95 比特：少 33%。" in page.text
 
