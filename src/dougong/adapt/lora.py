@@ -30,7 +30,7 @@ from dougong.nn.lora import (
     merge_adapters,
     replace_part,
 )
-from dougong.nn.moe import Experts
+from dougong.nn.moe import Experts, MoE
 from dougong.nn.ranges import Count, Positive, Probability
 from dougong.runtime.layout import LayoutConfig
 
@@ -189,9 +189,11 @@ def why_not_divided(adapt: Any, layout: LayoutConfig) -> str | None:
 
 def hold_frozen(model: Any) -> nn.Module:
     """Keeps frozen matrices in the precision that they compute in, where they would be cast at each use: half the
-    memory, and no cast. Everything that is trained, and every vector, stays as it is."""
+    memory, and no cast. Everything that is trained, every vector, and routers (which choose in float32) stay as they
+    are."""
+    routers = {module.router for module in model.modules() if isinstance(module, MoE)}
     for module in model.modules():
-        if isinstance(module, nn.Linear | Embedding | Experts):
+        if isinstance(module, nn.Linear | Embedding | Experts) and module not in routers:
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim > 1 and not parameter.requires_grad:
                     module._parameters[name] = nn.Parameter(parameter.to(model.compute_dtype), requires_grad=False)

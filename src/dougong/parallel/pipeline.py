@@ -23,10 +23,10 @@ from dougong.objectives.losses import Losses
 from dougong.objectives.objective import Objective
 from dougong.parallel import stages as order
 from dougong.parallel.context import context_slice
-from dougong.parallel.norms import local
 from dougong.parallel.stages import num_stages, process_of, why_not_pipeline
 from dougong.runtime.device import Runtime
 from dougong.runtime.mesh import Mesh
+from dougong.runtime.parts import local
 
 _SCHEDULES: dict[str, Any] = {
     "gpipe": torch_schedules.ScheduleGPipe,

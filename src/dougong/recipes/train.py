@@ -44,7 +44,7 @@ from dougong.train.phases import Clock
 from dougong.train.rewind import go_back
 from dougong.train.trackers import check_trackers, open_trackers
 from dougong.train.view import open_view
-from dougong.train.watch import Watch, board
+from dougong.train.watch import StoreBoard, Watch
 
 _WATTS_PER_CORE, _WATTS_PER_GPU = 12.0, 700.0   # of a GPU that is not listed; stated in the report beside the estimate
 
@@ -205,6 +205,7 @@ def _train(directory: RunDirectory, recipe: Recipe, corpus: Any, derived: list[D
     problems = resumed.problems if resumed else []
     if resumed and resumed.path:
         load_checkpoint(resumed.path, state, recipe_hash=recipe_hash, mesh=runtime.mesh)
+    if resumed:
         state.elapsed_s = max(state.elapsed_s, _spent_s(directory))     # steps that a kill undid took their time too
     watchers = _watchers(directory, recipe, corpus, state.step) if runtime.is_first else []
     reporter.listeners += watchers
@@ -268,7 +269,7 @@ def _watch(clock: Clock, directory: RunDirectory, reporter: Reporter) -> context
     """Of several processes each is watched, lest one that hangs leave the others waiting for ever."""
     if launched() == 1:
         return contextlib.nullcontext()
-    return Watch(clock, board(directory.path), rank=process_rank(), size=launched(), directory=directory.path,
+    return Watch(clock, StoreBoard(), rank=process_rank(), size=launched(), directory=directory.path,
                  on_hang=lambda fields: reporter.write("hang", **fields))
 
 

@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dougong.parallel.norms import copies, local
+from dougong.parallel.norms import copies
 from dougong.runtime.mesh import Mesh
+from dougong.runtime.parts import local
 
 
 class Layers:

@@ -88,11 +88,16 @@ def available_bytes(device: torch.device) -> float:
     if not meminfo.exists():
         return memory_bytes() or float("inf")     # macOS says how much there is, not how much is free
     fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-    limits = [int(fields["MemAvailable"].split()[0]) * 1024]
-    group = Path("/sys/fs/cgroup")
-    if (group / "memory.max").exists() and (limit := (group / "memory.max").read_text().strip()) != "max":
-        limits.append(int(limit) - int((group / "memory.current").read_text()))
-    return max(0, min(limits))
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    return max(0, min(free, _left_in(Path("/sys/fs/cgroup"))))
+
+
+def _left_in(group: Path) -> float:
+    """Bytes that a control group leaves to its processes; infinity without a limit. Files that were read make way."""
+    if not (group / "memory.max").exists() or (limit := (group / "memory.max").read_text().strip()) == "max":
+        return float("inf")
+    stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    return int(limit) - int((group / "memory.current").read_text()) + int(stat.get("inactive_file", 0))
 
 
 class _nothing_happened:

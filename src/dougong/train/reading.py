@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from dougong.objectives.losses import Losses
 from dougong.parallel.gradients import group_parameters
-from dougong.parallel.norms import local
 from dougong.runtime.collectives import all_sum
 from dougong.runtime.layout import AXES
 from dougong.runtime.mesh import Mesh
+from dougong.runtime.parts import local
 from dougong.train.layers import Layers
 from dougong.train.spikes import NO_LIMIT, Spikes
 

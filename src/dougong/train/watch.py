@@ -1,9 +1,9 @@
 """Who hangs, and where: a thread in every process that says where the process stands, and ends all when one is stuck.
 
 In lockstep training one stuck process makes all others wait in a collective, which says nothing about who is missing.
-Here each process writes once a second what it is doing to a board (the store by which the processes found each other,
-or files in the run's directory). One that has not moved for its limit looks at the others: whoever is furthest behind,
-and over its own limit or silent, is named with its stack, and every process leaves, so that torchrun starts them again.
+Here each process writes once a second what it is doing to a board (the store by which the processes found each other).
+One that has not moved for its limit looks at the others: whoever is furthest behind, and over its own limit or silent,
+is named with its stack, and every process leaves, so that torchrun starts them again.
 
 Limits have two phases: whatever has never been finished (the first step, the first evaluation) may take as long as a
 start may; later 10 times the median step, or the longest such phase, and never less than a minute. A save, and what
@@ -13,7 +13,6 @@ follows the last step, may have to wait for a disk: as long as a start, always.
 import faulthandler
 import json
 import os
-import shutil
 import statistics
 import sys
 import threading
@@ -26,7 +25,6 @@ from typing import Any, Protocol
 import torch.distributed as dist
 
 from dougong.core.events import BETWEEN_STEPS
-from dougong.core.files import write_text
 from dougong.runtime.processes import START_TIMEOUT_S
 from dougong.train.phases import Clock
 
@@ -61,33 +59,8 @@ class StoreBoard:
         return self._store.get(name).decode() if self._store.check([name]) else None
 
 
-class FolderBoard:
-    """Files in a directory that all processes share."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        directory.mkdir(parents=True, exist_ok=True)
-
-    def write(self, name: str, text: str) -> None:
-        write_text(self._directory / name, text)
-
-    def read(self, name: str) -> str | None:
-        try:
-            return (self._directory / name).read_text(encoding="utf-8")
-        except OSError:
-            return None
-
-
-def board(directory: Path) -> Board:
-    """The store where there is one, else files in the run's directory."""
-    if dist.is_initialized():
-        return StoreBoard()
-    shutil.rmtree(directory / ".watch", ignore_errors=True)     # an earlier attempt's
-    return FolderBoard(directory / ".watch")
-
-
 class Watch:
-    """Runs beside the training of one process:  with Watch(clock, board(run.path), rank=, size=, directory=run.path).
+    """Runs beside the training of one process:  with Watch(clock, StoreBoard(), rank=, size=, directory=run.path).
 
     `on_hang` gets the fields of a `hang` event just before the process leaves with `EXIT_HUNG`.
     """

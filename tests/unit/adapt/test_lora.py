@@ -198,6 +198,17 @@ def test_settings_that_mean_nothing_are_refused(settings, says):
         LoRAConfig(**{"rank": 4, **settings}).apply(model_of(), seed=0)
 
 
+def test_a_frozen_router_goes_on_choosing_in_float32():
+    config = FAMILIES["qwen3_moe"](**{k: v for k, v in SIZES.items() if k != "ffn_dim"}, num_kv_heads=2, head_dim=16,
+                                   num_experts=4, top_k=2)
+    model = LoRAConfig(rank=4, targets=("*.attention.*",)).apply(model_of(config), seed=0)
+    model.compute_dtype = torch.bfloat16
+    hold_frozen(model)
+    dtypes = {name: p.dtype for name, p in model.named_parameters() if p.ndim > 1 and not p.requires_grad}
+    assert {name for name, dtype in dtypes.items() if dtype == torch.float32} == \
+        {name for name in dtypes if name.endswith("router.weight")} != set()
+
+
 def test_experts_are_refused_by_name_and_attention_beside_them_is_adapted():
     config = FAMILIES["qwen3_moe"](**{k: v for k, v in SIZES.items() if k != "ffn_dim"}, num_kv_heads=2, head_dim=16,
                                    num_experts=4, top_k=2)

@@ -100,3 +100,12 @@ def test_kept_bytes_count_the_products_that_selective_checkpointing_keeps():
 
 def test_available_memory_is_a_sensible_number():
     assert 1e7 < memory.available_bytes(torch.device("cpu")) < 1e14
+
+
+def test_files_that_a_container_has_read_are_no_memory_taken(tmp_path):
+    assert memory._left_in(tmp_path) == float("inf")
+    for name, text in (("max", "8000\n"), ("current", "7000\n"), ("stat", "anon 1500\ninactive_file 5000\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert memory._left_in(tmp_path) == 8000 - 7000 + 5000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory._left_in(tmp_path) == float("inf")

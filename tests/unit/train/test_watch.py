@@ -11,6 +11,7 @@ from distributed.processes import run_processes
 from tiny_training import OBJECTIVE, RUNTIME, tiny_config, tiny_state
 
 from dougong.core.events import EventLog
+from dougong.core.files import write_text
 from dougong.core.run import RunDirectory
 from dougong.train import checkpoint
 from dougong.train.checkpoint import Checkpointer
@@ -21,9 +22,23 @@ from dougong.train.metrics import Reporter
 from dougong.train.phases import Clock
 from dougong.train.rewind import go_back
 from dougong.train.spikes import Rewind
-from dougong.train.watch import EXIT_HUNG, FolderBoard, StoreBoard, Watch, _waits
+from dougong.train.watch import EXIT_HUNG, StoreBoard, Watch, _waits
 
 STEPS = 6
+
+
+class FolderBoard:
+    """Files in a directory that all processes share."""
+
+    def __init__(self, directory):
+        self._directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def write(self, name, text):
+        write_text(self._directory / name, text)
+
+    def read(self, name):
+        return (self._directory / name).read_text() if (self._directory / name).exists() else None
 
 
 def in_lockstep(folder, use_store, hangs_at, seconds, told):
