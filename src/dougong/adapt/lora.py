@@ -123,7 +123,7 @@ class LoRAConfig:
                                   f"are called such as {next(iter(linears), 'nothing: this model has none')}.")
         if not self.targets and experts:
             raise ConfigError(f"this model has experts ({experts[0]}), which have no adapters here. Name what is to be "
-                              "adapted: adapt.targets=['*.attention.*']")
+                              "adapted: \"adapt.targets=['*.attention.*']\"")
         if not self.targets and not linears:
             raise ConfigError("this model has no matrix (dougong.nn.Linear) that could be adapted.")
         return {name: part for name, part in linears.items()
@@ -203,6 +203,17 @@ def hold_frozen(model: Any) -> nn.Module:
 def trained(model: nn.Module) -> int:
     """Numbers that training moves."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def trained_matrices(model: Any) -> tuple[int, int]:
+    """Of what is trained: numbers of low-rank factors, and of whole matrices that multiply a token. A table of which
+    rows are looked up multiplies none, unless it is the head too."""
+    factors = {id(factor) for part in adapters(model).values() for factor in (part.lora_a, part.lora_b)}
+    tables = {id(p) for part in model.modules() if isinstance(part, Embedding) for p in part.parameters(recurse=False)}
+    tables -= {id(getattr(getattr(model, "head", None), "weight", None))}
+    moved = [p for p in model.parameters() if p.requires_grad and p.ndim > 1 and id(p) not in tables]
+    low = sum(p.numel() for p in moved if id(p) in factors)
+    return low, sum(p.numel() for p in moved) - low
 
 
 def widths(parts: Iterable[Linear | LowRank]) -> int:

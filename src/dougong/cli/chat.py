@@ -29,7 +29,7 @@ def chat(
 
     if mode not in (None, "chat", "continue"):
         raise ConfigError(f"--mode takes chat or continue, not {mode!r}.")
-    opened = open_run(run, checkpoint=checkpoint)
+    opened = open_run(run, checkpoint=checkpoint, to_read=True)
     tell_passed_over(opened)
     if opened.tokenizer is None:
         raise ConfigError(f"{opened.directory.path} holds no language model (model.kind={opened.recipe.model.kind}), "

@@ -23,7 +23,7 @@ def evaluate(
     from dougong.recipes.open_run import open_run
     from dougong.recipes.scoring import print_result, score
 
-    opened = open_run(run, checkpoint=checkpoint)
+    opened = open_run(run, checkpoint=checkpoint, to_read=True)
     result = score(opened, data=data, split=split, stride=stride, baselines=not no_baselines,
                    progress=progress_bar(as_json))
     tell_passed_over(opened)

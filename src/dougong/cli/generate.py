@@ -43,7 +43,7 @@ def generate(
 
         opened = open_with_adapter(str(run), adapter, checkpoint=checkpoint)
     else:
-        opened = open_run(run, checkpoint=checkpoint)
+        opened = open_run(run, checkpoint=checkpoint, to_read=True)
     tell_passed_over(opened)
     asked = prompts or opened.recipe.sample.prompts or [""]
     texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in asked]
@@ -64,7 +64,7 @@ def generate(
         out.flush()
 
     results = opened.generate(texts, sampling, stream=show if streaming else None,
-                              draft=None if draft is None else open_run(draft), speculate=speculate)
+                              draft=None if draft is None else open_run(draft, to_read=True), speculate=speculate)
     for result in results:
         if not streaming:
             out.write(f"\n{'─' * 72}\n{result.prompt}{result.text}\n")

@@ -65,14 +65,15 @@ def _part(name: str) -> str:
     return ".".join(path[:2]) if path[0] == "stack" else path[0]
 
 
-def flops_per_token(config: Any, context: int, *, adapter: int | None = None) -> int | None:
+def flops_per_token(config: Any, context: int, *, adapter: int | None = None, whole: int = 0) -> int | None:
     """Floating-point operations of training on one token, in rows of `context`; None for models without
     tokens.
 
     6 · matrices, plus 12 · N · H per layer and key read: with full causal attention T/2 keys, so 6 · L · T ·
     N · H; with a window W < T, W - W²/(2T). Norms, activations and the optimiser are not counted, as in
     Kaplan et al. 2020 (arXiv:2001.08361, section 2.1). nanoGPT and PaLM count T keys instead of T/2. Where an `adapter`
-    of so many parameters is trained, the matrices need no gradient: 4 · matrices, and 6 · adapter.
+    of so many parameters is trained, the matrices need no gradient: 4 · matrices, and 6 · adapter; and 2 more for each
+    of `whole`, parameters of matrices that are trained beside it.
     """
     if not hasattr(config, "decoder"):
         return None
@@ -81,7 +82,7 @@ def flops_per_token(config: Any, context: int, *, adapter: int | None = None) ->
     keys = sum(context / 2 if window is None or window >= context else window - window**2 / (2 * context)
                for window in section.windows())
     matrices = parameters(config)["matrices"]
-    products = 6 * matrices if adapter is None else 4 * matrices + 6 * adapter
+    products = 6 * matrices if adapter is None else 4 * matrices + 6 * adapter + 2 * whole
     return round(products + 12 * width * keys)
 
 

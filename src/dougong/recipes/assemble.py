@@ -1,5 +1,6 @@
 """From a recipe to the things it names: corpus, model, objective, optimiser, loader, state."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dougong.adapt.lora import hold_frozen, trained
+from dougong.adapt.lora import hold_frozen, trained_matrices
 from dougong.adapt.quantize import Form, make_room
 from dougong.core.config import replace
 from dougong.core.errors import ConfigError
@@ -70,8 +71,10 @@ class Assembly:
     def flops_per_token(self) -> float | None:
         if not self.recipe.is_language_model:
             return None
-        adapter = trained(self.state.model) if self.recipe.adapter is not None else None
-        return count.flops_per_token(self.recipe.model, self.recipe.row_tokens, adapter=adapter)
+        if self.recipe.adapter is None:
+            return count.flops_per_token(self.recipe.model, self.recipe.row_tokens)
+        factors, whole = trained_matrices(self.state.model)
+        return count.flops_per_token(self.recipe.model, self.recipe.row_tokens, adapter=factors, whole=whole)
 
 
 def prepare_data(recipe: Recipe, *, progress: Any = None) -> Any:
@@ -188,12 +191,15 @@ def _check_rows(recipe: Recipe) -> None:
 
 
 def _whole_model(recipe: Recipe, runtime: Runtime, start: Weights | None) -> nn.Module:
-    model = build_model(recipe, runtime)
+    """In one process. Under an adapter it is brought together on the CPU, so that a GPU never holds in fp32 what is
+    frozen there."""
+    place = runtime if recipe.adapter is None else dataclasses.replace(runtime, device=torch.device("cpu"))
+    model = build_model(recipe, place)
     if start is not None:
         begin(model, start, seed=recipe.seed)
     if recipe.adapt is not None:
         recipe.adapt.apply(model, seed=derive(recipe.seed, "adapter"))
-        hold_frozen(model)
+        model = hold_frozen(model).to(runtime.device)
     _checkpoint_activations(model, recipe)
     if recipe.runtime.float8:
         check_float8(recipe, runtime.device)

@@ -22,7 +22,7 @@ from dougong.objectives.causal_lm import CausalLMConfig
 from dougong.optim.build import AdamWConfig
 from dougong.optim.schedules import CosineConfig
 from dougong.recipes.recipe import Recipe, SampleConfig
-from dougong.runtime.device import RuntimeConfig, machine_facts, usable_cores
+from dougong.runtime.device import RuntimeConfig, machine_facts
 from dougong.train import TrainConfig
 from dougong.train.manifest import publish, temporary
 from dougong.train.safetensors_file import write_tensors
@@ -49,8 +49,7 @@ def imported_recipe(read: HuggingFaceModel, *, name: str, data: str | None, toke
         name=name, data=TextData(path=data), tokenizer=FileConfig(path=str(tokenizer)), model=read.config,
         about=f"imported from {read.directory.name}", objective=CausalLMConfig(), optim=AdamWConfig(),
         schedule=CosineConfig(), train=TrainConfig(steps=1, rows=1, micro_rows=1), sample=SampleConfig(),
-        runtime=RuntimeConfig(device="cpu", precision="fp32", threads=usable_cores(),
-                              compile=False))
+        runtime=RuntimeConfig(compile=False))      # the rest is that of whichever machine opens it
 
 
 def recorded_facts(read: HuggingFaceModel, source: str, data: str | None) -> dict[str, Any]:

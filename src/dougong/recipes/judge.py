@@ -104,7 +104,7 @@ def judge_journey(path: Path, *, progress: Any = None) -> dict[str, Any] | None:
     stage learned any, or held any out.
     """
     runs = stage_runs(path)
-    opened = open_run(path)
+    opened = open_run(path, to_read=True)
     for run in reversed(runs):
         directory = RunDirectory(run)
         recipe, recorded = recipe_from_run(directory.recipe)

@@ -89,13 +89,11 @@ def _numbers_that_fit(rows: int, layout: LayoutConfig) -> str:
 
 def _reasons(recipe: Recipe, layout: LayoutConfig) -> Any:
     """What each axis in use says, cheapest first; modules are loaded only for axes above 1."""
-    objective = recipe.objective
-    if isinstance(objective, DistilConfig):
+    if isinstance(recipe.objective, DistilConfig):
         yield "distillation trains in one process so far. Start it without torchrun, and leave the layout out."
-    if isinstance(objective, RolloutConfig) and layout.processes > layout.size("replicate"):
-        yield (f"objective.kind={objective.kind} lets every process write with the whole model. Try layout.replicate "
-               "alone.")
-    if whole := objective.build().not_additive:
+    if isinstance(recipe.objective, RolloutConfig) and layout.processes > layout.size("replicate"):
+        yield "every process writes its samples with the whole model. Try layout.replicate alone."
+    if whole := recipe.objective.build().not_additive:
         yield f"its processes share each batch, but {whole}. Start it without torchrun, and leave the layout out."
     if recipe.adapt is not None:
         yield why_not_divided(recipe.adapt, layout)

@@ -1,5 +1,6 @@
 """`open_run`: the one way to open a run, whatever asks for it."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -7,9 +8,11 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+import torch
 from torch import nn
 
 from dougong.adapt.compression import Compression, read_compression
+from dougong.adapt.lora import hold_frozen
 from dougong.core.config import config, replace
 from dougong.core.errors import CheckpointError, ConfigError
 from dougong.core.run import RunDirectory
@@ -116,18 +119,19 @@ class OpenRun:
         return Engine(self.model, self.runtime)
 
 
-def open_run(path: Path | str, *, checkpoint: str = "best", merge: bool = True) -> OpenRun:
+def open_run(path: Path | str, *, checkpoint: str = "best", merge: bool = True, to_read: bool = False) -> OpenRun:
     """Opens a run, or one checkpoint inside it.
 
     `checkpoint` is "best" (lowest validation loss), "last", or a step. Damaged checkpoints are passed over. Where the
-    run holds an adapter, it is merged into the model that it began from, unless `merge` is false. Raises
+    run holds an adapter, it is merged into the model that it began from, unless `merge` is false. `to_read`: for
+    reading and writing text alone, so that on a GPU weights lie as they compute and are never there in fp32. Raises
     CheckpointError where there is nothing to open.
     """
     from dougong.train.checkpoint import load_model_tensors
     from dougong.train.state import load_weights
 
     if is_hub_name(str(path)) or is_hf_directory(Path(path)):
-        return _open_hf(str(path), checkpoint)
+        return _open_hf(str(path), checkpoint, to_read)
     from dougong.recipes.journey import last_run
 
     path = last_run(Path(path))
@@ -140,7 +144,7 @@ def open_run(path: Path | str, *, checkpoint: str = "best", merge: bool = True) 
     runtime = Runtime.start(runtime_here(recipe.runtime))
     compression = read_compression(found)     # its integers were made of one or the other, and are all there is
     weights = compression.source["weights"] if compression else "ema" if recipe.train.ema else "raw"
-    model = build_model(recipe, runtime, integers=compression.parts if compression else None)
+    model = build_model(recipe, _place(runtime, to_read), integers=compression.parts if compression else None)
     adapt = recipe.adapt if compression is None else None      # integers were made of what was merged
     if adapt is not None and recipe.start is not None and not adapt.whole:
         start = read_weights(recipe.start)
@@ -150,11 +154,23 @@ def open_run(path: Path | str, *, checkpoint: str = "best", merge: bool = True) 
     held = load_model_tensors(found, weights="raw" if compression else weights)
     load_weights(model, {name: tensor for name, tensor in held.items() if not name.startswith(f"{COMPANION}.")})
     merged = adapt.merge(model) if adapt is not None and merge else None
-    return OpenRun(directory, recipe, runtime, model.eval(), load_tokenizer(directory), int(found.name[5:]), weights,
-                   recorded, passed_over, compression, merged)
+    return OpenRun(directory, recipe, runtime, _brought(model, runtime, to_read), load_tokenizer(directory),
+                   int(found.name[5:]), weights, recorded, passed_over, compression, merged)
 
 
-def _open_hf(name: str, checkpoint: str) -> OpenRun:
+def _place(runtime: Runtime, to_read: bool) -> Runtime:
+    """Where a model is brought together: where it computes, or on the CPU before it is cast for a GPU."""
+    return dataclasses.replace(runtime, device=torch.device("cpu")) if to_read else runtime
+
+
+def _brought(model: nn.Module, runtime: Runtime, to_read: bool) -> nn.Module:
+    """The model where it computes, in evaluation."""
+    if to_read and runtime.device.type != "cpu":
+        model = hold_frozen(model.requires_grad_(False)).to(runtime.device)
+    return model.eval()
+
+
+def _open_hf(name: str, checkpoint: str, to_read: bool) -> OpenRun:
     """A Hugging Face directory as it lies there, without a run around it."""
     from dougong.recipes.import_model import imported_recipe, recorded_facts
     from dougong.train.state import load_weights
@@ -165,18 +181,20 @@ def _open_hf(name: str, checkpoint: str) -> OpenRun:
     read = read_hf(local_directory(name))
     recipe = imported_recipe(read, name="imported", data=None, tokenizer=read.directory)
     runtime = Runtime.start(runtime_here(recipe.runtime))
-    model = build_model(recipe, runtime)
+    model = build_model(recipe, _place(runtime, to_read))
     load_weights(model, read.tensors)
-    return OpenRun(RunDirectory(read.directory), recipe, runtime, model.eval(), read.tokenizer, 0, "raw",
-                   recorded_facts(read, name, None), [], hub=name if is_hub_name(name) else None)
+    return OpenRun(RunDirectory(read.directory), recipe, runtime, _brought(model, runtime, to_read), read.tokenizer, 0,
+                   "raw", recorded_facts(read, name, None), [], hub=name if is_hub_name(name) else None)
 
 
 def runtime_here(section: RuntimeConfig) -> RuntimeConfig:
-    """The run's precision on this machine's device and cores: a run made elsewhere opens here."""
+    """The run's precision on this machine's device and cores: a run made elsewhere opens here. What no recipe decided
+    (an imported model's) is decided now: the best device, and on a GPU bf16."""
     device = section.device if section.device in ("cpu", best_device()) else best_device()
     mine = max(1, usable_cores() // launched_here())
     threads = min(section.threads or 1, mine) if section.device == device else mine
-    return replace(section, device=device, threads=threads)
+    low = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return replace(section, device=device, threads=threads, precision=section.precision or ("bf16" if low else "fp32"))
 
 
 def load_tokenizer(directory: RunDirectory) -> Any:

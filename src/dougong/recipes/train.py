@@ -42,6 +42,7 @@ from dougong.train.hooks import Evaluate, Hooks, Sample, SaveCheckpoints, refuse
 from dougong.train.metrics import RankMeter, Reporter, StepMeter
 from dougong.train.phases import Clock
 from dougong.train.rewind import go_back
+from dougong.train.state import TrainState
 from dougong.train.trackers import check_trackers, open_trackers
 from dougong.train.view import open_view
 from dougong.train.watch import StoreBoard, Watch
@@ -214,15 +215,17 @@ def _train(directory: RunDirectory, recipe: Recipe, corpus: Any, derived: list[D
         for problem in problems:
             reporter.write("warning", message=f"checkpoint passed over: {problem}")
         _fit(reporter, built, directory, recipe_hash, peak)
-        reason = state.stop or "done"
-        final, most = None, peak_memory_bytes(runtime.device)       # before the score, which takes memory of its own
+        reason, final = state.stop or "done", None
+        most = peak_memory_bytes(runtime.device)       # before the score, which takes memory of its own
+        del built
+        state.let_go()
         if reason != "interrupted" and runtime.is_first:
             watchers[-1].close()
             final = _score_final(directory, reporter, corpus)
-        _end(reporter, built, reason, peak_memory_bytes=most)
+        _end(reporter, state, runtime, reason, peak_memory_bytes=most)
     except BaseException as error:
         with contextlib.suppress(OSError):   # on a full disk this cannot be written either; the first error is told
-            _end(reporter, built, "failed", error=f"{type(error).__name__}: {error}"[:500])
+            _end(reporter, state, runtime, "failed", error=f"{type(error).__name__}: {error}"[:500])
         with contextlib.suppress(OSError):
             reporter.close()
         raise
@@ -277,8 +280,9 @@ def _watchers(directory: RunDirectory, recipe: Recipe, corpus: Any, step: int) -
     """Trackers and, last, the view for the person; they hear events and nothing else."""
     trackers = open_trackers(recipe.train.trackers, directory.tensorboard, run_name=directory.path.name,
                              recipe=to_dict(recipe), step=step)
+    of_text = recipe.data.kind == "text" and not getattr(recipe.objective, "on_policy", None)
     view = open_view(directory.path.name, given(recipe.train.steps),
-                     bytes_per_token=corpus.facts.get("bytes_per_token"),
+                     bytes_per_token=corpus.facts["bytes_per_token"] if of_text else None,
                      unit="tok/s" if recipe.is_language_model else "rows/s")
     return [*trackers, view]
 
@@ -351,7 +355,7 @@ def _parameters(built: Assembly) -> dict[str, Any]:
 
 def _score_final(directory: RunDirectory, reporter: Reporter, corpus: Any) -> dict[str, Any] | None:
     """Scores the best checkpoint as it lies on disk, on the whole split; None where nothing was held out."""
-    opened = open_run(directory.path)
+    opened = open_run(directory.path, to_read=True)
     if opened.merged is not None:
         reporter.write("merged", **to_dict(opened.merged), step=opened.step)
     if not held_out_splits(corpus):
@@ -365,8 +369,7 @@ def _score_final(directory: RunDirectory, reporter: Reporter, corpus: Any) -> di
     return {**result, "step": opened.step}
 
 
-def _end(reporter: Reporter, built: Assembly, reason: str, **more: Any) -> None:
-    state, runtime = built.state, built.runtime
+def _end(reporter: Reporter, state: TrainState, runtime: Runtime, reason: str, **more: Any) -> None:
     watts, number, unit = _WATTS_PER_CORE, runtime.threads * launched(), "cores"
     if runtime.device.type == "cuda":
         found = torch.cuda.get_device_properties(runtime.device)

@@ -66,7 +66,7 @@ class ServedModel:
         holds nothing that writes."""
         from dougong.recipes.open_run import open_run
 
-        opened = open_run(path, checkpoint=checkpoint)
+        opened = open_run(path, checkpoint=checkpoint, to_read=True)
         if opened.tokenizer is None:
             raise ConfigError(f"{opened.directory.path} holds no language model "
                               f"(model.kind={opened.recipe.model.kind}), so there is nothing to talk to.")
@@ -78,7 +78,7 @@ class ServedModel:
         parameters = sum(parameter.numel() for parameter in opened.model.parameters())
         facts = {"family": opened.recipe.model.kind, "parameters": parameters, "step": opened.step}
         fingerprint = f"{opened.weights}-{opened.step}-{opened.tokenizer.fingerprint[:12]}"
-        guesses = None if draft is None else open_run(draft).drafting_for(opened)
+        guesses = None if draft is None else open_run(draft, to_read=True).drafting_for(opened)
         return cls(name or opened.name, Engine(opened.model, opened.runtime),
                    opened.tokenizer, config, facts=facts, fingerprint=fingerprint, draft=guesses, beside=beside)
 

@@ -1,5 +1,6 @@
 """Everything that training changes, in one place that can be saved and put back."""
 
+import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -47,6 +48,14 @@ class TrainState:
         self.stop: str | None = None
         self.asked_to_stop = False
         self.rewind: Rewind | None = None
+
+    def let_go(self) -> None:
+        """Frees all that takes memory, when training is over; the counters stay."""
+        for name in ("model", "optimizer", "schedule", "loader", "shadow"):
+            setattr(self, name, None)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def state_dict(self) -> dict[str, Any]:
         """`tensors`: file -> name -> tensor (the live ones); `json`: all the rest as JSON values."""

@@ -1,17 +1,23 @@
 """Runs that train an adapter: the real command, from a run that exists, stopped and gone on with, opened, told of."""
 
+import dataclasses
 import json
 import shutil
+import weakref
 
 import pytest
 import torch
 import yaml
 from tiny_recipe import MODELS, dougong, write_recipe, write_texts
 
+from dougong.adapt.lora import LoRAConfig
 from dougong.core.events import read_events
 from dougong.core.run import RunDirectory
-from dougong.recipes.open_run import open_run
+from dougong.recipes import train
+from dougong.recipes.assemble import _whole_model
+from dougong.recipes.open_run import _brought, _place, open_run, runtime_here
 from dougong.recipes.recipe import recipe_from_run
+from dougong.runtime.device import Runtime, RuntimeConfig
 from dougong.train.safetensors_file import read_header
 from dougong.train.shadow import tracked
 
@@ -183,3 +189,45 @@ def test_the_card_counts_an_adapter_with_the_model_that_it_belongs_to(base, tmp_
     opened = open_run(tmp_path / "run")
     file = opened.directory.checkpoint(opened.step) / "model.safetensors"
     assert _sizes(opened)["disk_bytes"] == _sizes(opened)["memory_bytes"] > 2 * file.stat().st_size
+
+
+def test_a_gpu_never_holds_in_fp32_what_only_reads_or_is_frozen(base):
+    """The meta device in the place of a GPU."""
+    opened = open_run(base)
+    gpu = Runtime(device=torch.device("meta"), dtype=torch.bfloat16)
+    assert _place(gpu, True).device.type == "cpu" and _place(gpu, False) is gpu
+    opened.model.compute_dtype = torch.bfloat16
+    read = _brought(opened.model, gpu, True)
+    assert {(p.device.type, p.dtype) for p in read.parameters() if p.ndim > 1} == {("meta", torch.bfloat16)}
+    recipe = dataclasses.replace(opened.recipe, adapt=LoRAConfig(rank=2))
+    built = _whole_model(recipe, gpu, None)
+    kept = {(p.device.type, p.dtype, p.requires_grad) for p in built.parameters() if p.ndim > 1}
+    assert kept == {("meta", torch.bfloat16, False), ("meta", torch.float32, True)}
+
+
+def test_an_imported_model_is_computed_where_this_machine_computes_best(monkeypatch):
+    section = RuntimeConfig(compile=False)
+    assert (runtime_here(section).device, runtime_here(section).precision) == ("cpu", "fp32")
+    monkeypatch.setattr("dougong.recipes.open_run.best_device", lambda: "cuda")
+    for supported, precision in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, s=supported: s)
+        assert (runtime_here(section).device, runtime_here(section).precision) == ("cuda", precision)
+    assert runtime_here(RuntimeConfig(device="cuda", precision="fp32")).precision == "fp32"
+
+
+def test_what_trained_is_let_go_before_the_score_opens_a_model_of_its_own(base, tmp_path, monkeypatch):
+    held, fit, score = [], train._fit, train._score_final
+
+    def fitted(reporter, built, *more):
+        held.append(weakref.ref(built.state.model))
+        return fit(reporter, built, *more)
+
+    def scored(*arguments):
+        assert held[0]() is None
+        return score(*arguments)
+
+    monkeypatch.setattr(train, "_fit", fitted)
+    monkeypatch.setattr(train, "_score_final", scored)
+    done = adapt(base, tmp_path / "run", "adapt=lora", "adapt.rank=2", "train.steps=2", "--json")
+    assert done.code == 0, done.err
+    assert done.json["step"] == 2 and done.json["result"] and held

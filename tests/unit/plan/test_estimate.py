@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from dougong.adapt.lora import LoRAConfig, trained_matrices
 from dougong.models import count
 from dougong.models.families.llama import LlamaConfig
 from dougong.models.families.nano import NanoConfig
@@ -49,22 +50,38 @@ def test_a_checkpoints_bytes_are_those_of_weights_and_optimizer(kind):
     assert plan.checkpoint_bytes == pytest.approx(4 * parameters + held, rel=1e-3)
 
 
-@pytest.mark.parametrize("config", [
-    LlamaConfig(vocab_size=512, context=64, dim=64, num_layers=3, num_heads=4, num_kv_heads=2, ffn_dim=192),
-    NanoConfig(vocab_size=256, context=32, dim=64, num_layers=2, num_heads=2, ffn_dim=256)], ids=lambda c: c.kind)
-def test_operations_are_those_that_pytorch_counts(config):
-    """PyTorch counts every score; the plan half of them, as a causal query reads half of the context on average."""
-    model = config.build()
+def counted_by_pytorch(model, T):
     model.initialise(0)
     for module in model.modules():
         if hasattr(module, "kernel"):
             module.kernel = explicit
-    T = config.context
-    tokens = torch.zeros(2, T, dtype=torch.long)
     with FlopCounterMode(display=False) as counter:
-        model(tokens).float().sum().backward()
-    section = config.decoder()
+        model(torch.zeros(2, T, dtype=torch.long)).float().sum().backward()
+    return counter.get_total_flops()
+
+
+def hidden_scores(section, T):
+    """PyTorch counts every score; the plan half of them, as a causal query reads half of the context on average."""
     heads, _, width = section.attention.heads(section.dim)
-    hidden_scores = 2 * T * 6 * section.num_layers * T * heads * width
-    told = 2 * T * count.flops_per_token(config, T) + hidden_scores
-    assert counter.get_total_flops() == pytest.approx(told, rel=0.02)
+    return 2 * T * 6 * section.num_layers * T * heads * width
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("also", [(), ("stem.tokens.weight",), ("stem.tokens.weight", "*down*")], ids=str)
+def test_operations_of_an_adapter_are_those_that_pytorch_counts(tied, also):
+    config = LlamaConfig(vocab_size=512, context=64, dim=64, num_layers=3, num_heads=4, num_kv_heads=2, ffn_dim=192,
+                         tied=tied)
+    targets = ("*.attention.*", "*.up*", "*.gate*")
+    model = LoRAConfig(rank=4, targets=targets, also=also).apply(config.build(), seed=0)
+    factors, whole = trained_matrices(model)
+    told = count.flops_per_token(config, 64, adapter=factors, whole=whole)
+    assert counted_by_pytorch(model, 64) == pytest.approx(2 * 64 * told + hidden_scores(config.decoder(), 64), rel=0.03)
+
+
+@pytest.mark.parametrize("config", [
+    LlamaConfig(vocab_size=512, context=64, dim=64, num_layers=3, num_heads=4, num_kv_heads=2, ffn_dim=192),
+    NanoConfig(vocab_size=256, context=32, dim=64, num_layers=2, num_heads=2, ffn_dim=256)], ids=lambda c: c.kind)
+def test_operations_are_those_that_pytorch_counts(config):
+    T = config.context
+    told = 2 * T * count.flops_per_token(config, T) + hidden_scores(config.decoder(), T)
+    assert counted_by_pytorch(config.build(), T) == pytest.approx(told, rel=0.02)
