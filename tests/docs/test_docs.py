@@ -1,5 +1,6 @@
 """The documentation is true where a machine can tell: links resolve, commands parse, recipes load, code runs."""
 
+import dataclasses
 import os
 import re
 import shlex
@@ -11,17 +12,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 
 from dougong.cli.main import app
 from dougong.cli.plan import _machine, _refuse_beside_budget
 from dougong.cli.train import _run_to_resume
+from dougong.core.errors import ConfigError
+from dougong.data import TOKENIZERS
+from dougong.data.arrays import RegressionData
+from dougong.generate import SamplingConfig
+from dougong.optim import OPTIMIZERS, SCHEDULES
+from dougong.plan import estimate
 from dougong.plan.budget import parse_budget, parse_serving, parse_text
 from dougong.plan.machine import KINDS, load_machine
 from dougong.recipes import RECIPES
 from dougong.recipes.journey import is_journey, load_journey
-from dougong.recipes.recipe import load_recipe
+from dougong.recipes.recipe import EvaluateConfig, SampleConfig, StartConfig, load_recipe
+from dougong.runtime.device import RuntimeConfig, check_device
 from dougong.runtime.layout import LayoutConfig
+from dougong.train.config import EMAConfig, SpikeConfig, TrainConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md"), *ROOT.glob("*.md")])
@@ -215,6 +225,25 @@ def test_commands_parse_and_their_keys_exist(line, beside_the_docs):
     check(line)
 
 
+_OPEN = re.compile(r"(?<![\w.'\"])\w+(?:\.\w+)+=[\[{]")
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=str(page.relative_to(ROOT))) for page in PAGES])
+def test_a_shell_leaves_what_is_to_be_typed_whole(page):
+    """A shell splits `key=[a, b]` at its spaces, and zsh takes brackets for patterns: such changes stand in quotes."""
+    prose = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+    typed = [block.text for block in blocks_of(page) if block.language in SHELLS]
+    assert [text for text in [*typed, *re.findall(r"`([^`\n]+)`", prose)] if _OPEN.search(text)] == []
+
+
+@pytest.mark.parametrize(("text", "is_open"), [
+    ("train.trackers=[tensorboard, wandb]", True), ("dougong train first train.spikes={}", True),
+    ("'train.trackers=[tensorboard, wandb]'", False), ("pip install 'dougong[data]'", False),
+    ("dougong train first \"adapt.targets=['*.attention.*']\"", False)])
+def test_open_brackets_are_found(text, is_open):
+    assert bool(_OPEN.search(text)) == is_open
+
+
 @pytest.mark.parametrize(("line", "says"), [
     ("dougong trian first", "trian"),
     ("dougong train first --steps 3", "steps"),
@@ -259,6 +288,58 @@ def test_shipped_recipes_are_listed_in_both_languages():
     for language in ("en", "zh"):
         text = (ROOT / "docs" / language / "recipes.md").read_text(encoding="utf-8")
         assert [name for name in RECIPES if f"| `{name}` |" not in text] == []
+
+
+# ---- keys, options and messages
+
+_DESCRIBED = (TrainConfig, EMAConfig, SpikeConfig, EvaluateConfig, SampleConfig, StartConfig, RuntimeConfig,
+              LayoutConfig, RegressionData, *OPTIMIZERS.values(), *SCHEDULES.values(), *TOKENIZERS.values())
+
+
+def spelled(language: str, pages: str = "*.md") -> set[str]:
+    """Words that pages of one language spell as code."""
+    text = "\n".join(page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs" / language).glob(pages)))
+    return set(re.findall(r"\w+", " ".join(re.findall(r"^```.*?^```|`[^`\n]+`", text, flags=re.S | re.M))))
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_every_key_of_these_sections_is_described(language):
+    known = spelled(language)
+    assert [f"{section.__name__}.{key.name}" for section in _DESCRIBED for key in dataclasses.fields(section)
+            if key.name not in known] == []
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_chats_options_and_the_settings_of_sampling_are_described(language):
+    assert set(parse("dougong chat runs/first")) - {"run"} <= spelled(language, "serving.md")
+    fields = {field.name for field in dataclasses.fields(SamplingConfig)}
+    options = {word for name in spelled(language, "generation.md") for word in (name, name.replace("-", "_"))}
+    assert fields - {"top_k", "min_p", "repetition_penalty"} <= options       # those are named as their options
+
+
+@pytest.mark.parametrize(("cuda", "says"), [(None, "built without CUDA"), ("12.8", "built for CUDA 12.8")])
+def test_an_absent_gpu_says_how_to_see_why_and_so_does_the_page(cuda, says, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ConfigError, match=r"runtime\.device=cuda is not available here") as refused:
+        check_device("cuda")
+    assert says in str(refused.value) and "nvidia-smi" in str(refused.value)
+    assert ("CUDA_VISIBLE_DEVICES=''" in str(refused.value)) == (cuda is not None)
+    for language in ("en", "zh"):
+        page = (ROOT / "docs" / language / "troubleshooting.md").read_text(encoding="utf-8")
+        assert "`runtime.device=cuda is not available here`" in page
+        assert "torch.version.cuda" in page and "nvidia-smi" in page and "CUDA_VISIBLE_DEVICES" in page
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_dry_runs_table_has_the_rows_that_are_printed(language):
+    page = ROOT / "docs" / language / "recipes.md"
+    block = next(block.text for block in blocks_of(page) if block.text.startswith("parameters "))
+    planned = estimate(parameters=1, flops_per_token=1.0, tokens_per_step=1, steps=1, ema=False, counted={},
+                       checkpoints_kept=1).to_dict()
+    shown = [re.split(r"\s{2,}", line)[0] for line in block.split("\n\n")[0].splitlines()]
+    assert shown == [*(key.replace("_", " ") for key in planned), "steps", "seconds per step", "training seconds"]
 
 
 # ---- Python

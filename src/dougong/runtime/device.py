@@ -89,11 +89,23 @@ def be_deterministic(strict: bool) -> None:
 
 
 def check_device(name: str) -> None:
-    """Raises ConfigError where this machine has no such device."""
+    """Raises ConfigError where this machine has no such device, with what is known of the reason."""
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available[name]:
         raise ConfigError(f"runtime.device={name} is not available here. "
-                          f"Available: {', '.join(device for device, there in available.items() if there)}.")
+                          f"Available: {', '.join(device for device, there in available.items() if there)}."
+                          + (_why_no_cuda() if name == "cuda" else ""))
+
+
+def _why_no_cuda() -> str:
+    """What PyTorch knows of a GPU that it does not find, and what to look at next."""
+    if torch.version.cuda is None:
+        return (f"\nThis PyTorch ({torch.__version__}) is built without CUDA. Where `nvidia-smi` shows a GPU, install "
+                "one that is built with it: pytorch.org/get-started")
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (f"\nThis PyTorch ({torch.__version__}) is built for CUDA {torch.version.cuda}, and finds no GPU"
+            f"{'' if hidden is None else f' (CUDA_VISIBLE_DEVICES={hidden!r})'}. Look whether `nvidia-smi` shows one, "
+            "and whether its driver is new enough for this CUDA.")
 
 
 def best_device() -> Literal["cpu", "cuda", "mps"]:
