@@ -151,7 +151,7 @@ def open_run(path: Path | str, *, checkpoint: str = "best", merge: bool = True, 
         check_start(recorded, start, directory.path)
         begin(model, start, seed=recipe.seed)
         adapt.apply(model, seed=0)
-    held = load_model_tensors(found, weights="raw" if compression else weights)
+    held = load_model_tensors(found, weights="raw" if compression else weights, checked=True)
     load_weights(model, {name: tensor for name, tensor in held.items() if not name.startswith(f"{COMPANION}.")})
     merged = adapt.merge(model) if adapt is not None and merge else None
     return OpenRun(directory, recipe, runtime, _brought(model, runtime, to_read), load_tokenizer(directory),
@@ -239,9 +239,9 @@ def _find(directory: RunDirectory, checkpoint: str) -> tuple[Path, list[str]]:
     from dougong.train.checkpoint import best_valid, latest_valid, problems
 
     if checkpoint in ("best", "last"):
-        found = best_valid(directory) if checkpoint == "best" else latest_valid(directory)
+        found = (best_valid if checkpoint == "best" else latest_valid)(directory, weights_only=True)
         if found.path is None and checkpoint == "best":
-            found = latest_valid(directory)
+            found = latest_valid(directory, weights_only=True)
         if found.path is None:
             wrong = "\n  ".join(found.problems)
             raise CheckpointError(f"{directory.path} has no valid checkpoint." + (f"\n  {wrong}" if wrong else "")
@@ -252,7 +252,7 @@ def _find(directory: RunDirectory, checkpoint: str) -> tuple[Path, list[str]]:
     if not checkpoint.isdigit() or int(checkpoint) not in steps:
         raise CheckpointError(f"{directory.path} has no checkpoint {checkpoint!r}. There are: best, last, "
                               f"{', '.join(map(str, steps)) or 'and no steps yet'}.")
-    wrong = problems(directory.checkpoint(int(checkpoint)))
+    wrong = problems(directory.checkpoint(int(checkpoint)), weights_only=True)
     if wrong:
         raise CheckpointError(f"checkpoint {checkpoint} is damaged: {'; '.join(wrong)}.\nTry --checkpoint last.")
     return directory.checkpoint(int(checkpoint)), []

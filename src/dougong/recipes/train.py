@@ -205,7 +205,7 @@ def _train(directory: RunDirectory, recipe: Recipe, corpus: Any, derived: list[D
     reporter = Reporter(EventLog(directory.events_of(process_rank())))
     problems = resumed.problems if resumed else []
     if resumed and resumed.path:
-        load_checkpoint(resumed.path, state, recipe_hash=recipe_hash, mesh=runtime.mesh)
+        load_checkpoint(resumed.path, state, recipe_hash=recipe_hash, mesh=runtime.mesh, checked=True)
     if resumed:
         state.elapsed_s = max(state.elapsed_s, _spent_s(directory))     # steps that a kill undid took their time too
     watchers = _watchers(directory, recipe, corpus, state.step) if runtime.is_first else []

@@ -53,25 +53,28 @@ def save_checkpoint(run: RunDirectory, state: TrainState, *, recipe_hash: str = 
     return writer.write(writer.snapshot(state), reason)
 
 
-def latest_valid(run: RunDirectory, mesh: Mesh | None = None) -> Found:
+def latest_valid(run: RunDirectory, mesh: Mesh | None = None, *, weights_only: bool = False) -> Found:
     """The newest checkpoint that passes all checks; path None if there is none. Processes of a mesh share the
-    work and get the same answer."""
+    work and get the same answer. `weights_only`: what only training reads need not be whole."""
     peers = Peers.of(mesh)
-    return first_valid(run, peers.from_first(lambda: sorted(run.checkpoint_steps(), reverse=True)), peers)
+    return first_valid(run, peers.from_first(lambda: sorted(run.checkpoint_steps(), reverse=True)), peers,
+                       weights_only=weights_only)
 
 
-def best_valid(run: RunDirectory, mesh: Mesh | None = None) -> Found:
+def best_valid(run: RunDirectory, mesh: Mesh | None = None, *, weights_only: bool = False) -> Found:
     """The checkpoint with the lowest validation loss among those that passed all checks (the newest of
     equals)."""
     peers = Peers.of(mesh)
-    return first_valid(run, peers.from_first(lambda: best_first(losses(run))), peers)
+    return first_valid(run, peers.from_first(lambda: best_first(losses(run))), peers, weights_only=weights_only)
 
 
-def load_checkpoint(path: Path, state: TrainState, *, recipe_hash: str = "", mesh: Mesh | None = None) -> None:
+def load_checkpoint(path: Path, state: TrainState, *, recipe_hash: str = "", mesh: Mesh | None = None,
+                    checked: bool = False) -> None:
     """Puts a checkpoint of any layout into `state`. Raises CheckpointError, on every process alike, if it is damaged
-    or of another recipe."""
+    (unless it was `checked` just now) or of another recipe."""
     peers = Peers.of(mesh)
-    refuse_damaged(path, peers)
+    if not checked:
+        refuse_damaged(path, peers)
     manifest = peers.from_first(lambda: read_manifest(path))
     made_with = manifest.get("recipe", "")
     if recipe_hash and made_with and recipe_hash != made_with:
@@ -85,9 +88,11 @@ def load_checkpoint(path: Path, state: TrainState, *, recipe_hash: str = "", mes
     state.load_state_dict({"tensors": tensors, "json": json.loads((path / "state.json").read_text())})
 
 
-def load_model_tensors(path: Path, *, weights: str = "raw") -> dict[str, torch.Tensor]:
-    """Only the weights of a checkpoint, whole: "raw", or "ema" for the average. Raises CheckpointError."""
-    refuse_damaged(path, Peers())
+def load_model_tensors(path: Path, *, weights: str = "raw", checked: bool = False) -> dict[str, torch.Tensor]:
+    """Only the weights of a checkpoint, whole: "raw", or "ema" for the average. Raises CheckpointError, also for damage
+    unless it was `checked` just now."""
+    if not checked:
+        refuse_damaged(path, Peers())
     group = {"raw": "model", "ema": "shadow"}[weights]
     stored = Stored(path, group)
     if not stored:
@@ -98,9 +103,9 @@ def load_model_tensors(path: Path, *, weights: str = "raw") -> dict[str, torch.T
     return {name: stored.read(name) for name in stored}
 
 
-def problems(path: Path, mesh: Mesh | None = None) -> list[str]:
+def problems(path: Path, mesh: Mesh | None = None, *, weights_only: bool = False) -> list[str]:
     """What is wrong with a checkpoint directory; empty if its manifest and every checksum hold."""
-    return check_files(path, Peers.of(mesh))
+    return check_files(path, Peers.of(mesh), weights_only=weights_only)
 
 
 class Checkpointer:

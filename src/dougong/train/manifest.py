@@ -17,6 +17,8 @@ from dougong.train.peers import Peers
 
 WHOLE, PARTS = 1, 2
 """formats: whole tensors written by one process, and parts written by several"""
+_OF_TRAINING = ("optimizer", "rng")
+"""files that begin so are read by training alone"""
 
 
 @dataclass(frozen=True)
@@ -99,13 +101,15 @@ def best_first(found: dict[int, float]) -> list[int]:
     return sorted(found, key=lambda step: (found[step], -step))
 
 
-def check_files(path: Path, peers: Peers) -> list[str]:
-    """What is wrong with a checkpoint directory: every byte of it read once, by its share of the processes."""
+def check_files(path: Path, peers: Peers, *, weights_only: bool = False) -> list[str]:
+    """What is wrong with a checkpoint directory: every byte of it read once, by its share of the processes.
+    `weights_only`: what only training reads is passed over."""
     manifest = peers.from_first(lambda: read_manifest(path))
     if not manifest:
         return [f"{path.name}: no whole manifest.json (writing was interrupted, or it was damaged)"]
     # the largest file first, dealt out in turn: about equal work for each
-    names = sorted(manifest["files"], key=lambda name: (-manifest["files"][name]["bytes"], name))
+    names = sorted((name for name in manifest["files"] if not (weights_only and name.startswith(_OF_TRAINING))),
+                   key=lambda name: (-manifest["files"][name]["bytes"], name))
     mine = names[peers.rank::peers.size]
     wrong = peers.together(lambda: {name: text for name in mine if (text := _check(path / name, manifest, path.name))})
     found = {name: text for one in wrong for name, text in one.items()}
@@ -130,10 +134,10 @@ def refuse_damaged(path: Path, peers: Peers) -> None:
                                 "by itself.")
 
 
-def first_valid(run: RunDirectory, steps: list[int], peers: Peers) -> Found:
+def first_valid(run: RunDirectory, steps: list[int], peers: Peers, *, weights_only: bool = False) -> Found:
     wrong: list[str] = []
     for step in steps:
-        found = check_files(run.checkpoint(step), peers)
+        found = check_files(run.checkpoint(step), peers, weights_only=weights_only)
         if not found:
             return Found(run.checkpoint(step), step, wrong)
         wrong += found

@@ -36,7 +36,7 @@ def go_back(state: TrainState, checkpointer: Checkpointer, *, recipe_hash: str =
     if found is None or rewinds > config.max_rewinds:
         raise _lost(now, rewinds, found, run)
     spent = state.elapsed_s
-    load_checkpoint(found, state, recipe_hash=recipe_hash, mesh=checkpointer.mesh)
+    load_checkpoint(found, state, recipe_hash=recipe_hash, mesh=checkpointer.mesh, checked=True)
     state.elapsed_s = spent
     state.rewind, state.spikes.banned, state.spikes.rewinds = None, banned, rewinds
     if process_rank() == 0:

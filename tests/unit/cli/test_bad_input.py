@@ -9,6 +9,7 @@ import sys
 import pytest
 from tiny_recipe import dougong, write_recipe, write_texts
 
+from dougong.core import files
 from dougong.core.events import read_events
 from dougong.core.files import lock
 
@@ -233,6 +234,18 @@ def test_a_damaged_checkpoint_is_passed_over_and_all_damaged_is_refused(made, tm
     for verb in ("eval", "generate"):
         refused(verb, tmp_path / "run", says=["no valid checkpoint", "checksum"])
     refused("generate", tmp_path / "run", "--checkpoint", "7", says=["no checkpoint '7'"])
+
+
+def test_what_only_training_reads_is_neither_read_nor_missed_by_others(made, tmp_path, monkeypatch):
+    shutil.copytree(made / "run", tmp_path / "run")
+    read, sha256 = [], files.sha256
+    monkeypatch.setattr(files, "sha256", lambda path: read.append(path.name) or sha256(path))
+    assert dougong("generate", tmp_path / "run", "ab", "--seed", 1).code == 0
+    assert "model.safetensors" in read and len(read) == len(set(read)), "each byte once"
+    assert not any(name.startswith(("optimizer", "rng")) for name in read)
+    for step in (tmp_path / "run/checkpoints").iterdir():
+        (step / "optimizer.safetensors").write_bytes(b"torn")
+    assert dougong("generate", tmp_path / "run", "ab").code == 0
 
 
 def test_a_checkpoint_damaged_before_resuming_costs_only_its_steps(stopped):
