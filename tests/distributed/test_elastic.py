@@ -128,6 +128,8 @@ def test_another_number_of_processes_sees_the_same_rows_and_the_same_losses(run,
     (LayoutConfig(replicate=2), ADAMW),
     (LayoutConfig(tensor=2), MuonConfig(lr=0.01, adamw_lr=0.01)),
     (LayoutConfig(pipeline=2), ADAMW),
+    (LayoutConfig(context=2), ADAMW),
+    (LayoutConfig(replicate=2, shard=2), ADAMW),
 ], ids=lambda value: str(value) if isinstance(value, LayoutConfig) else value.kind)
 def test_on_the_same_layout_nothing_shows_that_it_was_interrupted(run, corpus, layout, optimizer, tmp_path):
     """With dropout: every bit of weights, optimiser, average and generators."""

@@ -46,6 +46,21 @@ def test_arithmetic_is_within_a_tenth_of_the_simulation(layout, mode):
     assert not dist.is_initialized()
 
 
+PIPELINES = [LayoutConfig(replicate=1, pipeline=2), LayoutConfig(replicate=1, pipeline=4),
+             LayoutConfig(replicate=1, pipeline=2, schedule="interleaved", tensor=2),
+             LayoutConfig(replicate=1, pipeline=2, schedule="zbv")]
+
+
+@pytest.mark.parametrize("layout", PIPELINES, ids=lambda layout: f"{layout}, {layout.schedule}")
+@pytest.mark.parametrize("vocab_size", [4096, 65_536])
+def test_a_pipelines_arithmetic_is_within_a_tenth_of_the_simulation_of_what_its_process_holds(layout, vocab_size):
+    job = work(dataclasses.replace(MODEL, vocab_size=vocab_size), rows=32)
+    found = simulate(job, layout, checkpoint="none", micro_rows=4, micro_batches=8)
+    told = memory(Counts(job.step()), layout, "none", 4, 8, gpu=False)
+    assert 0.9 < sum(told.values()) / found.peak_bytes < 1.1
+    assert told["weights"] == pytest.approx(found.weights, rel=0.01), "of one end alone, where it has one"
+
+
 @pytest.mark.parametrize("layout", LAYOUTS[:4], ids=lambda layout: f"{layout}, {layout.gathered}")
 def test_an_adapters_memory_and_messages_are_those_of_the_simulation(layout):
     job = dataclasses.replace(work(MODEL), adapt=LoRAConfig(rank=16))
