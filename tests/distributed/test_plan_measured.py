@@ -1,4 +1,4 @@
-"""The plan's memory of a divided step against what two real processes hold, by torch's own profiler of its allocator."""
+"""The plan of a divided step against what two real processes hold, by torch's own profiler of its allocator."""
 
 import pytest
 import torch

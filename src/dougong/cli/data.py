@@ -1,5 +1,6 @@
 """`dougong data`: look at the data of a recipe, or do its preparation ahead."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -45,10 +46,14 @@ def _corpus_of_run(path: Path, changes: list[str], as_json: bool):
 def prepare(recipe: _Recipe = "first", overrides: Overrides = None, model: ModelToBegin = None,
             as_json: Json = False) -> None:
     """Read, clean, split, tokenise and pack; training then starts at once."""
+    from dougong.data.walk import left_out
     from dougong.recipes.assemble import print_data_facts
 
-    corpus = _corpus(recipe, overrides, as_json, model)
-    print_data_facts(corpus.facts, console(as_json))
+    corpus, out = _corpus(recipe, overrides, as_json, model), console(as_json)
+    print_data_facts(corpus.facts, out)
+    if found := left_out(corpus.facts.get("skipped") or {}):
+        look = shlex.join(["dougong", "data", "inspect", recipe, *with_model(model, overrides)])
+        out.print(f"{found}; named by: {look}", style="dim", markup=False, soft_wrap=True)
     emit(corpus.facts, as_json)
 
 

@@ -113,18 +113,27 @@ def _holder(file: IO[str]) -> str:
     return "another process"
 
 
+_NO_ROOM = {errno.ENOSPC: ("the disk is full", "Free some space or choose another directory"),
+            errno.EDQUOT: ("the disk quota is used up", "Free some space or choose another directory"),
+            errno.EROFS: ("the file system is read-only", "Choose a directory on another one")}
+_DENIED = "permission was denied", "Try `ls -ld` on it and on the folders above it, or name another path"
+_NO_WAY = {errno.EACCES: _DENIED, errno.EPERM: _DENIED,
+           errno.ENOTDIR: ("a part of the path is a file, not a folder", "Name another path"),
+           errno.ENAMETOOLONG: ("the name is too long", "Name a shorter path")}
+
+
 @contextlib.contextmanager
 def explained_disk_errors(what: str) -> Iterator[None]:
-    """Turns a full or read-only disk inside the block into a DougongError that says what could not be written."""
+    """Turns a full or read-only disk inside the block into a DougongError that says what could not be written; and a
+    path that may not be used, or cannot be one, into one that names it: whether it was read or written is not known."""
     try:
         yield
     except OSError as error:
-        reasons = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up",
-                   errno.EROFS: "the file system is read-only", errno.EACCES: "permission was denied",
-                   errno.EPERM: "permission was denied", errno.ENOTDIR: "a part of the path is a file, not a folder",
-                   errno.ENAMETOOLONG: "the name is too long"}
-        if error.errno not in reasons:
-            raise
-        raise DougongError(f"cannot write {what}: {reasons[error.errno]} ({error.filename or 'no file named'}).\n"
-                           "Nothing already written was lost. Free some space or choose another directory, "
-                           "then continue.") from error
+        if error.errno in _NO_ROOM:
+            reason, advice = _NO_ROOM[error.errno]
+            raise DougongError(f"cannot write {what}: {reason} ({error.filename or 'no file named'}).\n"
+                               f"Nothing already written was lost. {advice}, then continue.") from error
+        if error.errno in _NO_WAY:
+            reason, advice = _NO_WAY[error.errno]
+            raise DougongError(f"cannot read or write {error.filename or what}: {reason}.\n{advice}.") from error
+        raise

@@ -25,7 +25,7 @@ from dougong.data.pack import Fields, best_fit
 from dougong.data.split import SPLITS
 from dougong.data.tokenizer import Tokenizer
 
-FORMAT = 2
+FORMAT = 3
 _TEXTS = 200
 
 
@@ -106,7 +106,8 @@ class ChatCorpus:
         totals = {name: sum(facts[name] for facts in splits.values())
                   for name in ("documents", "bytes", "tokens", "trained_tokens")}
         known = {name: value for name, value in self._known.items() if name != "format"}
-        return {"kind": "chats", **known, "context": self.context, **totals, "splits": splits,
+        return {"kind": "chats", **known, "cut": sum(known["cut"].values()), "context": self.context, **totals,
+                "splits": splits,
                 "packing": {"method": "best_fit" if pack else "one in a row",
                             "reason": "conversations do not see each other" if pack else "data.pack=false"},
                 "tokenizer": self.tokenizer.facts()}
@@ -129,7 +130,7 @@ class ChatCorpus:
                   "tokens": int(tokens.sum()), "trained_tokens": int(trained.sum())}
         filled = int((tokens - 1).sum())
         return {**_per_token(totals), "rows": pack.rows, "sources": sources,
-                "packing": {"rows": pack.rows, "documents_cut": self._known["cut"] if split == "train" else 0,
+                "packing": {"rows": pack.rows, "documents_cut": self._known["cut"][split],
                             "padding_share": 1 - filled / (pack.rows * pack.context)}}
 
 

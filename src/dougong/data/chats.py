@@ -138,10 +138,10 @@ class _Builder:
         self.context, self.seed, self.report = context, seed, report
         self.found = Found()
         self.duplicates: dict[str, Any] = {"documents": 0, "bytes": 0, "examples": []}
-        self.cut = 0
         self.untrained = 0
         self._seen: dict[bytes, str] = {}
-        self._index: list[tuple[int, int, int, int]] = []  # tokens, bytes of text, bytes of its line, tokens learned
+        # of each conversation: tokens, bytes of text, bytes of its line, tokens learned, whether it was cut
+        self._index: list[tuple[int, int, int, int, bool]] = []
         self._splits: list[int] = []
         self._digests: list[bytes] = []
         self._sources: list[int] = []
@@ -158,21 +158,21 @@ class _Builder:
                     read += 1
                     if (encoded := self._encoded(conversation)) is None:
                         continue
-                    ids, weight = encoded
+                    ids, weight, cut = encoded
                     line = json.dumps(conversation.to_dict(), ensure_ascii=False).encode() + b"\n"
                     tokens.write(ids.astype("<i4").tobytes())
                     weights.write(weight.astype("<f4").tobytes())
                     lines.write(line)
                     self._index.append((len(ids), len(conversation.text.encode()), len(line),
-                                        int(np.count_nonzero(weight[1:]))))
+                                        int(np.count_nonzero(weight[1:])), cut))
                     self._digests.append(digest(_asked(conversation)))
                     self._splits.append(SPLITS.index(conversation.split) if conversation.split else -1)
                     self._sources.append(number)
         self._refuse_nothing(read, sources)
         self._write(sources)
 
-    def _encoded(self, conversation: Conversation) -> tuple[np.ndarray, np.ndarray] | None:
-        """Ids and weights; None for what is left out, which is counted."""
+    def _encoded(self, conversation: Conversation) -> tuple[np.ndarray, np.ndarray, bool] | None:
+        """Ids and weights, and whether it was cut; None for what is left out, which is counted."""
         if self.data.dedup:
             key = digest([conversation.messages, conversation.tools])
             if (kept := self._seen.get(key)) is not None:
@@ -188,7 +188,7 @@ class _Builder:
             self.found.add("the chat template or the tokenizer refuses it", conversation.id,
                            str(problem).split("\n")[0])
             return None
-        if len(ids) > self.context + 1:
+        if cut := len(ids) > self.context + 1:
             if (fitting := self._fitted(conversation, weight, len(ids))) is None:
                 return None
             ids, weight = ids[:fitting], weight[:fitting]
@@ -196,7 +196,7 @@ class _Builder:
             self.untrained += 1
             self.found.add("nothing to learn in it", conversation.id, "no token of a reply that counts fits the row")
             return None
-        return ids, weight
+        return ids, weight, cut
 
     def _fitted(self, conversation: Conversation, weight: np.ndarray, tokens: int) -> int | None:
         """How many tokens of one too long are kept. Every token but the first is a target, so a row takes one more."""
@@ -208,7 +208,6 @@ class _Builder:
         if self.data.overlong == "drop":
             self.found.add("longer than a row", conversation.id, f"{tokens:,} tokens")
             return None
-        self.cut += 1
         if self.data.overlong == "turns" and self.data.train_on != "all" and weight[most]:
             ends = np.flatnonzero((weight[:most - 1] > 0) & (weight[1:most] == 0))
             return int(ends[-1]) + 1 if len(ends) else 0
@@ -254,7 +253,7 @@ class _Builder:
         splits, index = self._divide(), np.array(self._index, np.int64)
         if not (splits == 0).any():
             raise DataError("the training split holds no conversation. Try data.fractions=[1,0,0], or add some.")
-        starts = np.concatenate([np.zeros((1, 4), np.int64), np.cumsum(index, axis=0)])
+        starts = np.concatenate([np.zeros((1, index.shape[1]), np.int64), np.cumsum(index, axis=0)])
         for name, values in (("starts", starts[:, 0]), ("lines", starts[:, 2]), ("bytes", index[:, 1]),
                              ("trained", index[:, 3]), ("split", splits),
                              ("source", np.array(self._sources, np.int32))):
@@ -267,7 +266,8 @@ class _Builder:
         write_json(self.directory / "facts.json", {
             "format": FORMAT, "fingerprint": content.hexdigest(), "train_on": self.data.train_on,
             "sources": [{"name": source.label, "kind": source.kind, **source.about()} for source in sources],
-            "shapes": self.found.shapes, "skipped": self.found.facts(), "cut": self.cut,
+            "shapes": self.found.shapes, "skipped": self.found.facts(),
+            "cut": {name: int(index[splits == split, 4].sum()) for split, name in enumerate(SPLITS)},
             "overlong": self.data.overlong,
             "duplicates": {"searched": {"exact": self.data.dedup}, "exact": self.duplicates},
             "split": {"rule": "conversations", "sentence": "Split by a hash of what precedes the first reply: the same "

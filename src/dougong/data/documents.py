@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from dougong.core.errors import DataError
-from dougong.core.files import sha256
 from dougong.data.split import ROW, SPLITS
 
 FORMAT = 1
@@ -66,13 +65,6 @@ class DocumentStore:
 
     def split(self, name: str) -> "DocumentView":
         return DocumentView(self, name)
-
-    def verify(self) -> None:
-        """Reads every file and compares its checksum. Raises DataError naming the one that differs."""
-        for name, file in self.facts["files"].items():
-            if sha256(self.directory / name) != file["sha256"]:
-                raise DataError(f"{self.directory / name} is damaged: its checksum differs.\n"
-                                f"Remove {self.directory} and prepare it again: dougong data prepare RECIPE")
 
     def document(self, row: Any) -> Document:
         text = self._text[row["start"]:row["stop"]].tobytes().decode()

@@ -5,7 +5,7 @@ Why tiktoken agrees. BPE training merges pairs in the order of their rank, and a
 that rank. Inside any span whose ends are token borders, merging goes on as if the span stood alone; so
 wherever two neighbours spell a token, they are the very pair it was learned from, and choosing by pair
 (Hugging Face) or by the id of the joined bytes (tiktoken) is the same choice. What is left to differ is the
-splitting rule, run by two different regex engines: `proven_equal` compares ids on difficult text each time an
+splitting rule, run by two different regex engines: `proven_equal` compares ids on difficult text each time a
 tokenizer is first opened, and a test compares every assigned code point.
 """
 

@@ -124,7 +124,7 @@ class LabelledCorpus:
         begin = [] if tokenizer.begin_id is None else [tokenizer.begin_id]
         encoded = tokenizer.encode_batch([text for text, _ in texts.records])
         self.ids = [np.concatenate([np.array(begin, np.int32), ids])[:context] for ids in encoded]
-        cut = sum(len(begin) + len(ids) > context for ids in encoded)
+        cut = np.array([len(begin) + len(ids) > context for ids in encoded])
         self.classes = np.array([self.labels.index(label) for _, label in texts.records], np.int64)
         digests = np.frombuffer(b"".join(digest(text) for text, _ in texts.records), "<u8").reshape(-1, 2)
         self._split = by_hash(digests, tuple(fractions), seed)
@@ -164,7 +164,7 @@ class LabelledCorpus:
             raise DataError(f"the split {split!r} has no texts. data.fractions divides them.")
         return _Pack(self, numbers)
 
-    def _gather_facts(self, texts: _Texts, sizes: np.ndarray, cut: int) -> dict[str, Any]:
+    def _gather_facts(self, texts: _Texts, sizes: np.ndarray, cut: np.ndarray) -> dict[str, Any]:
         lengths = np.array([len(ids) for ids in self.ids])
         splits = {}
         for number, name in enumerate(SPLITS):
@@ -173,11 +173,11 @@ class LabelledCorpus:
             rows, longest = int(mine.sum()), int(lengths[mine].max(initial=1))
             splits[name] = {"documents": rows, "rows": rows, "bytes": held, "tokens": tokens,
                             "bytes_per_token": held / tokens if tokens else 0.0, "sources": {},
-                            "packing": {"rows": rows, "documents_cut": cut if name == "train" else 0,
+                            "packing": {"rows": rows, "documents_cut": int(cut[mine].sum()),
                                         "padding_share": 1 - tokens / (rows * longest) if rows else 0.0}}
         counts = np.bincount(self.classes, minlength=len(self.labels)).tolist()
         return {"kind": "labelled", "fingerprint": self.fingerprint, "context": self.context, "splits": splits,
-                "labels": dict(zip(self.labels, counts)), "cut": cut, "skipped": texts.skipped.facts(),
+                "labels": dict(zip(self.labels, counts)), "cut": int(cut.sum()), "skipped": texts.skipped.facts(),
                 "duplicates": {}, "sources": [{"name": texts.label, "kind": "labelled"}],
                 "packing": {"method": "one in a row", "reason": "each text is judged by itself"},
                 "split": {"rule": "texts", "sentence": "Split by a hash of the text."},

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ Progress = Callable[[int, int | None, str], None]
 _ROWS_AT_ONCE = 1 << 16
 _EXAMPLES = 20
 _REPORT_EVERY = 1 << 20
+_NO_PLAIN_TEXT = re.compile(r"\.(pdf|docx?|odt|epub)( \(|$)", re.IGNORECASE)     # a name, or `name (where)`
 
 
 def source_fingerprint(sources: Sequence["Source"]) -> str:
@@ -264,9 +266,18 @@ def _nothing(source: "Source", skipped: Skipped) -> DataError:
     where = getattr(source, "path", None) or getattr(source, "dataset", None) or source.label
     return DataError(f"no usable document in {where!r} (source kind={source.kind}). Skipped:\n{skipped}\n"
                      "What fits: UTF-8 text or code of any language, .jsonl or .parquet records with the "
-                     "field `text`, also .gz, .xz, .zst.\n"
+                     f"field `text`, also .gz, .xz, .zst.\n{_convert(skipped)}"
                      "Try another path, encoding=gb18030 (or what the files are in), or fields=[…] for "
                      "records with other names.")
+
+
+def _convert(skipped: Skipped) -> str:
+    """What to do with documents of programs that write no plain text, where the names of what was skipped show some."""
+    names = (name for fact in skipped.facts().values() for name in fact["examples"])
+    if not any(_NO_PLAIN_TEXT.search(name) for name in names):
+        return ""
+    return ("PDF, Word and e-book files are not read: convert them first, such as `pdftotext FILE.pdf` or "
+            "`pandoc -t plain -o FILE.txt FILE.docx`.\n")
 
 
 def _refuse_empty_splits(split: SplitConfig, counts: np.ndarray, divisions: list[Division]) -> None:

@@ -2,7 +2,8 @@
 
 ```
 DIRECTORY/tokens.npy weights.npy starts.npy   replies one behind the other, two for each record
-          split.npy labels.npy bytes.npy records.jsonl
+          split.npy labels.npy
+          bytes.npy                           what the tokens of both replies of each record spell (N 2)
           facts.json                          written last
 ```
 """
@@ -22,7 +23,7 @@ from dougong.data.pack import Fields
 from dougong.data.split import SPLITS
 from dougong.data.tokenizer import Tokenizer
 
-FORMAT = 2
+FORMAT = 3
 _MULTIPLE = 8     # lengths are rounded up to it, so that kernels see few shapes
 
 
@@ -32,7 +33,6 @@ class PreferenceCorpus:
 
     def __init__(self, directory: Path, tokenizer: Tokenizer, *, context: int) -> None:
         self.tokenizer, self.context = tokenizer, context
-        self._directory = directory
         self._known = json.loads((directory / "facts.json").read_text("utf-8"))
         self._tokens, self._weights = (
             np.load(directory / f"{name}.npy", mmap_mode="r") for name in ("tokens", "weights"))
@@ -66,11 +66,6 @@ class PreferenceCorpus:
         place = slice(int(self._starts[2 * number + side]), int(self._starts[2 * number + side + 1]))
         return self._tokens[place], self._weights[place]
 
-    def record(self, number: int) -> dict[str, Any]:
-        """The record as it was read: id and sides."""
-        with open(self._directory / "records.jsonl", encoding="utf-8") as lines:
-            return json.loads(next(line for at, line in enumerate(lines) if at == number))
-
     def look(self, *, split: str, documents: int, tokens: int, first: int = 0) -> dict[str, Any]:
         """What `data.inspect` shows: both replies of some records, with the weight of each token."""
         from dougong.data.inspect import pieces_of
@@ -83,7 +78,7 @@ class PreferenceCorpus:
                 ids, weight = self.encoded(number, side)
                 pieces = [{**piece, "weight": float(value)}
                           for piece, value in zip(pieces_of(self.tokenizer, ids[:tokens]), weight)]
-                size = int(self._bytes[number])
+                size = int(self._bytes[number, side])
                 shown.append({"id": f"record {number}", "source": name + label, "bytes": size, "tokens": len(ids),
                               "bytes_per_token": size / len(ids), "weight": float(weight.sum()), "pieces": pieces})
         return {"split": split, "documents": shown, "rows": [], "facts": self.facts}
@@ -118,10 +113,11 @@ class PreferenceCorpus:
             splits[name] = _per_token({"documents": rows, "rows": rows, "bytes": int(self._bytes[mine].sum()),
                                        "tokens": int(lengths[mine].sum())})
             splits[name] |= {"sources": {}, "packing": {
-                "rows": rows, "documents_cut": self._known["cut"] if name == "train" else 0,
+                "rows": rows, "documents_cut": self._known["cut"][name],
                 "padding_share": 1 - splits[name]["tokens"] / (2 * rows * longest) if rows else 0.0}}
         totals = {name: sum(split[name] for split in splits.values()) for name in ("documents", "bytes", "tokens")}
-        return {"kind": "preferences", **self._known, "context": self.context, **_per_token(totals), "splits": splits,
+        return {"kind": "preferences", **self._known, "cut": sum(self._known["cut"].values()),
+                "context": self.context, **_per_token(totals), "splits": splits,
                 "packing": {"method": "one in a row",
                             "reason": "two replies to a prompt go through the model together"},
                 "longest": int(lengths.max()), "tokenizer": self.tokenizer.facts()}

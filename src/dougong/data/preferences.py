@@ -1,7 +1,6 @@
 """The data kind `preferences`: pairs of a preferred and a rejected reply, or single replies judged good or bad."""
 
 import hashlib
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -165,7 +164,6 @@ class _Builder:
         self.context, self.seed = context, seed
         self.template = template_for_training(tokenizer) if data.spelling == "chat" else None
         self.skipped = reader.skipped
-        self.cut = 0
         self.duplicates: dict[str, Any] = {"documents": 0, "bytes": 0, "examples": []}
 
     def build(self, report: Progress) -> None:
@@ -173,6 +171,7 @@ class _Builder:
         seen: dict[bytes, str] = {}
         kept: list[Judged] = []
         encoded: list[list[Encoded]] = []
+        cut: list[bool] = []
         for number, judged in enumerate(records):
             if number % _TOLD_EVERY == 0:
                 report(number, len(records), "spelling replies")
@@ -181,14 +180,15 @@ class _Builder:
                 self._count_duplicate(judged, seen[key])
                 continue
             seen[key] = judged.id
-            if (sides := self._sides(judged)) is not None:
+            if (found := self._sides(judged)) is not None:
                 kept.append(judged)
-                encoded.append(sides)
+                encoded.append(found[0])
+                cut.append(found[1])
         shape = self._shape(kept)
         prompts, splits = self._divide(kept, least=2 if shape == "singles" else 1)
         if shape == "singles":
             self._add_mismatched(kept, encoded, prompts, splits)
-        self._write(kept, encoded, splits, shape)
+        self._write(kept, encoded, splits, np.array(cut), shape)
 
     def _count_duplicate(self, judged: Judged, kept: str) -> None:
         self.duplicates["documents"] += 1
@@ -196,19 +196,18 @@ class _Builder:
         if len(self.duplicates["examples"]) < _EXAMPLES:
             self.duplicates["examples"].append({"removed": judged.id, "kept": kept})
 
-    def _sides(self, judged: Judged) -> list[Encoded] | None:
-        """Ids and weights of each side; None for what is left out, which is counted."""
+    def _sides(self, judged: Judged) -> tuple[list[Encoded], bool] | None:
+        """Ids and weights of each side, and whether one was cut; None for what is left out, which is counted."""
         try:
             sides = [self._spelled(side, judged.shared) for side in judged.sides]
         except (ConfigError, DataError) as problem:
             self.skipped.add("the chat template or the tokenizer refuses it", judged.id, str(problem).split("\n")[0])
             return None
         longest = max(len(ids) for ids, _ in sides)
-        if longest > self.context + 1:
+        if cut := longest > self.context + 1:
             if self.data.overlong == "drop":
                 self.skipped.add("longer than a row", judged.id, f"{longest:,} tokens")
                 return None
-            self.cut += 1
             sides = [(ids[:self.context + 1], weight[:self.context + 1]) for ids, weight in sides]
         if not all(weight[1:].any() for _, weight in sides):      # the first token is no target
             self.skipped.add("nothing of a reply within a row", judged.id)
@@ -216,7 +215,7 @@ class _Builder:
         if len(sides) == 2 and np.array_equal(sides[0][0], sides[1][0]):
             self.skipped.add("both replies have the same tokens", judged.id)
             return None
-        return sides
+        return sides, cut
 
     def _spelled(self, conversation: Conversation, shared: int) -> Encoded:
         if self.template is not None:
@@ -268,7 +267,8 @@ class _Builder:
                 ids, weight = self._spelled(Conversation(own.id, own.source, messages, own.tools), kept[number].shared)
                 encoded[number].append((ids[:self.context + 1], weight[:self.context + 1]))
 
-    def _write(self, kept: list[Judged], encoded: list[list[Encoded]], splits: np.ndarray, shape: str) -> None:
+    def _write(self, kept: list[Judged], encoded: list[list[Encoded]], splits: np.ndarray, cut: np.ndarray,
+               shape: str) -> None:
         if not (splits == 0).any():
             raise DataError("the training split holds no judgement. Try data.fractions=[1,0,0], or add some.")
         self.directory.mkdir(parents=True)
@@ -276,19 +276,17 @@ class _Builder:
         tokens, weights = (np.concatenate([side[i] for side in sides]) for i in (0, 1))
         starts = np.cumsum([0, *(len(ids) for ids, _ in sides)])
         labels = np.array([-1.0 if judged.label is None else judged.label for judged in kept], np.float32)
-        sizes = np.array([len(judged.text.encode()) for judged in kept], np.int64)
+        sizes = np.array([len(self.tokenizer.decode_bytes(ids)) for ids, _ in sides], np.int64).reshape(-1, 2)
         for name, values in (("tokens", tokens), ("weights", weights), ("starts", starts), ("split", splits),
                              ("labels", labels), ("bytes", sizes)):
             np.save(self.directory / f"{name}.npy", values)
         content = hashlib.sha256()
         for values in (tokens, weights, starts, splits, labels):
             content.update(values.tobytes())
-        lines = [json.dumps({"id": judged.id, "sides": [side.to_dict() for side in judged.sides]}, ensure_ascii=False)
-                 for judged in kept]
-        (self.directory / "records.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         write_json(self.directory / "facts.json", {
             "fingerprint": content.hexdigest(), "shape": shape, "spelling": self.data.spelling,
-            "overlong": self.data.overlong, "cut": self.cut, "skipped": self.skipped.facts(),
+            "overlong": self.data.overlong, "skipped": self.skipped.facts(),
+            "cut": {name: int(cut[splits == split].sum()) for split, name in enumerate(SPLITS)},
             "sources": [{"name": self.reader.label, "kind": "preferences"}],
             "duplicates": {"searched": {"exact": True}, "exact": self.duplicates},
             "split": {"rule": "prompts", "sentence":

@@ -112,13 +112,6 @@ class TokenStore:
             source: {name: int(sums[name][i]) for name in columns} for i, source in enumerate(self.sources)
         }
 
-    def verify(self) -> None:
-        """Compares every shard with its checksum. Raises DataError naming the first that differs."""
-        for shard in json.loads((self.directory / "manifest.json").read_text("utf-8"))["shards"]:
-            if sha256(self.directory / shard["file"]) != shard["sha256"]:
-                raise DataError(f"{self.directory / shard['file']} was damaged after it was written.\n"
-                                f"Delete {self.directory} and prepare the data again.")
-
 
 def _sums_by(group: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
     """Sum of int64 `values` by `group`, exactly (bincount's weights would round)."""

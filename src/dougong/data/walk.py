@@ -9,6 +9,7 @@ from pathlib import Path
 from dougong.core.errors import DataError, did_you_mean
 
 _EXAMPLES = 20
+_REASONS = 4    # told in a line
 
 # Files that hold keys or passwords by their usual names (lower case). `credentials.py` is code and stays.
 _SECRETS = (".env", ".env.*", "*.env", ".netrc", "_netrc", ".pgpass", ".npmrc", ".pypirc", ".htpasswd",
@@ -46,6 +47,13 @@ class Skipped:
         lines = [f"  {fact['count']} {reason}: {', '.join(fact['examples'][:3])}{', …' * (fact['count'] > 3)}"
                  for reason, fact in self.facts().items()]
         return "\n".join(lines) or "  nothing"
+
+
+def left_out(skipped: dict[str, dict]) -> str:
+    """The facts of `Skipped` in a few words, without names: `4 left out: 3 binary, 1 empty`. Nothing where none was."""
+    counts = [f"{fact['count']:,} {reason}" for reason, fact in skipped.items()]
+    total = sum(fact["count"] for fact in skipped.values())
+    return f"{total:,} left out: {', '.join(counts[:_REASONS])}{', …' * (len(counts) > _REASONS)}" if counts else ""
 
 
 def looks_secret(name: str) -> bool:

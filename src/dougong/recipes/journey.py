@@ -206,10 +206,11 @@ def travel_on(path: Path, *, out: Any, progress: Any = None) -> Travelled:
 
 
 def read_journey(path: Path) -> Journey:
+    """The journey whose directory this is. Raises CheckpointError where its file cannot be read."""
     try:
-        return from_dict(Journey, yaml.safe_load((path / FILE).read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError, TypeError) as error:
-        raise CheckpointError(f"{path / FILE} cannot be read: {error}.") from None
+        return from_dict(Journey, read_values(path / FILE))
+    except ConfigError as error:
+        raise CheckpointError(f"the journey in {path} cannot be read: {error}") from None
 
 
 def _go(journey: Journey, path: Path, *, out: Any, progress: Any) -> Travelled:

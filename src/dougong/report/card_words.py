@@ -20,7 +20,6 @@ _PHRASES: dict[str, tuple[str, str]] = {
     "costs": ("more bits per byte", "每字节比特数增加"),
     "faster": ("speed, one text at a time", "单条生成速度"),
     "agrees": ("same first choice", "首选词元一致"),
-    "of_name": ("{name}", "{name}"),
     "plot_title": ("Size, quality, speed", "体积、质量与速度"),
     "plot_lead": ("Down and left is better. The larger the dot, the faster it writes; the line joins what no other "
                   "variant beats in size and quality, and a ring marks what none beats in all three. Whiskers are "
@@ -39,7 +38,7 @@ _PHRASES: dict[str, tuple[str, str]] = {
                    "Calibration, over the whole split, is how far confidence lies from being right.",
                    "{documents} 篇文档的每个词元都由两个模型各读一遍。散度为按该版本编码原模型文本所浪费的量；"
                    "第 99 百分位反映受影响最大的词元。校准误差（整个划分）为置信度与正确率之差。"),
-    "variant": ("variant", "版本"), "made": ("made by", "方法"),
+    "variant": ("variant", "版本"),
     "parameters": ("parameters", "参数"), "bits_per_weight": ("bits a weight", "每权重比特"),
     "disk": ("on disk", "磁盘"), "memory": ("in memory", "内存"),
     "difference": ("against the original", "与原模型相比"),
@@ -80,9 +79,7 @@ _PHRASES: dict[str, tuple[str, str]] = {
 
 def say(key: str, **values: object) -> Text:
     """The phrase `key` with its braces filled."""
-    en, zh = _PHRASES[key]
-    return Text(en.format(**{k: v.en if isinstance(v, Text) else v for k, v in values.items()}),
-                zh.format(**{k: v.zh if isinstance(v, Text) else v for k, v in values.items()}))
+    return Text(*_PHRASES[key]).filled(**values)
 
 
 _KINDS = {"pruned": ("pruned", "剪枝"), "trimmed": ("vocabulary trimmed", "裁剪词表"), "whole": ("as trained", "原样")}

@@ -19,6 +19,7 @@ from dougong.report.numbers import is_number
 
 _FRESH_S = 300.0
 """A run without an `end` and without a lock file counts as running for this long after its last event."""
+_STEPWISE = ("step", "evaluation", "sample", "skip", "checkpoint")
 _NOT_MEASURED = {"event", "time", "attempt", "step", "tokens", "elapsed_s", "weight", "epoch", "memory_bytes"}
 
 
@@ -53,9 +54,9 @@ class Attempt:
     start: dict[str, Any]
     end: dict[str, Any] | None
     first_time: float | None
-    last_time: float | None
     first_step: int
     last_step: int
+    """where it is, or ended: after going back, less than it had come to"""
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,10 @@ class RunFacts:
     checkpoints: list[dict[str, Any]] = field(default_factory=list)
     waits: dict[str, float] = field(default_factory=dict)
     """seconds for which training stood still between steps, by phase"""
+    training_s: float | None = None
+    """seconds of training over all attempts, evaluation excluded; as of `waits` and `evaluation_s`, with those of steps
+    that were undone: they were spent too"""
+    evaluation_s: float = 0.0
     result: dict[str, Any] = field(default_factory=dict)
     before_after: dict[str, Any] = field(default_factory=dict)
 
@@ -101,14 +106,8 @@ class RunFacts:
 
     @property
     def last_step(self) -> int:
-        return max((a.last_step for a in self.attempts), default=0)
-
-    @property
-    def training_s(self) -> float | None:
-        """Seconds of training over all attempts, evaluation excluded."""
-        if len(self.series) and np.isfinite(self.series.minutes[-1]):
-            return float(self.series.minutes[-1]) * 60
-        return self.end.get("elapsed_s") if is_number(self.end.get("elapsed_s")) else None
+        """Where the newest attempt is."""
+        return self.attempts[-1].last_step if self.attempts else 0
 
     @property
     def peak_memory_bytes(self) -> float | None:
@@ -129,8 +128,7 @@ def read_facts(run: RunDirectory, *, now: float | None = None) -> RunFacts:
     text, recipe = _read_recipe(run.recipe)
     resolved = recipe.pop("resolved", None)
     attempts = _attempts(events)
-    kept = _still_true(events, attempts)
-    of = _by_kind(kept)
+    told, of = _by_kind(events), _by_kind(_still_true(events, attempts))
     return RunFacts(
         name=run.path.resolve().name or str(recipe.get("name", "run")),
         status=_status(run, events, attempts, time.time() if now is None else now),
@@ -151,7 +149,9 @@ def read_facts(run: RunDirectory, *, now: float | None = None) -> RunFacts:
         skips=list({e.get("step"): e for e in of.get("skip", [])}.values()),
         warnings=of.get("warning", []),
         checkpoints=of.get("checkpoint", []),
-        waits=_waits(of.get("step", [])),
+        waits=_waits(told.get("step", [])),
+        training_s=max((float(e["elapsed_s"]) for e in events if is_number(e.get("elapsed_s"))), default=None),
+        evaluation_s=sum(e["seconds"] for e in told.get("evaluation", []) if is_number(e.get("seconds"))),
         result=of.get("result", [{}])[-1],
         before_after=of.get("before_after", [{}])[-1],
     )
@@ -175,7 +175,9 @@ def _attempts(events: list[dict[str, Any]]) -> list[Attempt]:
         start = next((e for e in mine if e["event"] == "start"), {})
         ends = [e for e in mine if e["event"] == "end"]
         times = [e["time"] for e in mine if is_number(e.get("time"))]
-        steps = [e["step"] for e in mine if e["event"] in ("step", "end") and is_number(e.get("step"))]
+        places = (e.get("to_step" if e["event"] == "rewind" else "step") for e in mine
+                  if e["event"] in ("step", "end", "rewind"))
+        steps = [step for step in places if is_number(step)]
         first = start.get("step") if is_number(start.get("step")) else (min(steps) if steps else 0)
         attempts.append(
             Attempt(
@@ -183,33 +185,27 @@ def _attempts(events: list[dict[str, Any]]) -> list[Attempt]:
                 start,
                 ends[-1] if ends else None,
                 min(times, default=None),
-                max(times, default=None),
                 int(first or 0),
-                int(max(steps, default=first or 0)),
+                int(steps[-1] if steps else first or 0),
             )
         )
     return attempts
 
 
 def _still_true(events: list[dict[str, Any]], attempts: list[Attempt]) -> list[dict[str, Any]]:
-    """Without what was undone: a resume from step 500 takes earlier attempts' later steps out."""
-    undone_after = {}
-    limit = float("inf")
-    for attempt in reversed(attempts):
-        undone_after[attempt.number] = limit
-        limit = min(limit, attempt.first_step)
-    stepwise = ("step", "evaluation", "sample", "skip")
-    return last_per_step(
-        [
-            e
-            for e in events
-            if not (
-                e["event"] in stepwise
-                and is_number(e.get("step"))
-                and e["step"] > undone_after.get(e["attempt"], limit)
-            )
-        ]
-    )
+    """Without what was undone: going back to step 500, by a resume or a rewind, takes later steps told before it out,
+    with their checkpoints."""
+    began = {attempt.number: attempt.first_step for attempt in attempts}
+    kept, limit = [], float("inf")
+    attempt: Any = None
+    for event in reversed(events):
+        if event["attempt"] != attempt:
+            attempt, limit = event["attempt"], min(limit, began.get(attempt, limit))
+        if event["event"] == "rewind" and is_number(event.get("to_step")):
+            limit = min(limit, event["to_step"])
+        if event["event"] not in _STEPWISE or not is_number(event.get("step")) or event["step"] <= limit:
+            kept.append(event)
+    return last_per_step(kept[::-1])
 
 
 def _by_kind(events: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

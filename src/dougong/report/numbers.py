@@ -27,6 +27,11 @@ class Text:
     def same(cls, text: object) -> "Text":
         return cls(str(text), str(text))
 
+    def filled(self, **values: object) -> "Text":
+        """With its braces filled; a `Text` fills each language with its own words."""
+        return Text(self.en.format(**{k: v.en if isinstance(v, Text) else v for k, v in values.items()}),
+                    self.zh.format(**{k: v.zh if isinstance(v, Text) else v for k, v in values.items()}))
+
     def __html__(self) -> str:
         if self.en == self.zh:
             return str(escape(self.en))
@@ -156,10 +161,6 @@ def flops_rate(value: float) -> Text:
     if not is_number(value):
         return UNKNOWN
     return Text.same(_scaled(value, ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))) + "FLOP/s")
-
-
-def per_second(value: float) -> Text:
-    return Text(f"{compact(value).en}/s", f"{compact(value).zh}/秒") if is_number(value) else UNKNOWN
 
 
 def moment(unix_seconds: float) -> Text:

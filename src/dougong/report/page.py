@@ -247,7 +247,7 @@ def time_parts(run: RunFacts) -> list[tuple[Text, Text, float]]:
     of samples and checkpoints counts for how long it stood still."""
     parts = [
         ("time_training", run.training_s),
-        ("time_evaluation", sum(e["seconds"] for e in run.evaluations if is_number(e.get("seconds")))),
+        ("time_evaluation", run.evaluation_s),
         ("time_samples", run.waits.get("sample")),
         ("time_checkpoints", run.waits.get("checkpoint")),
     ]

@@ -51,9 +51,8 @@ _PHRASES: dict[str, tuple[str, str]] = {
 
 
 def say(key: str, **values: object) -> Text:
-    """A phrase in both languages."""
-    english, chinese = _PHRASES[key]
-    return Text(english.format(**values), chinese.format(**values))
+    """The phrase `key` with its braces filled."""
+    return Text(*_PHRASES[key]).filled(**values)
 
 
 def write_skills_page(judged: dict[str, Any], out: Path) -> Path:
@@ -80,7 +79,7 @@ def headline(judged: dict[str, Any]) -> list[tuple[Text, Text, Text]]:
             (say("right"), percent(judged["right"]), say("items", count=judged["items"]))]
     if outside := judged["outside"]:
         rows.append((say("declined"), percent(outside["declined"]),
-                     say("declined_remark", count=outside["items"], inside=percent(judged["inside_declined"]).en)))
+                     say("declined_remark", count=outside["items"], inside=percent(judged["inside_declined"]))))
     return rows
 
 

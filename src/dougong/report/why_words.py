@@ -7,7 +7,6 @@ WHY_PHRASES: dict[str, tuple[str, str]] = {
     "why_spiked_title": ("What went wrong", "出了什么问题"),
     "why_ranks_title": ("Seconds a step, by process", "各进程每步秒数"),
     "why_outliers_title": ("Slow steps", "慢步"),
-    "why_phase": ("phase", "阶段"),
     "why_time": ("time", "时间"),
     "why_process": ("process", "进程"),
     "why_usual": ("times the median", "中位数的倍数"),

@@ -57,12 +57,7 @@ PHRASES: dict[str, tuple[str, str]] = {
     "no_words": ("(nothing)", "（无内容）"),
     # headline numbers
     "bits_per_byte": ("bits per byte", "每字节比特数"),
-    "bits_per_byte_long": ("bits for each byte of unseen text", "每字节未见文本所需比特"),
     "interval_on": ("95 % interval {low} to {high}, {split} split", "95% 区间 {low} 至 {high}，{split}"),
-    "interval_on_weights": (
-        "95 % interval {low} to {high}, {split} split, {weights} weights",
-        "95% 区间 {low} 至 {high}，{split}，{weights}权重",
-    ),
     "whole_split": ("whole {split} split", "整个{split}"),
     "during_training": (
         "best during training, step {step}, {split} split",
@@ -77,11 +72,8 @@ PHRASES: dict[str, tuple[str, str]] = {
         "配对 95% 区间 {low} 至 {high} 比特/字节",
     ),
     "paired_interval_plain": ("paired 95 % interval {low} to {high}", "配对 95% 区间 {low} 至 {high}"),
-    "difference_plain": ("{ours} against {theirs}", "{ours} 对 {theirs}"),
     "accuracy": ("accuracy", "准确率"),
     "loss_last": ("training loss at the end", "训练末期损失"),
-    "loss_unit": ("nats per token", "奈特/词元"),
-    "loss_unit_other": ("mean over the step", "每步平均"),
     "evaluation_loss": ("evaluation loss", "评估损失"),
     "parameters": ("parameters", "参数"),
     "of_them_embedding": ("{n} of them embeddings", "其中嵌入 {n}"),
@@ -102,7 +94,6 @@ PHRASES: dict[str, tuple[str, str]] = {
         "No final evaluation yet: it is made when training ends.",
         "还没有最终评估：训练结束时进行。",
     ),
-    "result_only_split": ("Measured on the {split} split.", "在{split}上测得。"),
     "verdict_fewer": (
         "The model needs {model} bits for each byte of unseen text; {name} needs {base}: {share} fewer.",
         "每个字节的未见文本，模型需要 {model} 比特；{name}需要 {base} 比特：少 {share}。",
@@ -147,7 +138,6 @@ PHRASES: dict[str, tuple[str, str]] = {
     "baseline": ("compared with", "比较对象"),
     "difference": ("difference", "差值"),
     "interval": ("95 % interval", "95% 区间"),
-    "interval_paired": ("95 % interval, paired", "95% 区间（配对）"),
     "value": ("value", "数值"),
     "by_source": ("By source", "按来源"),
     "measured_how": (
@@ -202,7 +192,6 @@ PHRASES: dict[str, tuple[str, str]] = {
         "最初几步高于图框；对数刻度可见。",
     ),
     "curves_table": ("The numbers behind the curves", "曲线背后的数字"),
-    "chart_hint": ("Use the arrow keys to read values.", "用方向键读数。"),
     # samples
     "samples_title": ("What it wrote", "它写的文字"),
     "samples_note": (
@@ -337,7 +326,6 @@ PHRASES: dict[str, tuple[str, str]] = {
         "种子 {seed}，精度 {precision}，{threads} 线程。数据、处理器类型、版本与线程数相同时，数字应当相同。",
     ),
     "recipe_title": ("The whole recipe", "完整配方"),
-    "recorded_title": ("Recorded with it", "随附记录"),
     "no_command": ("The command was not recorded.", "没有记录命令。"),
     # compare
     "numbers_title": ("Side by side", "并排对照"),
@@ -360,13 +348,9 @@ _NO_SPACE = re.compile(r"(?<=[；：，。]) | (?=[；：，。])|(?<=[\u4e00-\u
 
 
 def say(key: str, **values: object) -> Text:
-    """The phrase `key` with its braces filled; a `Text` fills each language with its own words."""
-    en, zh = PHRASES[key]
-    filled = zh.format(**{k: v.zh if isinstance(v, Text) else v for k, v in values.items()})
-    return Text(
-        en.format(**{k: v.en if isinstance(v, Text) else v for k, v in values.items()}),
-        _NO_SPACE.sub("", filled).strip(),
-    )
+    """The phrase `key` with its braces filled."""
+    filled = Text(*PHRASES[key]).filled(**values)
+    return Text(filled.en, _NO_SPACE.sub("", filled.zh).strip())
 
 
 _NAMES = frozenset((

@@ -14,6 +14,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from dougong.data.walk import left_out
+
 _LINE_EVERY_S = 10.0
 
 
@@ -38,7 +40,7 @@ class Numbers:
         self.name, self.total_steps, self.bytes_per_token, self.unit = name, total_steps, bytes_per_token, unit
         self.last: dict[str, dict[str, Any]] = {}
         self.skips = 0
-        self.best: dict[str, Any] | None = None
+        self._bests: list[dict[str, Any]] = []
         self._first: dict[str, Any] | None = None
 
     def take(self, record: dict[str, Any]) -> None:
@@ -46,11 +48,17 @@ class Numbers:
         if record["event"] == "skip":
             self.skips += 1
         if record["event"] == "evaluation" and record.get("best"):
-            self.best = record
+            self._bests.append(record)
         if record["event"] == "rewind":     # what is left is measured by the steps from there
             self._first = None
+            self._bests = [best for best in self._bests if best["step"] <= record["to_step"]]
         if record["event"] == "step" and self._first is None:
             self._first = record
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The best evaluation, of those on the way that was not left."""
+        return self._bests[-1] if self._bests else None
 
     @property
     def step(self) -> dict[str, Any]:
@@ -126,8 +134,9 @@ class LiveView:
 
     def __call__(self, record: dict[str, Any]) -> None:
         self.numbers.take(record)
-        if record["event"] in ("warning", "skip", "fault", "rewind"):
-            self._live.console.print(Text(_ALWAYS[record["event"]](self.numbers, record), style="yellow"))
+        if record["event"] in ("data", "warning", "skip", "fault", "rewind") and (
+                line := _ALWAYS[record["event"]](self.numbers, record)):
+            self._live.console.print(Text(line, style="yellow"))
         self._live.update(self.render())
 
     def close(self) -> None:
@@ -159,6 +168,11 @@ class LiveView:
                      padding=(0, 1))
 
 
+def _data(record: dict[str, Any]) -> str:
+    found = left_out(record["facts"].get("skipped") or {})
+    return f"data        {found} (named in the report and by: dougong data inspect)" if found else ""
+
+
 def _score(record: dict[str, Any]) -> str:
     scores = [_form(record.get("loss"), "loss {:.4f}"),
               _form(record.get("bits_per_byte"), "{:.4f} bits per byte"),
@@ -167,6 +181,7 @@ def _score(record: dict[str, Any]) -> str:
 
 
 _ALWAYS: dict[str, Callable[[Numbers, dict[str, Any]], str]] = {
+    "data": lambda numbers, record: _data(record),
     "evaluation": lambda numbers, record: f"evaluation  {numbers.evaluation()}",
     "sample": lambda numbers, record: (f"sample      {_one_line(record['prompt'])}▸"
                                        f"{_one_line(record['text'])}"),

@@ -197,6 +197,15 @@ def test_ctrl_c_while_data_are_prepared_then_again(made, tmp_path, monkeypatch):
     assert dougong("data", "prepare", recipe, "--json").json["fingerprint"] == whole
 
 
+def test_how_much_was_left_out_is_said_and_where_it_is_named(made, tmp_path):
+    texts = write_texts(tmp_path / "texts")
+    recipe = write_recipe(tmp_path / "tiny.yaml", texts)
+    assert "left out" not in dougong("data", "prepare", recipe).out
+    (texts / "paper.pdf").write_bytes(b"%PDF-1.7\0")
+    told = dougong("data", "prepare", recipe, "data.pack=windows")
+    assert f"1 left out: 1 binary; named by: dougong data inspect {recipe} data.pack=windows\n" in told.out
+
+
 def test_the_data_of_a_run_are_looked_at_like_those_of_its_recipe(made):
     run, recipe = (dougong("data", "inspect", made / name, "--json") for name in ("run", "tiny.yaml"))
     assert run.code == 0 and run.json["documents"] == recipe.json["documents"], run.err

@@ -27,6 +27,15 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     assert os.listdir(tmp_path) == ["x.json"]
 
 
+@pytest.mark.parametrize(("number", "says"), [(errno.EACCES, "permission was denied"), (errno.EPERM, "permission"),
+                                              (errno.ENOTDIR, "not a folder"), (errno.ENAMETOOLONG, "too long")])
+def test_a_path_that_cannot_be_used_is_named_without_a_word_of_space_or_of_writing_alone(number, says):
+    with pytest.raises(DougongError, match=f"cannot read or write model.safetensors: .*{says}") as told, \
+            files.explained_disk_errors("the output"):
+        raise OSError(number, os.strerror(number), "model.safetensors")
+    assert "space" not in str(told.value) and "lost" not in str(told.value)
+
+
 def test_a_folder_is_not_written_over(tmp_path):
     with pytest.raises(DougongError, match="is a folder, and a file is to be written there"):
         files.write_text(tmp_path, "page")
@@ -84,13 +93,19 @@ def test_a_second_run_of_one_name_gets_a_number(tmp_path):
     assert names == ["first", "first-2", "first-3"]
 
 
-def test_opening_what_is_no_run_says_what_there_is(tmp_path):
+def test_opening_what_is_no_run_says_what_there_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     run = RunDirectory.create(tmp_path, "mine")
     run.recipe.write_text("name: mine\n")
     with pytest.raises(CheckpointError, match=r"no run at .*other[\s\S]*mine"):
         RunDirectory.open(tmp_path / "other")
     with pytest.raises(CheckpointError, match=r"no recipe\.yaml"):
         RunDirectory.open(tmp_path)
+    for typed, hub in (("Qwen/Qwen3-0.6B", True), ("runs/nothing", False), (tmp_path / "other", False)):
+        with pytest.raises(CheckpointError, match="no run at") as refused:
+            RunDirectory.open(typed)
+        assert (f"To fetch it from a hub: hf:{typed}" in str(refused.value)) == hub
+        assert ("dougong train first" in str(refused.value)) != hub
     (run.checkpoints / "step-000010").mkdir(parents=True)
     (run.checkpoints / ".step-000020.tmp").mkdir()
     assert RunDirectory.open(run.path).checkpoint_steps() == [10]

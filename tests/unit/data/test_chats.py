@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -162,6 +163,14 @@ def test_conversations_longer_than_a_row(prepare, overlong, tokens):
     ids, weight = corpus.encoded(1)
     learned = corpus.tokenizer.decode(ids[weight > 0])
     assert learned.startswith("b" * 20) and (len(ids) == tokens if overlong == "cut" else learned == "b" * 20)
+
+
+def test_conversations_that_were_cut_are_told_of_the_split_they_lie_in(prepare):
+    corpus = prepare([*MANY, *(chat(f"question {i}", "d" * 200) for i in range(20))], fractions=(0.6, 0.2, 0.2))
+    told = [corpus.facts["splits"][name]["packing"]["documents_cut"] for name in ("train", "validation", "test")]
+    assert sum(told) == corpus.facts["cut"] == 20 and told[0] < 20
+    long = corpus.length(np.arange(len(corpus._split))) == 128
+    assert told == [int(long[corpus._split == split].sum()) for split in range(3)]
 
 
 def test_nothing_to_learn_is_an_error_that_explains_the_mask(prepare):

@@ -76,6 +76,12 @@ def pairs(count=40):
     return [{"prompt": f"q{i:02d}", "chosen": f"yes {i}", "rejected": "no" * (1 + i % 3)} for i in range(count)]
 
 
+def parts(made, number, side=0):
+    """What was asked and what was said, of a record without turns."""
+    ids, weight = made.encoded(number, side)
+    return made.tokenizer.decode(ids[weight == 0]), made.tokenizer.decode(ids[weight > 0])
+
+
 def test_a_batch_holds_both_replies_with_weight_on_the_reply_and_its_end_alone(tmp_path):
     made = corpus(tmp_path, pairs(), spelling="text", fractions=(1, 0, 0))
     tokenizer = made.tokenizer
@@ -113,9 +119,36 @@ def test_what_is_left_out_is_counted_with_its_reason(tmp_path):
     assert counts == {"both replies are the same": 1, "empty assistant turn": 1, "longer than a row": 2}
     assert made.facts["duplicates"]["exact"]["documents"] == 1
     cut = corpus(tmp_path, [*pairs(), *bad], spelling="text", fractions=(1, 0, 0), overlong="cut")
-    assert len(cut) == 41 and cut.facts["cut"] == 2
+    assert len(cut) == 41 and cut.facts["cut"] == 1     # of the other one nothing is left to learn
     assert cut.facts["skipped"]["nothing of a reply within a row"]["count"] == 1
     assert max(batch["tokens"].shape[2] for batch in cut.batches("train", rows=50)) == 64
+
+
+def test_what_was_cut_is_told_of_the_split_it_lies_in(tmp_path):
+    records = [{**one, "chosen": "x" * (21 + 4 * i)} for i, one in enumerate(pairs())]
+    made = corpus(tmp_path, records, spelling="text", fractions=(0.6, 0.2, 0.2), overlong="cut")
+    told = [made.facts["splits"][name]["packing"]["documents_cut"] for name in ("train", "validation", "test")]
+    cut = np.array([len(made.encoded(number, 0)[0]) == 65 for number in range(40)])
+    assert told == [int(cut[made._split == split].sum()) for split in range(3)]
+    assert sum(told) == made.facts["cut"] and told[0] < sum(told)
+    path = tmp_path / "labelled.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{i} " + "a" * 50, "label": i % 2}) + "\n" for i in range(40)))
+    made = LabelledData(path=str(path), fractions=(0.6, 0.2, 0.2)).prepare(BytesConfig(), context=20, cache=tmp_path)
+    splits = made.facts["splits"]
+    assert all(facts["packing"]["documents_cut"] == facts["documents"] > 0 for facts in splits.values())
+
+
+@pytest.mark.parametrize("settings", [{}, {"unpair": True}, {"overlong": "cut"}])
+def test_bytes_are_those_that_the_tokens_of_a_reply_spell(tmp_path, settings):
+    made = corpus(tmp_path, [*pairs(), {"prompt": "p", "chosen": "x" * 200, "rejected": "a"}], spelling="text",
+                  fractions=(1, 0, 0), **settings)
+    seen = look(made, documents=100)
+    assert len(seen["documents"]) == 2 * len(made)
+    for shown in seen["documents"]:
+        assert shown["bytes"] == sum(not piece["special"] for piece in shown["pieces"])
+        assert shown["tokens"] - 2 <= shown["bytes"] <= shown["tokens"]
+    train = seen["facts"]["splits"]["train"]
+    assert train["bytes"] == sum(shown["bytes"] for shown in seen["documents"]) and 0.7 < train["bytes_per_token"] < 1
 
 
 def test_what_is_learned_of_a_pair_can_be_looked_at(tmp_path):
@@ -133,7 +166,7 @@ def test_prompts_stay_on_one_side_and_few_records_still_fill_every_split(tmp_pat
     made = corpus(tmp_path, twice, spelling="text", fractions=(0.6, 0.2, 0.2))
     sides = {}
     for number, split in enumerate(made._split):
-        sides.setdefault(made.record(number)["sides"][0]["messages"][0]["content"], set()).add(int(split))
+        sides.setdefault(parts(made, number)[0], set()).add(int(split))
     assert all(len(found) == 1 for found in sides.values()) and set().union(*sides.values()) == {0, 1, 2}
     few = corpus(tmp_path, pairs(6), spelling="text", fractions=(0.9, 0.05, 0.05))
     assert all(few.facts["splits"][split]["rows"] for split in ("train", "validation", "test"))
@@ -163,12 +196,10 @@ def test_the_reply_beside_a_single_one_was_given_to_another_prompt(tmp_path, rec
     made = corpus(tmp_path, records, spelling="text", **{"fractions": (1, 0, 0), **settings})
     prompts = {}
     for number in range(len(made)):
-        asked, said = (message["content"] for message in made.record(number)["sides"][0]["messages"])
+        asked, said = parts(made, number)
         prompts.setdefault(said, set()).add((asked, made._split[number]))
     for number in range(len(made)):
-        asked = made.record(number)["sides"][0]["messages"][0]["content"]
-        ids, weight = made.encoded(number, 1)
-        said = made.tokenizer.decode(ids[weight > 0][:-1].tolist())
+        asked, said = parts(made, number)[0], parts(made, number, side=1)[1]
         assert any(other != asked and split == made._split[number] for other, split in prompts[said])
 
 

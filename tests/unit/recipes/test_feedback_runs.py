@@ -21,6 +21,7 @@ from dougong.recipes.experience import ChatSpelling, task_of
 from dougong.recipes.open_run import open_run
 from dougong.recipes.recipe import load_recipe
 from dougong.recipes.scored import model_reward
+from dougong.recipes.train import _watchers
 from dougong.runtime.device import be_deterministic
 from dougong.train.safetensors_file import read_header
 from dougong.train.shadow import tracked
@@ -84,6 +85,20 @@ def test_a_dry_run_plans_the_batch_that_the_objective_reads(root, kind):
     assert set(planned) == set(batch) - set(FIGURES)
     for name, (shape, dtype) in planned.items():
         assert (tuple(batch[name].shape), batch[name].dtype) == (shape, dtype), name
+
+
+@pytest.mark.parametrize("kind", ["text", "preferences", "chats"])
+def test_only_a_loss_of_text_is_told_in_bits_per_byte(root, kind):
+    path, changes = root / "tiny.yaml", []
+    if kind != "text":
+        data = pairs(root) if kind == "preferences" else tasks(root)
+        path = write_feedback_recipe(root / f"told-{kind}.yaml", "dpo" if kind == "preferences" else "sft", data)
+        changes = [f"start.path={root / 'base'}"]
+    recipe, _ = resolve(load_recipe(str(path), changes)[0])
+    assert recipe.data.kind == kind
+    view = _watchers(RunDirectory(root / "told"), recipe, prepare_data(recipe), 0)[-1]
+    view({"event": "step", "step": 1, "time": 0.0, "loss": 0.69})
+    assert ("bpb" in dict(view.numbers.fields())) == (kind == "text")
 
 
 def stop_and_go(root, name, recipe):

@@ -9,7 +9,7 @@ from tiny_recipe import dougong, write_recipe, write_texts
 from dougong.core.errors import CheckpointError, ConfigError
 from dougong.core.files import lock
 from dougong.core.run import RunDirectory
-from dougong.recipes.journey import TrainStage, load_journey
+from dougong.recipes.journey import TrainStage, last_run, load_journey
 from dougong.recipes.open_run import open_run
 from dougong.recipes.recipe import recipe_from_run
 
@@ -142,6 +142,18 @@ def test_a_repeated_key_in_a_journey_is_refused(tmp_path):
     (tmp_path / "trip.yaml").write_text("base: assistant\nstages: {}\nstages: {sft: null}\n")
     told = dougong("show", tmp_path / "trip.yaml")
     assert told.code == 2 and "line 3: the key 'stages' stands here again" in told.err
+
+
+@pytest.mark.parametrize(("content", "says"), [
+    (b"name: trip\nname: again\n", "line 2: the key 'name' stands here again"), (b"name: \xff\n", "is not YAML"),
+    (b"[1]\n", "should hold keys and values"), (b"name: trip\nstage: {}\n", "'stage'")])
+def test_a_begun_journey_whose_file_is_damaged_says_so(tmp_path, content, says):
+    (tmp_path / "journey.yaml").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"journey in .* cannot be read") as told:
+        last_run(tmp_path)
+    assert says in str(told.value)
+    refused = dougong("train", "--resume", "--run", tmp_path)
+    assert refused.code == 2 and says in refused.err and "Traceback" not in refused.err
 
 
 def test_a_file_that_cannot_be_read_is_no_journey_and_told_as_such(tmp_path, monkeypatch):

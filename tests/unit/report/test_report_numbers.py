@@ -168,7 +168,44 @@ def test_steps_that_a_resume_went_back_behind_are_gone_even_before_they_are_repe
     fake_runs.train_steps(writer, 51, 60, 1200, seed=9)
     facts = read_facts(writer.finish())
     assert facts.series.step.tolist() == list(range(1, 61))
-    assert facts.last_step == 100  # the attempts' own record still says how far each came
+    assert facts.last_step == 60 and facts.attempts[0].last_step == 100
+
+
+def went_back(path):
+    """130 steps, back to 100, then 8 more: the run trains again what it has left."""
+    writer = fake_runs.Writer(path, fake_runs.recipe())
+    fake_runs.start(writer)
+    fake_runs.train_steps(writer, 1, 130, 1200, skips=(95, 126))
+    writer.event("rewind", step=130, to_step=100, first_batch=115, last_batch=129)
+    for step in range(101, 109):
+        writer.event("step", step=step, loss=3.0, elapsed_s=1000.0 + step, phases={"checkpoint": 1.0})
+    return writer
+
+
+def test_the_way_that_a_rewind_left_is_gone_and_its_time_is_not(tmp_path):
+    writer = went_back(tmp_path / "run")
+    writer.event("evaluation", step=108, split="validation", loss=3.0, seconds=2.0, elapsed_s=1500.0)
+    facts = read_facts(writer.finish())
+    assert facts.series.step.tolist() == [*range(1, 95), *range(96, 109)]
+    assert facts.series.values["loss"][-8:].tolist() == [3.0] * 8
+    assert [e["step"] for e in facts.evaluations] == [24, 60, 108] and max(s["step"] for s in facts.samples) == 60
+    assert [s["step"] for s in facts.skips] == [95] and not facts.checkpoints   # that of step 130 was removed
+    assert facts.last_step == 108 and facts.training_s == 1500.0
+    assert (np.diff(facts.series.minutes) > 0).all()
+    assert facts.evaluation_s == pytest.approx(3 * 1.8 + 2.0)       # one of them at step 120, which was left
+    assert facts.waits["checkpoint"] == pytest.approx(128 * 0.0005 + 8)
+
+
+def test_a_resume_from_before_a_rewind_and_a_rewind_behind_a_resume_undo_both_ways(tmp_path):
+    writer = went_back(tmp_path / "run")
+    writer.attempt = 2
+    fake_runs.start(writer, 104)
+    fake_runs.train_steps(writer, 105, 110, 1200)
+    assert read_facts(writer.finish()).last_step == 110
+    writer.event("rewind", step=110, to_step=90, first_batch=91, last_batch=109)
+    facts = read_facts(writer.finish())
+    assert facts.series.step.tolist() == list(range(1, 91)) and facts.last_step == 90
+    assert [e["step"] for e in facts.evaluations] == [24, 60]
 
 
 def test_an_advantage_is_what_a_model_needs_less_and_whiskers_stand_around_it(tmp_path):

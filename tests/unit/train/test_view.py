@@ -63,6 +63,18 @@ def test_the_view_fits_the_stream():
     assert isinstance(open_view("x", 3, stream=io.StringIO()), PlainView)
 
 
+def test_what_was_left_out_of_the_data_is_told_once_where_anything_was():
+    skipped = {reason: {"count": 1200 - i, "examples": ["a"]} for i, reason in enumerate("abcde")}
+    for facts, says in (({}, ""), ({"skipped": {}}, ""), ({"skipped": skipped}, "5,990 left out: 1,200 a, 1,199 b")):
+        plain, live = io.StringIO(), io.StringIO()
+        PlainView(Numbers("first", 50, 3.5), plain)({"event": "data", "facts": facts})
+        view = LiveView(Numbers("first", 50, 3.5), Console(file=live, force_terminal=True, width=150))
+        view({"event": "data", "facts": facts})
+        view.close()
+        assert (says in plain.getvalue() and says in live.getvalue()) and bool(plain.getvalue()) == bool(says)
+        assert ("left out" in live.getvalue()) == bool(says) == ("1,197 d, …" in plain.getvalue())
+
+
 def test_events_become_scalars():
     step, *_ = story()
     assert scalars(step)["train/loss"] == step["loss"] and "train/step" not in scalars(step)
@@ -96,8 +108,12 @@ def test_what_is_left_is_measured_anew_after_going_back():
     for step, seconds in ((10, 0), (900, 890)):
         numbers.take({"event": "step", "step": step, "time": seconds})
     assert numbers.remaining_s() == pytest.approx(100)
-    numbers.take({"event": "rewind", "step": 500, "time": 891})
+    for step, loss in ((400, 3.0), (600, 2.0)):
+        numbers.take({"event": "evaluation", "step": step, "loss": loss, "best": True})
+    numbers.take({"event": "rewind", "step": 900, "to_step": 500, "time": 891})
     assert numbers.remaining_s() is None
+    numbers.take({"event": "evaluation", "step": 700, "loss": 2.5, "best": False})
+    assert numbers.evaluation() == "step 700 · loss 2.5000 · best loss 3.0000 at step 400"
     for step, seconds in ((510, 900), (520, 910)):
         numbers.take({"event": "step", "step": step, "time": seconds})
     assert numbers.remaining_s() == pytest.approx(480)
