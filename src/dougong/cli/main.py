@@ -34,6 +34,10 @@ WAIT_SPINS = "10000"
 idle machine and everything on a shared one: who has no core is waited for by who has one (a step of 25 ms took 242 on
 average). It is read when torch is loaded, so it is set before any command runs; a value of your own stays."""
 
+LESS_MEMORY = ("What was saved is kept. In training fewer rows at once (train.micro_rows=1), "
+               "train.gradient_checkpointing=true, or an adapter (adapt=lora, adapt.base=int4) take less; for writing, "
+               "`dougong compress`. `dougong plan` says what fits, `nvidia-smi` what else is on the GPU.")
+
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
                   context_settings={"help_option_names": ["-h", "--help"]},
                   help="斗拱 dougong: build your own large model, from a folder of files to a model that writes.\n\n"
@@ -77,6 +81,11 @@ def main() -> None:
     except DougongError as error:
         rank = os.environ.get("RANK", "0")   # the first process says it whole, the others in a line
         print(f"\nerror: {error}" if rank == "0" else f"process {rank}: {str(error).splitlines()[0]}", file=sys.stderr)
+        _leave(2)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":      # torch's; it is not imported here
+            raise
+        print(f"\nerror: {str(error).splitlines()[0]}\n{LESS_MEMORY}", file=sys.stderr)
         _leave(2)
     except KeyboardInterrupt:
         print("\nstopped.", file=sys.stderr)

@@ -140,21 +140,24 @@ class Checkpointer:
         return finished
 
     def poll(self) -> list[Saved]:
-        ended = self._thread and not self._thread.is_alive()
+        ended = self._thread is None or not self._thread.is_alive()
         failed = any(isinstance(result, BaseException) for result in self._finished)
         # threads end at different times: an error waits for the next step at which all processes meet
         return self.wait() if ended and not (failed and self._peers.size > 1) else []
 
-    def wait(self) -> list[Saved]:
+    def wait(self, *, take: bool = True) -> list[Saved]:
+        """Returns what is finished, after the running save has ended, and raises its error; unless it is to `take` it,
+        the next call returns it again."""
         if self._thread:
             self._thread.join()
             self._thread = None
-        finished, self._finished = self._finished, []
-        for result in finished:
-            if isinstance(result, BaseException):
-                self.last_step = None
-                raise result
-        return finished  # type: ignore[return-value]
+        finished = self._finished
+        failed = next((result for result in finished if isinstance(result, BaseException)), None)
+        self._finished = [] if take or failed else finished
+        if failed:
+            self.last_step = None
+            raise failed
+        return list(finished)  # type: ignore[arg-type]
 
     def keeps(self, step: int) -> bool:
         """Whether a checkpoint of this step is of those never removed."""

@@ -45,7 +45,7 @@ def go_back(state: TrainState, checkpointer: Checkpointer, *, recipe_hash: str =
                 shutil.rmtree(run.checkpoint(step), ignore_errors=True)
     wait_for_all()
     checkpointer.save(state, "rewind")
-    checkpointer.wait()
+    checkpointer.wait(take=False)       # it is on the disk, and told of with the next
     return {"step": now, "to_step": state.step, "first_batch": request.first, "last_batch": request.last - 1,
             "first_leap": request.step, "leaps": request.leaps, "checkpoint": found.name, "count": rewinds}
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from tiny_recipe import dougong, write_recipe, write_texts
 
 from dougong.core import files
@@ -206,6 +207,14 @@ def test_a_checkpoint_of_another_recipe(stopped):
     recipe.write_text(recipe.read_text().replace("clip_norm: 1.0", "clip_norm: 0.5"))
     refused("train", "--resume", "--run", stopped, says=["another recipe"])
     assert (stopped / "checkpoints/step-000004/manifest.json").exists()
+
+
+def test_a_gpu_that_is_full_is_told_with_what_takes_less(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has …")
+
+    monkeypatch.setattr("dougong.recipes.recipe.load_recipe", full)
+    refused("train", "first", says=["CUDA out of memory. Tried to allocate 2.00 GiB.", "train.micro_rows=1", "compress"])
 
 
 def test_data_that_changed_since_the_run_was_made(made, tmp_path):

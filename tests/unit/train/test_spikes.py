@@ -320,6 +320,7 @@ def test_a_crash_after_going_back_does_not_forget_it(tmp_path):
             checkpointer.save(state, "interval")
     spent = state.elapsed_s
     go_back(state, checkpointer)
+    assert [(saved.step, saved.reason) for saved in checkpointer.poll()] == [(20, "rewind")] and not checkpointer.poll()
     other = state_with(wild={21, 22, 24}, seed=5)
     found = latest_valid(run)
     assert found.step == 20, "the checkpoint from among the leaps was kept"
