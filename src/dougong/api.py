@@ -1,12 +1,13 @@
-"""The commands as functions: `dougong.train`, `dougong.open_run`, `dougong.generate`."""
+"""The main commands as functions: `dougong.train`, `dougong.open_run`, `dougong.generate`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dougong.core.config import from_dict, merge, to_dict
+from dougong.core.config import from_dict, merge, parse_overrides, to_dict
 from dougong.generate import Generation, SamplingConfig
 from dougong.recipes.open_run import OpenRun, open_run
-from dougong.recipes.recipe import Recipe, load_recipe
+from dougong.recipes.recipe import Recipe, laid_over, load_recipe
 from dougong.recipes.train import Finished, resume_run, train_run
 from dougong.report import write_report
 
@@ -18,13 +19,25 @@ def train(recipe: str | Recipe = "first", *overrides: str, run: str | Path | Non
     """Trains a recipe in a new run directory and returns where it is and how it ended.
 
     `recipe` is a shipped name, a .yaml file or a Recipe; `overrides` are those of the command line
-    (`"optim.lr=3e-4"`), `sections` the same as values (`data={"path": "~/texts"}`, `seed=1`).
+    (`"optim.lr=3e-4"`), `sections` the same as values (`data={"path": "~/texts"}`, `seed=1`), and what both say is the
+    sections'. `start={"path": RUN}` is the command line's `--model RUN`. Raises ConfigError for what is no recipe, no
+    key or no value.
     """
-    asked, base = load_recipe(recipe, list(overrides)) if isinstance(recipe, str) else (recipe, recipe)
-    asked = from_dict(Recipe, merge(to_dict(asked), to_dict(sections)))
+    changes = merge(parse_overrides(list(overrides)), _plain(to_dict(sections)))
+    asked, base = load_recipe(recipe, changes=changes) if isinstance(recipe, str) else \
+        (laid_over(recipe, changes), recipe)
     finished = train_run(asked, base, path=None if run is None else Path(run))
     write_report([finished.directory], finished.directory.report)
     return finished
+
+
+def _plain(value: Any) -> Any:
+    """Paths as the texts that recipes hold."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def generate(run: str | Path | OpenRun, prompts: str | list[str], *, draft: str | Path | OpenRun | None = None,

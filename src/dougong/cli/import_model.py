@@ -24,6 +24,7 @@ def import_model(
     from dougong.interop.hub import is_hub_name, local_directory, model_name
     from dougong.interop.import_hf import read_hf
     from dougong.interop.peft_form import is_peft_directory
+    from dougong.recipes.derive import path_from_anywhere
     from dougong.recipes.import_model import import_run
 
     directory = local_directory(model)
@@ -34,7 +35,8 @@ def import_model(
         raise ConfigError(f"--model has no effect here: {model} holds a whole model, no adapter (adapter_config.json).")
     name = model_name(model) if is_hub_name(model) else directory.resolve().name
     place = run or Path("runs") / name
-    imported = import_run(read_hf(directory), place, source=model, data=data)
+    imported = import_run(read_hf(directory), place, source=model,
+                          data=None if data is None else path_from_anywhere(data))
     screen = console(as_json)
     for note in imported.notes:
         screen.print(note)

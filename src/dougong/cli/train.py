@@ -168,7 +168,8 @@ def _summary(finished, out) -> dict:
         if not finished.directory.report.exists():      # killed after the run had ended, before its page was written
             write_report([finished.directory], finished.directory.report)
         out.print(f"{path} is already finished ({finished.reason} at step {finished.step:,}); nothing was changed.\n"
-                  "To train longer, start a new run with more steps.")
+                  "To train longer, start a new run with more steps, or go on from its weights: "
+                  f"dougong train RECIPE --model {named} …", soft_wrap=True)
         return finished.to_dict()
     write_report([finished.directory], finished.directory.report)
     if finished.reason == "interrupted":

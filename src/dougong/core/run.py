@@ -7,6 +7,8 @@ from shlex import quote
 from dougong.core.errors import CheckpointError
 
 _STEP = re.compile(r"step-(\d{6,})$")
+_RUNS = "runs"
+"""the folder in which runs are made unless told otherwise"""
 
 
 class RunDirectory:
@@ -61,6 +63,8 @@ class RunDirectory:
             return cls(path)
         if not path.exists():
             parent = path.parent
+            if str(path).count("/") == 1 and not parent.exists() and parent.name != _RUNS:     # as OWNER/NAME
+                raise CheckpointError(f"no run at {path}. To fetch it from a hub: hf:{path}")
             siblings = sorted(p.parent.name for p in parent.glob("*/recipe.yaml")) if parent.is_dir() else []
             hint = f" Runs in {parent}: {', '.join(siblings[:12])}." if siblings else ""
             raise CheckpointError(f"no run at {path}.{hint}\nStart one with: "

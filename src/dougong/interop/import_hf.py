@@ -18,6 +18,8 @@ from dougong.interop.tensor_files import headers, read_tensors
 from dougong.train.shadow import tracked
 
 _PLAIN = ("F64", "F32", "F16", "BF16")
+_READ = ("Read are GPT-2, Llama 2 and 3 and models of their form (without rope scaling: not 3.1 and later), Qwen3 and "
+         "Qwen3-MoE, such as hf:Qwen/Qwen3-0.6B.")
 
 
 @dataclass(frozen=True)
@@ -100,12 +102,16 @@ def _family_of(directory: Path, given: dict[str, Any]) -> tuple[FamilyMap, Any]:
         near = did_you_mean(str(kind), MAPS)
         raise ConfigError(f"{directory}/config.json has model_type={kind!r} (architectures: "
                           f"{', '.join(architectures) or 'none'}), which is not known here. Known: {', '.join(MAPS)}."
-                          + (near.replace("Did you mean", "Nearest:").rstrip("?") + "." if "mean" in near else ""))
+                          + (near.replace("Did you mean", "Nearest:").rstrip("?") + "." if "mean" in near else "")
+                          + f"\n{_READ}")
     if given.get("quantization_config"):
         method = given["quantization_config"].get("quant_method", "in an unknown way")
         raise ConfigError(f"the weights in {directory} are quantised ({method}), and only plain ones are read. Take "
                           "the model that they were made from.")
-    return MAPS[kind], MAPS[kind].config_from_hf(given)
+    try:
+        return MAPS[kind], MAPS[kind].config_from_hf(given)
+    except ConfigError as error:
+        raise ConfigError(f"{directory}: {error}\n{_READ}") from None
 
 
 def read_tokenizer(directory: Path, given: dict[str, Any]) -> Tokenizer:

@@ -16,7 +16,7 @@ from dougong.core.run import RunDirectory
 from dougong.data.prepare import TextData
 from dougong.data.tokenizer import FileConfig
 from dougong.interop.export_hf import context_of, transformers_package, without_special_tokens
-from dougong.interop.hub import is_hub_name
+from dougong.interop.hub import at_revision, is_hub_name
 from dougong.interop.import_hf import is_hf_directory
 from dougong.interop.maps.family_map import FamilyMap
 from dougong.interop.peft_form import CONFIG, WEIGHTS, is_peft_directory, read_peft, to_peft
@@ -46,11 +46,10 @@ def export_peft(opened: OpenRun, out: Path, *, verify: bool = True) -> Exported:
     with it than we do.
     """
     recipe = refuse_without_tokens(opened)
-    if recipe.adapt is None or recipe.start is None:
-        raise ConfigError(f"{opened.directory.path} trained all weights, so it holds no adapter. Export the model: "
-                          "--to hf.")
+    if recipe.adapter is None or recipe.start is None or opened.compression is not None:
+        raise ConfigError(f"{opened.directory.path} holds a whole model, no adapter. Export it: --to hf.")
     family, config = published_form(recipe.model)
-    settings, tensors = to_peft(opened.model, family, config, recipe.adapt, _name_of_base(recipe.start.path))
+    settings, tensors = to_peft(opened.model, family, config, recipe.adapter, _name_of_base(recipe.start.path))
 
     def write(place: Path) -> Verified | None:
         write_json(place / CONFIG, settings)
@@ -147,8 +146,8 @@ def open_with_adapter(base: str, path: Path, *, checkpoint: str = "best") -> Ope
         adapt, tensors, recorded = read.adapt, read.tensors, {}
     elif (path / "recipe.yaml").is_file():
         apart = open_run(path, merge=False)
-        adapt, tensors, recorded = apart.recipe.adapt, dict(moving(apart.model)), apart.recorded
-        if adapt is None:
+        adapt, tensors, recorded = apart.recipe.adapter, dict(moving(apart.model)), apart.recorded
+        if adapt is None or apart.compression is not None:
             raise ConfigError(f"{path} holds a whole model, no adapter. Name it in place of {opened.directory.path}.")
     else:
         raise CheckpointError(f"{path} holds no adapter: neither PEFT's {CONFIG} nor a run's recipe.yaml.")
@@ -180,7 +179,8 @@ def import_adapter(directory: Path, base: str, path: Path) -> RunDirectory:
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
         try:
-            _write(RunDirectory(place), under, read.adapt, begins, base, directory, path)
+            begun = at_revision(base, under.directory.path)
+            _write(RunDirectory(place), under, read.adapt, begins, begun, directory, path)
             place.rename(path)
         except BaseException:
             shutil.rmtree(place, ignore_errors=True)

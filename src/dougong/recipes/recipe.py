@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -119,7 +120,7 @@ def load_recipe(source: str, overrides: list[str] | None = None, *,
     changes. Raises ConfigError for unknown recipes, keys and values.
     """
     base = _base_of(source)
-    return _laid_over(base, _read_file(source) if _is_file(source) else {}, changes or {},
+    return laid_over(base, _read_file(source) if _is_file(source) else {}, changes or {},
                       parse_overrides(overrides or [])), base
 
 
@@ -134,28 +135,37 @@ def check_stage(source: str, changes: Mapping[str, Any]) -> None:
     from_dict(Recipe, values)
 
 
-def _laid_over(base: Recipe, *changes: Mapping[str, Any]) -> Recipe:
+def laid_over(base: Recipe, *changes: Mapping[str, Any]) -> Recipe:
+    """`base` with nested changes laid over it one after another, as the command line lays its own: another start brings
+    its model and tokenizer, and another length of training takes back the one before."""
     return from_dict(Recipe, _values(base, *changes))
 
 
 def _values(base: Recipe, *changes: Mapping[str, Any]) -> dict[str, Any]:
-    values = to_dict(base)
+    values, where = to_dict(base), None
     for over in changes:
         if isinstance(over.get("start"), dict):
             before = values.get("start") or {}
             start = merge(before, over["start"])
             if start.get("path") != before.get("path"):
-                values |= _of_start(start)
+                of_start, where = _of_start(start)
+                values |= of_start
         values = merge(values, one_horizon(over))
+    if where is not None and isinstance(values.get("start"), dict):
+        values["start"] = {**values["start"], "path": where}
     return values
 
 
-def _of_start(start: dict[str, Any]) -> dict[str, Any]:
-    """Whoever names a model to begin from takes its shape and its tokenizer, and may still say more of them."""
+def _of_start(start: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Whoever names a model to begin from takes its shape and its tokenizer, and may still say more of them; and where
+    that model is, with its revision where it was fetched from a hub."""
+    from dougong.interop.hub import at_revision
     from dougong.recipes.start import shape_of_start
 
-    model, tokenizer = shape_of_start(from_dict(StartConfig, start, where="start"))
-    return {"size": None, "model": to_dict(model), "tokenizer": to_dict(tokenizer)}
+    begun = from_dict(StartConfig, start, where="start")
+    model, tokenizer = shape_of_start(begun)
+    values = {"size": None, "model": to_dict(model), "tokenizer": to_dict(tokenizer)}
+    return values, at_revision(begun.path, Path(tokenizer.path))
 
 
 def one_horizon(changes: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -185,6 +195,13 @@ def _is_file(source: str) -> bool:
 
 
 def _base_of(source: str, above: tuple[Path, ...] = ()) -> Recipe:
+    from dougong.recipes.journey import JOURNEYS, is_journey
+
+    if not above and is_journey(source):
+        stages = {} if _is_file(source) else JOURNEYS[source]().stages
+        recipes = ", ".join(stage.recipe for stage in stages.values() if stage.kind == "train")
+        raise ConfigError(f"{source} is a journey of several recipes. Train them all: dougong train {quote(source)}\n"
+                          f"Here name the recipe of one of its stages{f': {recipes}' if recipes else ''}.")
     if not _is_file(source):
         if source not in RECIPES:
             raise ConfigError(f"unknown recipe {source!r}.{did_you_mean(source, RECIPES)}\n"
@@ -206,7 +223,7 @@ def _base_of(source: str, above: tuple[Path, ...] = ()) -> Recipe:
                           f"(or {', '.join(n for n in RECIPES if n != 'first')}).")
     if _is_file(name):
         nested = str(Path(source).parent / name)
-        return _laid_over(_base_of(nested, way), _read_file(nested))
+        return laid_over(_base_of(nested, way), _read_file(nested))
     return _base_of(name)
 
 

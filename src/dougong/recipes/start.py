@@ -18,7 +18,7 @@ from dougong.core.config import from_dict, replace, to_dict
 from dougong.core.errors import CheckpointError, ConfigError
 from dougong.core.run import RunDirectory
 from dougong.data.tokenizer import FileConfig
-from dougong.interop.hub import is_hub_name, local_directory
+from dougong.interop.hub import at_revision, is_hub_name, local_directory
 from dougong.interop.import_hf import family_of, is_hf_directory, read_config, read_hf
 from dougong.models.heads import VALUE
 from dougong.nn.lora import is_adapter
@@ -37,32 +37,34 @@ Embeddings for Pretrained Language Models")"""
 
 
 def with_start(recipe: Recipe) -> tuple[Recipe, list[Derived]]:
-    """Fills in model and tokenizer from the model that the recipe begins from, where it names none of its own. Reads no
-    weights. Raises ConfigError where there is neither a model nor a start."""
+    """Fills in model and tokenizer from the model that the recipe begins from, where it names none of its own, and says
+    exactly where that is: a path whole, a hub's name with its revision. Reads no weights. Raises ConfigError where
+    there is neither a model nor a start."""
     if recipe.start is None:
         if recipe.model is None:
             raise ConfigError(f"recipe {recipe.name} begins from a model that exists. Name one: --model RUN, "
                               "--model FOLDER, or --model hf:OWNER/NAME.")
         return recipe, []
-    begun, derived = recipe, []
-    if not is_hub_name(recipe.start.path):
-        begun = replace(begun, start=replace(recipe.start, path=str(Path(recipe.start.path).expanduser().absolute())))
-    where = begun.start.path if begun.start else ""
+    begun, derived, where = recipe, [], recipe.start.path
+    if not is_hub_name(where):
+        where = str(Path(where).expanduser().absolute())
     if recipe.model is None or recipe.tokenizer is None:
         model, tokenizer = shape_of_start(recipe.start)
+        where = at_revision(where, Path(tokenizer.path))
         if recipe.model is None:
             begun = replace(begun, model=model)
             derived.append(Derived("model", model.kind, f"that of {where}"))
         if recipe.tokenizer is None:
             begun = replace(begun, tokenizer=tokenizer)
             derived.append(Derived("tokenizer", tokenizer.path, f"that of {where}"))
-    return begun, derived
+    return replace(begun, start=replace(recipe.start, path=where)), derived
 
 
 def shape_of_start(start: StartConfig) -> tuple[Any, FileConfig]:
-    """The family config and the tokenizer of a model that exists. Raises ConfigError for one without language."""
+    """The family config and the tokenizer of a model that exists, whose weights are not fetched. Raises ConfigError for
+    one without language."""
     if is_hub_name(start.path) or is_hf_directory(Path(start.path).expanduser()):
-        directory = local_directory(start.path)
+        directory = local_directory(start.path, weights=False)
         return family_of(directory, read_config(directory))[1], FileConfig(path=str(directory))
     from dougong.recipes.journey import last_run
 

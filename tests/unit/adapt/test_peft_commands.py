@@ -25,7 +25,7 @@ TARGETS = {"gpt2": ["c_attn", "c_proj", "c_fc"]}
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
-    monkeypatch.setattr("dougong.recipes.import_model.usable_cores", lambda: 1)
+    monkeypatch.setattr("dougong.recipes.open_run.usable_cores", lambda: 1)
 
 
 @pytest.fixture(scope="module")

@@ -214,7 +214,7 @@ def test_a_gpu_that_is_full_is_told_with_what_takes_less(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has …")
 
     monkeypatch.setattr("dougong.recipes.recipe.load_recipe", full)
-    refused("train", "first", says=["CUDA out of memory. Tried to allocate 2.00 GiB.", "train.micro_rows=1", "compress"])
+    refused("train", "first", says=["CUDA out of memory. Tried to allocate 2.00 GiB.", "micro_rows=1", "compress"])
 
 
 def test_data_that_changed_since_the_run_was_made(made, tmp_path):

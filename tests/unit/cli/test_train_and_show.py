@@ -56,3 +56,19 @@ def test_a_runs_name_is_no_markup(tmp_path, monkeypatch):
         train._summary(SimpleNamespace(directory=directory, reason=reason, step=3, result=None, was_done=False,
                                        is_language_model=True, to_dict=dict), out)
     assert out.file.getvalue().count("[b]x") == 5
+
+
+def test_a_run_that_is_done_says_how_to_go_on_from_its_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr("dougong.report.write_report", lambda *_: None)
+    directory = SimpleNamespace(path=tmp_path / "[b]x", report=tmp_path / "report.html")
+    out = Console(file=io.StringIO(), width=40)
+    train._summary(SimpleNamespace(directory=directory, reason="done", step=3, result=None, was_done=True,
+                                   is_language_model=True, to_dict=dict), out)
+    assert f"go on from its weights: dougong train RECIPE --model '{directory.path}' …" in out.file.getvalue()
+
+
+@pytest.mark.parametrize("command", [["plan"], ["data", "inspect"], ["data", "prepare"]])
+def test_what_takes_one_recipe_says_that_a_journey_has_several(command):
+    refused = dougong(*command, "assistant")
+    assert refused.code == 2 and "assistant is a journey of several recipes" in refused.err
+    assert "dougong train assistant" in refused.err and "stages: first, sft, grpo" in refused.err

@@ -33,7 +33,7 @@ import tiny_hf  # noqa: E402
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     patch = pytest.MonkeyPatch()
-    patch.setattr("dougong.recipes.import_model.usable_cores", lambda: 1)
+    patch.setattr("dougong.recipes.open_run.usable_cores", lambda: 1)
     pre = {"gpt2": "gpt-2", "llama": "llama-bpe", "qwen3": "qwen2", "qwen3_moe": "qwen2"}
     yield {kind: open_run(tiny_hf.write(folder / kind, kind, pre_tokenizer=pre[kind])) for kind in tiny_hf.SHAPES}
     patch.undo()

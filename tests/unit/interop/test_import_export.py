@@ -2,12 +2,15 @@
 
 import json
 import shutil
+from fnmatch import fnmatch
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_recipe import dougong
 
+from dougong.core.config import replace
 from dougong.core.errors import CheckpointError, ConfigError, DougongError, MissingExtraError
 from dougong.interop import export_hf as export_module
 from dougong.interop.export_hf import rounded
@@ -18,9 +21,12 @@ from dougong.interop.tensor_files import headers, read_tensors, write_shards
 from dougong.interop.verify import Mismatch, compare_logits
 from dougong.models.compose import DecoderConfig
 from dougong.models.families.nano import NanoConfig
+from dougong.recipes.derive import resolve
 from dougong.recipes.export import _without_place, export_hf, published_whole
 from dougong.recipes.import_model import import_run
 from dougong.recipes.open_run import open_run
+from dougong.recipes.recipe import StartConfig, load_recipe
+from dougong.recipes.start import read_weights
 
 transformers = pytest.importorskip("transformers")
 import tiny_hf  # noqa: E402
@@ -37,7 +43,7 @@ def models(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
     """Two threads on a shared machine mostly wait for each other."""
-    monkeypatch.setattr("dougong.recipes.import_model.usable_cores", lambda: 1)
+    monkeypatch.setattr("dougong.recipes.open_run.usable_cores", lambda: 1)
 
 
 @pytest.fixture
@@ -468,6 +474,67 @@ def test_hub_names_and_places(tmp_path, monkeypatch):
     assert local_directory("hf:owner/model") == tmp_path
     with pytest.raises(MissingExtraError, match="modelscope"):
         local_directory("ms:owner/model")
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub(qwen3, tmp_path, monkeypatch):
+    """A hub with one model, as its client keeps it; what was asked of it: (revision, files)."""
+    import huggingface_hub
+
+    kept, asked = tmp_path / "hub" / "models--org--tiny" / "snapshots" / COMMIT, []
+
+    def snapshot_download(name, *, revision, allow_patterns):
+        assert name == "org/tiny"
+        asked.append((revision, set()))
+        for file in qwen3.iterdir():
+            if any(fnmatch(file.name, pattern) for pattern in allow_patterns):
+                kept.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, kept / file.name)
+                asked[-1][1].add(file.name)
+        return str(kept)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return SimpleNamespace(theirs=qwen3, kept=kept, asked=asked)
+
+
+def test_looking_at_a_model_of_the_hub_fetches_no_weights(hub):
+    for arguments in (["show", "sft", "--model", "hf:org/tiny"],
+                      ["plan", "first", "--model", "hf:org/tiny", "train.steps=9", "--no-probe"]):
+        done = dougong(*arguments)
+        assert done.code == 0, done.err
+    assert hub.asked and all(files >= {"config.json", "tokenizer.json"} for _, files in hub.asked)
+    assert not list(hub.kept.glob("*.safetensors"))
+
+
+def test_weights_are_of_the_revision_whose_config_was_read(hub):
+    recipe, _ = load_recipe("sft", ["start.path=hf:org/tiny", "model.dropout=0.25"])
+    assert recipe.start.path == f"hf:org/tiny@{COMMIT}"
+    assert recipe.model.dropout == 0.25 and recipe.tokenizer.path == str(hub.kept)
+    bare = replace(recipe, start=StartConfig(path="hf:org/tiny"), model=None, tokenizer=None)
+    assert resolve(bare)[0].start.path == recipe.start.path
+    hub.asked.clear()
+    assert read_weights(recipe.start).tensors
+    assert {revision for revision, _ in hub.asked} == {COMMIT} and list(hub.kept.glob("*.safetensors"))
+    hub.asked.clear()
+    open_run("hf:org/tiny")
+    assert [revision for revision, _ in hub.asked] == [None, COMMIT]
+
+
+@pytest.mark.parametrize(("changes", "says"), [
+    ({"model_type": "qwen2"}, "model_type='qwen2'"),
+    ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_type")])
+def test_what_is_not_read_is_refused_before_its_weights_are_fetched(hub, changes, says):
+    config = json.loads((hub.theirs / "config.json").read_text())
+    (hub.theirs / "config.json").write_text(json.dumps(config | changes))
+    for arguments in (["generate", "hf:org/tiny", "a"], ["import", "hf:org/tiny"], ["show", "sft", "--model",
+                                                                                     "hf:org/tiny"]):
+        refused = dougong(*arguments)
+        assert refused.code == 2 and says in refused.err
+        assert "Qwen3-MoE, such as hf:Qwen/Qwen3-0.6B" in refused.err
+    assert not list(hub.kept.glob("*.safetensors"))
 
 
 def test_a_model_of_the_hub_leaves_under_its_name_into_the_folder_one_is_in(models, tmp_path, monkeypatch):

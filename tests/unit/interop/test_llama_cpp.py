@@ -41,7 +41,7 @@ ROUNDING = 5e-6
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     patch = pytest.MonkeyPatch()
-    patch.setattr("dougong.recipes.import_model.usable_cores", lambda: 1)
+    patch.setattr("dougong.recipes.open_run.usable_cores", lambda: 1)
     yield {kind: open_run(tiny_hf.write(folder / kind, kind, pre_tokenizer=PRE[kind])) for kind in PRE}
     patch.undo()
 

@@ -211,10 +211,11 @@ def test_what_a_run_saved_is_a_recipe_file(tmp_path, base):
 
 
 def test_another_checkpoint_of_the_same_start_needs_no_path(tmp_path, monkeypatch):
-    from dougong.data.tokenizer import BytesConfig
+    from dougong.data.tokenizer import FileConfig
     from dougong.models.families.qwen3 import Qwen3Config
 
-    monkeypatch.setattr("dougong.recipes.start.shape_of_start", lambda start: (Qwen3Config(dim=64), BytesConfig()))
+    found = Qwen3Config(dim=64), FileConfig(path="runs/a/tokenizer")
+    monkeypatch.setattr("dougong.recipes.start.shape_of_start", lambda start: found)
     (tmp_path / "tuned.yaml").write_text("base: sft\nstart: {path: runs/a}\nmodel: {context: 128}\n")
     recipe, _ = load_recipe(str(tmp_path / "tuned.yaml"), ["start.checkpoint=3"])
     assert (recipe.start.path, recipe.start.checkpoint, recipe.model.context) == ("runs/a", "3", 128)

@@ -93,6 +93,14 @@ def test_a_qat_run_opens_without_its_start(base, tmp_path):
     assert dougong("eval", qat, "--no-baselines").code == 0
 
 
+def test_a_qat_run_is_no_adapter(base, tmp_path):
+    recipe, qat = base.with_name("tiny.yaml"), tmp_path / "whole"
+    assert dougong("train", recipe, "--model", base, "--run", qat, "adapt.kind=qat", "train.steps=2").code == 0
+    for command in (["export", qat, "--to", "peft"], ["generate", base, "ab", "--adapter", qat]):
+        refused = dougong(*command)
+        assert refused.code == 2 and f"{qat} holds a whole model, no adapter" in refused.err
+
+
 def test_the_card_compares_what_was_made_from_the_run(base, variants):
     names = {path.name for path in variants_of(base)}
     assert names >= {"base-int4-gptq", "base-int4-awq", "base-pruned", "base-trimmed"}

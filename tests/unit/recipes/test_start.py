@@ -2,14 +2,19 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from tiny_recipe import dougong, write_recipe, write_texts
 
+from dougong import api
+from dougong.core.config import replace
 from dougong.core.errors import CheckpointError
 from dougong.core.run import RunDirectory
+from dougong.data.walk import Skipped, find
+from dougong.recipes.derive import resolve
 from dougong.recipes.open_run import open_run
 from dougong.recipes.recipe import StartConfig, load_recipe, recipe_from_run
 from dougong.recipes.start import Weights, begin, check_start, fingerprint, read_weights
@@ -67,11 +72,45 @@ def test_what_the_command_line_says_of_the_model_is_laid_over_that_of_the_start(
     assert recipe.size is None and recipe.tokenizer.path == str(base / "tokenizer")
 
 
+def test_a_start_given_in_python_brings_its_shape_and_its_tokenizer(base, monkeypatch):
+    told = []
+    monkeypatch.setattr(api, "train_run", lambda asked, *_, **__: told.append(asked) or SimpleNamespace(
+        directory=SimpleNamespace(report=None)))
+    monkeypatch.setattr(api, "write_report", lambda *_: None)
+    api.train("first", "model.dropout=0.25", start={"path": base})
+    api.train(load_recipe("first")[0], start={"path": base}, model={"dropout": 0.25})
+    written, _ = load_recipe("first", [f"start.path={base}", "model.dropout=0.25"])
+    assert told == [written, written] and written.model.dim == 32
+
+
+def test_a_run_is_scored_and_gone_on_with_from_another_folder(base, tmp_path, monkeypatch):
+    """Its data are where they were, however they were named."""
+    (tmp_path / "elsewhere").mkdir()
+    values = yaml.safe_load((base.parent / "tiny.yaml").read_text())
+    found = []
+    for name, data in [("folder", {"path": "texts"}), ("glob", {"path": "texts/*.txt"}),
+                       ("sources", {"sources": [{"kind": "files", "path": "texts"}, {"kind": "python"}]})]:
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**values, "data": data}))
+        monkeypatch.chdir(base.parent)
+        here, _ = resolve(load_recipe(str(tmp_path / f"{name}.yaml"))[0])
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        found.append(here.data.path or here.data.sources[0].path)
+        list(find(found[-1], Skipped()))
+    assert found == [f"{base.parent}/texts", f"{base.parent}/texts/*.txt", f"{base.parent}/texts"]
+    monkeypatch.chdir(base.parent)
+    assert resolve(load_recipe("first", ["data.path=textz"])[0])[0].data.path == "textz"    # as it was written
+    done = dougong("train", tmp_path / "folder.yaml", "--run", tmp_path / "run", "train.steps=4")
+    assert done.code == 0, done.err
+    expected = recipe_from_run(RunDirectory(base).recipe)[1]["data_fingerprint"]
+    assert recipe_from_run(RunDirectory(tmp_path / "run").recipe)[1]["data_fingerprint"] == expected
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    scored = dougong("eval", tmp_path / "run")
+    assert scored.code == 0, scored.err
+
+
 def test_new_tokens_get_rows_around_the_mean_row_and_the_old_rows_stay(base):
     weights = read_weights(StartConfig(path=str(base)))
     config = load_recipe("first", [f"start.path={base}"])[0].model
-    from dougong.core.config import replace
-
     model = replace(config, vocab_size=config.vocab_size + 5).build()
     begin(model, weights, seed=3)
     table, old = model.stem.tokens.weight, weights.tensors["stem.tokens.weight"]
