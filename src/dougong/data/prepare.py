@@ -50,6 +50,8 @@ class TextData:
     """of the files at `path` that do not say themselves, such as gb18030; None: UTF-8"""
     sources: tuple[Annotated[Any, chosen_from(SOURCES)], ...] = ()
     """where the documents come from; with neither path nor sources: the Python installation itself"""
+    own: bool = False
+    """a text of your own is needed: nothing stands in where neither is given"""
     dedup: DedupConfig = Field(default_factory=DedupConfig)
     """removal of exact and near duplicates"""
     split: SplitConfig = Field(default_factory=SplitConfig)
@@ -72,6 +74,9 @@ class TextData:
     def resolved_sources(self) -> tuple[Any, ...]:
         """The sources to read: those given, the one `path` stands for, or the Python installation."""
         if self.path is None:
+            if self.own and not self.sources:
+                raise ConfigError("this recipe learns from a text of your own, and none is given. Name a folder, a "
+                                  "file or a glob: data.path=~/texts")
             return self.sources or (PythonSource(),)
         folder = Path(self.path).expanduser()
         if any((folder / mark).is_file() for mark in ("dataset_dict.json", "state.json")):

@@ -8,7 +8,7 @@ from dougong.core.config import field_docs, to_dict
 from dougong.core.errors import ConfigError
 from dougong.models import count
 from dougong.recipes import RECIPES
-from dougong.recipes.assemble import settle_intervals
+from dougong.recipes.assemble import prepare_data, settle_intervals
 from dougong.recipes.derive import fit_to_data, fit_to_time, parse_size, resolve
 from dougong.recipes.recipe import Recipe, load_recipe, recipe_from_run
 
@@ -261,3 +261,10 @@ def test_data_of_64_bits_are_trained_on_where_apples_gpu_would_be_chosen(monkeyp
     assert any(item.key == "runtime.device" and "float64" in item.reason for item in derived)
     with pytest.raises(ConfigError, match=r"runtime\.device=cpu"):
         resolve(load_recipe("linear_regression", ["runtime.device=mps"])[0])
+
+
+@pytest.mark.parametrize("name", ["gpt2_124m", "qwen3_1b", "shakespeare_char_cpu", "shakespeare_char"])
+def test_recipes_for_a_text_of_ones_own_ask_for_it_before_anything_is_read(name):
+    recipe, _ = load_recipe(name)
+    with pytest.raises(ConfigError, match=r"text of your own.*data\.path"):
+        prepare_data(recipe)

@@ -20,7 +20,7 @@ _EVALUATE = EvaluateConfig(split="validation", tokens=200_000, baselines=False)
 
 
 def _text(path: str | None = None) -> TextData:
-    return TextData(path=path, dedup=DedupConfig(exact=False, near=False),
+    return TextData(path=path, own=True, dedup=DedupConfig(exact=False, near=False),
                     split=SplitConfig(fractions=(0.9, 0.1, 0.0), rule="tail", gap_bytes=0), pack="windows")
 
 
