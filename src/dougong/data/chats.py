@@ -252,7 +252,7 @@ class _Builder:
     def _write(self, sources: Sequence[Any]) -> None:
         splits, index = self._divide(), np.array(self._index, np.int64)
         if not (splits == 0).any():
-            raise DataError("the training split holds no conversation. Try data.fractions=[1,0,0], or add some.")
+            raise DataError("the training split holds no conversation. Try 'data.fractions=[1,0,0]', or add some.")
         starts = np.concatenate([np.zeros((1, index.shape[1]), np.int64), np.cumsum(index, axis=0)])
         for name, values in (("starts", starts[:, 0]), ("lines", starts[:, 2]), ("bytes", index[:, 1]),
                              ("trained", index[:, 3]), ("split", splits),

@@ -287,4 +287,4 @@ def _refuse_empty_splits(split: SplitConfig, counts: np.ndarray, divisions: list
             raise DataError(f"the corpus is too small: its {total:,} bytes leave nothing for {name} "
                             f"({split.fractions[k]:.0%}, with a gap of {gap:,} bytes before each cut).\n"
                             "Add text, make the context shorter, or set the split: "
-                            "data.split.fractions=[0.8,0.2,0] data.split.gap_bytes=0")
+                            "'data.split.fractions=[0.8,0.2,0]' data.split.gap_bytes=0")

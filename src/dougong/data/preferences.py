@@ -250,7 +250,7 @@ class _Builder:
             if len(prompts) - sum(held) < least:
                 raise DataError(f"{len(prompts)} different prompts are too few for the splits asked for"
                                 f"{', as KTO needs two in each' if least == 2 else ''}. Add some, or hold out less: "
-                                "data.fractions=[1,0,0].")
+                                "'data.fractions=[1,0,0]'.")
             chosen = np.zeros(len(prompts), np.int8)
             chosen[:held[0]], chosen[held[0]:sum(held)] = 1, 2
         return prompt_of, chosen[prompt_of]
@@ -270,7 +270,7 @@ class _Builder:
     def _write(self, kept: list[Judged], encoded: list[list[Encoded]], splits: np.ndarray, cut: np.ndarray,
                shape: str) -> None:
         if not (splits == 0).any():
-            raise DataError("the training split holds no judgement. Try data.fractions=[1,0,0], or add some.")
+            raise DataError("the training split holds no judgement. Try 'data.fractions=[1,0,0]', or add some.")
         self.directory.mkdir(parents=True)
         sides = [side for pair in encoded for side in pair]
         tokens, weights = (np.concatenate([side[i] for side in sides]) for i in (0, 1))

@@ -174,7 +174,7 @@ def _existing(split: str, recipe: Recipe, corpus: Any, *, asked: bool) -> str:
         return "validation"
     key = "data.split.fractions" if recipe.data.kind == "text" else "data.fractions"
     raise ConfigError(f"there is no {split!r} split with anything in it. There are: {', '.join(has)}.\n"
-                      f"{key} decides how much is held out, as in {key}=[0.9,0.05,0.05].")
+                      f"{key} decides how much is held out, as in '{key}=[0.9,0.05,0.05]'.")
 
 
 def _language_model(recipe: Recipe, corpus: Any, runtime: Runtime, divided: Any,

@@ -183,7 +183,7 @@ def _check_samples(recipe: Recipe, corpus: Any) -> None:
             encode_prompt(corpus.tokenizer, prompt)
         except DougongError as error:
             raise ConfigError(f"sample.prompts: {prompt!r} cannot be continued: {error}\nGive prompts of your own "
-                              "text, or none: sample.prompts=[].") from None
+                              "text, or none: 'sample.prompts=[]'.") from None
 
 
 def write_recipe(directory: RunDirectory, recipe: Recipe, corpus: Any, *, base: Recipe,
