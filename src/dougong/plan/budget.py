@@ -42,7 +42,9 @@ class Budget:
 def parse_budget(text: str) -> Budget:
     """Raises ConfigError that says what came, what fits and what to try."""
     whole = re.fullmatch(r"(.+?)\s*(?:[x×*,]|\bfor\b)\s*(\d[\d.,]*\s*[a-z]+)", text.strip(), flags=re.IGNORECASE)
-    parts = whole.groups() if whole else ("here", text)     # "1 hour"
+    if _duration(text) is not None:     # "1 hour", and the comma of "1,5 hours" sets no device apart
+        whole = None
+    parts = whole.groups() if whole else ("here", text)
     seconds = _duration(parts[1])
     device = re.fullmatch(r"(?:(\d+)\s*[x×*]?\s+|(\d+)\s*[x×*]\s*)?(\S.*)", parts[0].strip(), flags=re.IGNORECASE)
     if seconds is None or device is None:
@@ -88,6 +90,11 @@ class Text:
     tokens: float | None = None
     path: str | None = None
     source: str = "not given: taken as enough for one pass"
+
+    @property
+    def amount(self) -> float | None:
+        """How much there is, where that alone is known and not which text."""
+        return None if self.path is not None else self.tokens if self.bytes is None else self.bytes
 
     def unique_tokens(self, vocab_size: int) -> float:
         """Distinct tokens to train on; infinite where nobody said."""

@@ -7,10 +7,11 @@ from typing import Any
 
 from dougong.adapt.lora import why_not_divided
 from dougong.core.errors import ConfigError
+from dougong.parallel.stages import TWICE
 from dougong.plan.counts import Counts
 from dougong.plan.machine import Machine, here
+from dougong.plan.memory import kept_for_step
 from dougong.plan.option import Option, describe, evaluate
-from dougong.plan.schedule import SEVERAL_STAGES
 from dougong.plan.work import AS_SETTING, CHECKPOINTING, Work
 from dougong.runtime.layout import DATA, LayoutConfig
 
@@ -93,7 +94,8 @@ def choose_layout(model: Any, train: Any, runtime: Any, optim: Any, processes: i
                 precision=runtime.precision or "fp32", device=runtime.device or "cpu",
                 checkpoint=CHECKPOINTING[train.gradient_checkpointing], micro_rows=train.micro_rows,
                 ema=train.ema is not None, compile=bool(runtime.compile),
-                adapt=adapt and replace(adapt, rank=adapt.rank or _ANY_RANK))
+                adapt=adapt and replace(adapt, rank=adapt.rank or _ANY_RANK),
+                row_setting="data.row_tokens" if context else "model.context")
     machine = _shared(processes)
     copies = rank(work, machine, processes, pinned=LayoutConfig(replicate=processes), keep=1, changes=False).chosen
     if copies is not None and copies.memory_bytes <= _ROOM_FOR_COPIES * copies.capacity:
@@ -312,10 +314,10 @@ def _purpose(layout: LayoutConfig) -> str:
     if layout.expert > 1:
         words.append(f"experts in {layout.expert} places")
     if layout.pipeline > 1:
-        each = " two stages each," if layout.schedule in SEVERAL_STAGES else ""
+        each = " two stages each," if layout.schedule in TWICE else ""
         words.append(f"layers in {layout.pipeline} places ({layout.schedule},{each} passed on)".replace(",)", ")"))
     if layout.shard > 1:
-        whole = ", kept whole for a step" if layout.gathered == "step" else ""
+        whole = ", kept whole for a step" if kept_for_step(layout) else ""
         words.append(f"weights in {layout.shard} parts{whole}")
     if (layout.replicate or 1) > 1:
         words.append(f"{layout.replicate} copies that only sum gradients")
@@ -336,10 +338,23 @@ def nothing_fits(work: Work, machine: Machine, devices: int, ranking: Ranking) -
     if enough is not None:
         lines.append(f"The smallest number of {machine.name} that fits is {enough[0]} ({describe(enough[1].layout)}"
                      + "".join(f", {change}" for change in enough[1].changes) + ").")
-    lines.append("Or try a smaller model, a shorter context (model.context), train.gradient_checkpointing=true, or "
-                 + ("rows that more processes can share (train.rows)." if work.adapt is None else
-                    "frozen weights as integers (adapt.base=int4)."))
+    *some, last = _savings(work, devices, ranking)
+    lines.append(f"Or try {', '.join(some)}, or {last}.")
     return "\n".join(lines)
+
+
+def _savings(work: Work, devices: int, ranking: Ranking) -> list[str]:
+    """Changes of the recipe that save memory and were not tried."""
+    found = ["a smaller model", f"shorter rows ({work.row_setting})"]
+    if all(option.checkpoint != "full" for option in ranking.others):
+        found.append(AS_SETTING["full"])
+    if devices > 1 and work.adapt is None:
+        found.append("rows that more processes can share (train.rows)")
+    if devices == 1 and work.adapt is not None and work.adapt.base == "float":
+        found.append("frozen weights as integers (adapt.base=int4)")
+    if work.begun and work.adapt is None:
+        found.append("adapt=lora adapt.rank=16" + (" (adapt.base=int4)" if devices == 1 else ""))
+    return found
 
 
 def fewest_devices(work: Work, machine: Machine, devices: int) -> tuple[int, Option] | None:

@@ -14,6 +14,7 @@ from dougong.adapt.lora import adapted_on_meta, trained
 from dougong.core.config import replace
 from dougong.models import count
 from dougong.models.compose import DecoderConfig
+from dougong.parallel.stages import head_work
 from dougong.plan.step import Forward, Step, count_forward, period_of
 
 FP32 = 4
@@ -86,6 +87,11 @@ class Counts:
     def layer_parameters(self) -> float:
         """Of one layer, on average."""
         return sum(n for part, n in self.parameters["by_part"].items() if part.startswith("stack")) / self.layers
+
+    @cached_property
+    def head_work(self) -> float:
+        """Work of the head in layers, by which training cuts a pipeline."""
+        return head_work(self.step.model)
 
     @cached_property
     def layer_experts(self) -> float:

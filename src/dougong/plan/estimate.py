@@ -1,16 +1,18 @@
-"""What a training run of one process will need, each part named so that a reader can check it."""
+"""What a training run will need, each part named so that a reader can check it: memory of one process, all the rest of
+the whole run."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-BYTES_FP32 = 4
+from dougong.plan.counts import FP32
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes and FLOPs of one training run. `memory_bytes` is the most that tensors take at one moment of a step,
-    without the interpreter; the kinds before it are those held at that moment and add up to it."""
+    """Bytes and FLOPs of one training run. `memory_bytes` is the most that tensors of one process take at one moment of
+    a step, without the interpreter; the kinds before it are those held at that moment and add up to it. FLOPs are those
+    of all processes together."""
 
     parameters: int
     flops_per_step: float
@@ -39,7 +41,7 @@ def estimate(*, parameters: int, flops_per_token: float, tokens_per_step: int, s
     A checkpoint holds the optimiser's state as counted, the fp32 weights and the moving average if there is one: of all
     parameters, or of those that are `trained`.
     """
-    weights = (parameters if trained is None else trained) * BYTES_FP32
+    weights = (parameters if trained is None else trained) * FP32
     checkpoint = weights * (1 + ema) + round(counted.get("optimizer", 0))
     return Estimate(
         parameters=parameters,

@@ -121,7 +121,8 @@ def machine(name: str) -> Machine:
              "3090": "rtx3090"}.get(plain, plain)
     if plain not in KINDS:
         raise ConfigError(f"unknown GPU {name!r}.{did_you_mean(plain, [*KINDS, 'here'])}\n"
-                          "A machine of your own: --machine FILE.yaml, with `like: h100` and what differs.")
+                          "A machine of your own: --machine FILE.yaml, with `like: h100` and what differs, such as "
+                          "memory_bytes, peak_bf16_flops and peak_fp32_flops.")
     return KINDS[plain]
 
 
@@ -136,11 +137,14 @@ def known_gpu(title: str, memory_bytes: float = 0.0) -> Machine | None:
 
 
 def load_machine(path: Path | str) -> Machine:
-    """A machine from a YAML file: `like:` a known kind, then what differs. Raises ConfigError for unknown keys."""
+    """A machine from a YAML file: `like:` a known kind, then what differs. Raises ConfigError for what is no such file
+    and for unknown keys."""
     try:
         values = read_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not UTF-8 text. Save it as UTF-8.") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {yaml_problem(error)}.") from None
     if not isinstance(values, dict):

@@ -1,10 +1,11 @@
 """Bytes that one process of a layout holds at the worst moment of a step, by kind, each with how it was computed."""
 
-import math
 from dataclasses import dataclass
+from typing import Any
 
+from dougong.parallel.stages import num_stages, process_of, stages_of
 from dougong.plan.counts import FP32, Counts, Line
-from dougong.plan.schedule import V_SHAPED, pipeline
+from dougong.plan.schedule import largest, pipeline
 from dougong.runtime.layout import LayoutConfig
 from dougong.runtime.mesh import SHARDS
 
@@ -24,34 +25,58 @@ HOW = {
     "logits": "one chunk of logits with its gradient, and the head's casts, counted",
     "gathered": "weights of the layer at work and the next, whole, and their gradients before they are divided again",
     "recomputed": "one layer computed again on the way back, with the gradients of its activations",
+    "temporary": "counted: what the loss, the backward pass or the optimiser computes with at that moment",
+    "inputs": "the micro-batches of a step: tokens, targets and weights",
     "allowance": "driver and NCCL 1.5 GiB, and 6 % for fragmentation: assumed",
 }
 
 
 @dataclass(frozen=True)
-class Split:
-    """A layout's effect on one process: what it holds and how much of a row it sees."""
+class Part:
+    """What of the model one process of a pipeline holds; without a pipeline it is all of it."""
 
-    layers: int
-    stages: int
-    tensor: int
-    shards: int
-    parts_of_row: int
-    """context: stretches of a row"""
+    process: int
+    """its place in the pipeline"""
+    stages: tuple[int, ...]
+    """layers of each of its stages"""
+    first: bool
+    """it embeds the tokens"""
+    last: bool
+    """it has the head and computes the loss"""
 
-    @classmethod
-    def of(cls, layout: LayoutConfig, layers: int) -> "Split":
-        stages = layout.pipeline * (pipeline_stages(layout))
-        each = math.ceil(layers / stages) * pipeline_stages(layout)
-        return cls(min(layers, each), stages, layout.tensor, 1 if layout.whole else layout.size(*SHARDS),
-                   layout.context)
+    @property
+    def layers(self) -> int:
+        return sum(self.stages)
+
+    def layer_forwards(self, forwards: tuple[int, ...]) -> int:
+        """Of so many forwards of each stage."""
+        return sum(number * layers for number, layers in zip(forwards, self.stages, strict=True))
 
 
-def pipeline_stages(layout: LayoutConfig) -> int:
-    """Stages of each process."""
-    from dougong.plan.schedule import SEVERAL_STAGES
+def parts(counts: Counts, layout: LayoutConfig) -> list[Part]:
+    """Of each process of a pipeline in order, cut as training cuts it."""
+    size, schedule = layout.pipeline, layout.schedule
+    if size == 1:
+        return [Part(0, (counts.layers,), first=True, last=True)]
+    cuts, ends = stages_of(counts.layers, size, schedule, head=counts.head_work), num_stages(size, schedule) - 1
+    return [Part(process, tuple(len(cut) for stage, cut in enumerate(cuts)
+                                if process_of(stage, size, schedule) == process),
+                 first=process == 0, last=process == process_of(ends, size, schedule)) for process in range(size)]
 
-    return 2 if layout.pipeline > 1 and layout.schedule in SEVERAL_STAGES else 1
+
+def busiest(counts: Counts, layout: LayoutConfig) -> Part:
+    """The part of most layers; of several the one with most at its ends."""
+    return max(parts(counts, layout), key=lambda part: (part.layers, end_parameters(counts, layout, part)))
+
+
+def kept_for_step(layout: LayoutConfig) -> bool:
+    """Whether weights once gathered stay until the step's end; the stages of a pipeline always keep them."""
+    return layout.gathered == "step" or layout.pipeline > 1
+
+
+def num_shards(layout: LayoutConfig) -> int:
+    """Parts that FSDP makes of each weight."""
+    return 1 if layout.whole else layout.size(*SHARDS)
 
 
 def layer_parameters(counts: Counts, tensor: int) -> float:
@@ -71,20 +96,17 @@ def gathered_parameters(counts: Counts, layout: LayoutConfig) -> float:
     return layer_parameters(counts, layout.tensor) - counts.layer_experts + own
 
 
-def end_parameters(counts: Counts, layout: LayoutConfig, *, first: bool) -> float:
-    """Of stem and head as far as a process of the first (or last) stage has them."""
+def end_parameters(counts: Counts, layout: LayoutConfig, part: Part) -> float:
+    """Of stem and head as far as a process has them; a tied table lies at both ends of a pipeline."""
     ends = counts.end_parameters
-    alone = layout.pipeline == 1 or (first and layout.schedule in V_SHAPED)
-    tied = counts.section.tied and layout.pipeline > 1
-    head = ends["head"] + (ends["stem"] if tied and not alone else 0)
-    held = ends["stem"] + ends["head"] if alone else ends["stem"] if first else head
+    tied = counts.section.tied and part.last and not part.first
+    held = ends["stem"] * (part.first or tied) + ends["head"] * part.last
     return held / (layout.tensor if layout.vocabulary_parallel else 1)
 
 
-def held_parameters(counts: Counts, layout: LayoutConfig, *, first: bool) -> float:
+def held_parameters(counts: Counts, layout: LayoutConfig, part: Part) -> float:
     """Of one process, before FSDP divides them."""
-    split = Split.of(layout, counts.layers)
-    return split.layers * layer_parameters(counts, split.tensor) + end_parameters(counts, layout, first=first)
+    return part.layers * layer_parameters(counts, layout.tensor) + end_parameters(counts, layout, part)
 
 
 def kept_per_row(counts: Counts, layout: LayoutConfig, mode: str) -> Line:
@@ -109,42 +131,62 @@ def kept_per_row(counts: Counts, layout: LayoutConfig, mode: str) -> Line:
     return Line(casts, row / layout.context)
 
 
+@dataclass(frozen=True)
+class Held:
+    """Bytes of one process at its worst moment, by kind."""
+
+    part: Part
+    in_flight: tuple[int, ...]
+    """forwards of each of its stages whose backward is still to come"""
+    kinds: dict[str, float]
+
+
 def memory(counts: Counts, layout: LayoutConfig, mode: str, micro_rows: int, micro_batches: int, *,
            gpu: bool, ema: bool = False) -> dict[str, float]:
-    """Kinds of the process that holds most: of the first stage or of the last."""
-    ends = [True] if layout.pipeline == 1 else [True, False]
-    return max((_one(counts, layout, mode, micro_rows, micro_batches, first=first, gpu=gpu, ema=ema)
-                for first in ends), key=lambda kinds: sum(kinds.values()))
+    """Kinds of the process that holds most."""
+    return heaviest(counts, layout, mode, micro_rows, micro_batches, gpu=gpu, ema=ema).kinds
 
 
-def _one(counts: Counts, layout: LayoutConfig, mode: str, micro_rows: int, micro_batches: int, *, first: bool,
-         gpu: bool, ema: bool) -> dict[str, float]:
-    split = Split.of(layout, counts.layers)
-    held = held_parameters(counts, layout, first=first) / split.shards
-    line, alone = kept_per_row(counts, layout, mode), layout.pipeline == 1
-    in_flight = _layers_in_flight(layout, split, micro_batches, first=first)
-    casts = line.fixed * split.layers
-    activations = casts + line.per_row * micro_rows * in_flight
-    has_head = alone or not first or layout.schedule in V_SHAPED
-    parts = layout.tensor if layout.vocabulary_parallel else 1
+def heaviest(counts: Counts, layout: LayoutConfig, mode: str, micro_rows: int, micro_batches: int, *,
+             gpu: bool, ema: bool = False) -> Held:
+    """The process that holds most. Raises ValueError for a number of micro-batches that the schedule cannot use."""
+    alike: dict[tuple[Any, ...], tuple[Part, set[tuple[int, ...]]]] = {}
+    for part in parts(counts, layout):      # those that hold the same differ in what is in flight
+        moments = alike.setdefault((part.stages, part.first, part.last), (part, set()))[1]
+        moments.update(((1,),) if layout.pipeline == 1 else
+                       pipeline(layout.schedule, layout.pipeline, micro_batches).in_flight[part.process])
+    found = (Held(part, moment, _one(counts, layout, part, moment, mode, micro_rows, micro_batches, gpu=gpu, ema=ema))
+             for part, moments in alike.values() for moment in largest(moments))
+    return max(found, key=lambda held: sum(held.kinds.values()))
+
+
+def _one(counts: Counts, layout: LayoutConfig, part: Part, in_flight: tuple[int, ...], mode: str, micro_rows: int,
+         micro_batches: int, *, gpu: bool, ema: bool) -> dict[str, float]:
+    held = held_parameters(counts, layout, part) / num_shards(layout)
+    line = kept_per_row(counts, layout, mode)
+    forwards = part.layer_forwards(in_flight)
+    # FSDP casts a layer once; without it each forward has casts of its own
+    casts = line.fixed * (part.layers if layout.size("replicate", *SHARDS) > 1 else forwards)
+    activations = casts + line.per_row * micro_rows * forwards
+    slices = layout.tensor if layout.vocabulary_parallel else 1
     ends = counts.ends_kept()
     head_held = head_peak = 0.0
-    if has_head:
-        activations += ends.per_row * micro_rows / layout.context
-        head_held = ends.fixed / parts          # gradients of the head, known when its loss is
-        head_peak = counts.head_peak(micro_rows / layout.context) / parts
+    if part.last:
+        activations += in_flight[-1] * ends.per_row * micro_rows / layout.context
+        head_held = in_flight[-1] * ends.fixed / slices     # gradients of the head, known when its loss is
+        head_peak = counts.head_peak(micro_rows / layout.context) / slices
     one_layer = kept_per_row(counts, layout, "none").per_row * micro_rows
     at_work = _AT_WORK * one_layer
     moved = held * FP32 * counts.trained_share
     kinds = {"weights": held * counts.weight_bytes + (moved if ema else 0), "gradients": moved,
              "optimizer": held * FP32 * counts.optimizer_copies}
-    in_loss, going_back, at_end = _gathered(counts, layout, split, micro_batches, first=first)
+    in_loss, going_back, at_end = _gathered(counts, layout, part, micro_batches)
     before = {**kinds, "gradients": kinds["gradients"] if micro_batches > 1 else 0.0, "activations": activations}
     moments = (
         {**before, "gathered": in_loss, "logits": head_held + head_peak},
         {**before, "gathered": going_back, "logits": head_held,         # the backward pass begins
          "recomputed": at_work + (one_layer if mode != "none" else 0)},
-        {**kinds, "gathered": at_end, "activations": casts / split.layers + one_layer,      # and ends
+        {**kinds, "gathered": at_end, "activations": line.fixed + one_layer,      # and ends
          "recomputed": at_work})
     worst = max(moments, key=lambda kinds: sum(kinds.values()))
     if gpu:
@@ -152,29 +194,20 @@ def _one(counts: Counts, layout: LayoutConfig, mode: str, micro_rows: int, micro
     return worst
 
 
-def _layers_in_flight(layout: LayoutConfig, split: Split, micro_batches: int, *, first: bool) -> float:
-    """Layer-forwards whose backward is still to come, at most."""
-    if layout.pipeline == 1:
-        return split.layers
-    held = pipeline(layout.schedule, layout.pipeline, micro_batches)
-    return held.in_flight[0 if first else -1] * split.layers / held.stages_each
-
-
-def _gathered(counts: Counts, layout: LayoutConfig, split: Split, micro_batches: int, *,
-              first: bool) -> tuple[float, float, float]:
+def _gathered(counts: Counts, layout: LayoutConfig, part: Part, micro_batches: int) -> tuple[float, float, float]:
     """Whole weights, and gradients not yet divided, that FSDP holds in the loss, in the backward pass, at its end.
 
     By layer: two layers' weights, one at the end. For the step: all layers', and, with several micro-batches, gradients
     that wait for the last. Stem and head, in fp32, stay from their first use to their last. On the way back:
     one layer's gradients, and their copy to be divided; at the end also those of stem and head.
     """
-    if split.shards == 1:
+    if num_shards(layout) == 1:
         return 0.0, 0.0, 0.0
-    layer, ends = gathered_parameters(counts, layout), end_parameters(counts, layout, first=first)
-    size, whole = counts.itemsize, layout.gathered == "step"
+    layer, ends = gathered_parameters(counts, layout), end_parameters(counts, layout, part)
+    size, whole = counts.itemsize, kept_for_step(layout)
     share = counts.trained_share
-    weights = (split.layers if whole else 2) * layer * size + ends * counts.end_bytes
-    waiting = split.layers * layer * FP32 * share if whole and micro_batches > 1 else 0.0
+    weights = (part.layers if whole else 2) * layer * size + ends * counts.end_bytes
+    waiting = part.layers * layer * FP32 * share if whole and micro_batches > 1 else 0.0
     leaving = layer * (size + FP32) * share
     last = weights + waiting + leaving + ends * FP32 * share - (0 if whole else layer * size)
     return weights + waiting, weights + waiting + leaving, last

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dougong.core.config import to_dict
-from dougong.plan.counts import Counts
+from dougong.plan.counts import FP32, Counts
 from dougong.plan.machine import Machine
-from dougong.plan.memory import FP32, Split, held_parameters, memory
+from dougong.plan.memory import busiest, held_parameters, kept_for_step, memory, num_shards, parts
 from dougong.plan.schedule import pipeline
 from dougong.plan.traffic import Traffic, traffic
 from dougong.plan.work import Work
@@ -71,14 +71,15 @@ class Option:
 
 def describe(layout: LayoutConfig) -> str:
     """"shard 8 x tensor 8, weights kept for the step"."""
-    extra = ", weights kept for the step" if layout.gathered == "step" and layout.size("shard", "context") > 1 else ""
+    whole = kept_for_step(layout) and layout.size("shard", "context") > 1
     schedule = f" ({layout.schedule})" if layout.pipeline > 1 else ""
-    return str(layout).replace(f"pipeline {layout.pipeline}", f"pipeline {layout.pipeline}{schedule}") + extra
+    return str(layout).replace(f"pipeline {layout.pipeline}", f"pipeline {layout.pipeline}{schedule}") + (
+        ", weights kept for the step" if whole else "")
 
 
 def evaluate(work: Work, counts: Counts, layout: LayoutConfig, machine: Machine, *, checkpoint: str,
              micro_rows: int) -> Option:
-    """Memory and time of a layout that `layout.refusal` lets pass. Raises ValueError where the schedule cannot take so
+    """Memory and time of a layout that `choose.refusal` lets pass. Raises ValueError where the schedule cannot take so
     many micro-batches."""
     rows = work.rows // layout.size(*DATA)
     micro_batches = rows // micro_rows
@@ -104,8 +105,7 @@ def step_seconds(work: Work, counts: Counts, layout: LayoutConfig, machine: Mach
     busy = compute + again
     waits = sum(item.seconds for item in found if not item.hidden)
     behind = sum(item.seconds for item in found if item.hidden)
-    layers = Split.of(layout, counts.layers).layers
-    exposed = max(behind - busy, min(behind, behind / max(1, layers)))
+    exposed = max(behind - busy, min(behind, behind / busiest(counts, layout).layers))
     parts = {"compute": compute, "recompute": again, "bubble": busy * bubble / (1 - bubble),
              "communication": waits + exposed, "optimizer": optimizer_seconds(work, counts, layout, machine)}
     return parts, found
@@ -113,7 +113,8 @@ def step_seconds(work: Work, counts: Counts, layout: LayoutConfig, machine: Mach
 
 def optimizer_seconds(work: Work, counts: Counts, layout: LayoutConfig, machine: Machine) -> float:
     """Memory traffic of the update; for Muon the products of Newton-Schulz too, each process doing its share."""
-    held = counts.trained_share * held_parameters(counts, layout, first=True) / Split.of(layout, counts.layers).shards
+    most = max(held_parameters(counts, layout, part) for part in parts(counts, layout))
+    held = counts.trained_share * most / num_shards(layout)
     seconds = held * FP32 * OPTIMIZER_PASSES.get(work.optim.kind, 7) / machine.memory_bytes_per_s
     if work.optim.kind == "muon":
         matrices = counts.layer_parameters * counts.layers / (layout.processes / layout.size("replicate"))
@@ -122,15 +123,9 @@ def optimizer_seconds(work: Work, counts: Counts, layout: LayoutConfig, machine:
 
 
 def _imbalance(counts: Counts, layout: LayoutConfig) -> float:
-    """How much more the busiest stage computes than the mean: layers that do not divide, and the head at the end."""
-    if layout.pipeline == 1:
-        return 1.0
-    split = Split.of(layout, counts.layers)
-    layer, head = counts.layer_parameters, counts.vocab_size * counts.dim
-    mean = (counts.layers * layer + head) / layout.pipeline
-    spare = counts.layers - split.layers * (layout.pipeline - 1)     # layers that the last stage may be left with
-    last = max(0, min(split.layers, spare)) * layer + head
-    return max(split.layers * layer, last, mean) / mean
+    """How much more the busiest process computes than the mean: layers that do not divide, and the head at the end."""
+    most = max(part.layers + counts.head_work * part.last for part in parts(counts, layout))
+    return most * layout.pipeline / (counts.layers + counts.head_work)
 
 
 def days(option: Option, work: Work) -> float:

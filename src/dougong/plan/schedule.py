@@ -1,17 +1,16 @@
 """Pipeline bubbles and micro-batches in flight, from the order of work that torch's own schedules give each process."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
+from dougong.parallel.stages import num_stages, process_of
+
 SCHEDULES = {"gpipe": "GPipe", "1f1b": "1F1B", "interleaved": "Interleaved1F1B", "looped_bfs": "LoopedBFS",
              "interleaved_zb": "InterleavedZeroBubble", "zbv": "ZBVZeroBubble", "dualpipev": "DualPipeV"}
-SEVERAL_STAGES = ("interleaved", "looped_bfs", "interleaved_zb", "zbv", "dualpipev")
-"""schedules in which each process has two stages (or more) of the model"""
-V_SHAPED = ("zbv", "dualpipev")
-"""schedules in which the first process has the last stage too"""
 
 _ALL_FORWARDS_FIRST = ("gpipe", "looped_bfs")
 _STEADY = 4
@@ -23,28 +22,27 @@ _NAMES = {"FORWARD": "F", "FULL_BACKWARD": "B", "BACKWARD_INPUT": "I", "BACKWARD
 
 @dataclass(frozen=True)
 class Pipeline:
-    """`bubble`: share of the time in which a process waits; `in_flight[r]`: most forwards of one stage whose backward
-    is still to come that process r holds at once, of all its stages together."""
+    """`bubble`: share of the time in which a process waits; `in_flight[r]`: forwards whose backward is still to come
+    that process r holds of each of its stages, at every moment that no other exceeds in all of them."""
 
     bubble: float
-    in_flight: tuple[int, ...]
-    stages_each: int
+    in_flight: tuple[tuple[tuple[int, ...], ...], ...]
 
 
 @cache
 def pipeline(schedule: str, processes: int, micro_batches: int) -> Pipeline:
     """Runs the schedule's table with stages of equal cost and no time for messages. Raises ValueError, from torch, for
     a number of micro-batches that the schedule cannot use."""
-    stages = 2 if schedule in SEVERAL_STAGES else 1
+    stages = num_stages(processes, schedule) // processes
     if micro_batches > (few := _STEADY * processes) and micro_batches % processes == 0:
         short = pipeline(schedule, processes, few)
         idle = short.bubble / (1 - short.bubble) * 3.0 * few * stages
-        held = short.in_flight if schedule not in _ALL_FORWARDS_FIRST else (micro_batches * stages,) * processes
-        return Pipeline(idle / (idle + 3.0 * micro_batches * stages), held, stages)
+        held = short.in_flight if schedule not in _ALL_FORWARDS_FIRST else (((micro_batches,) * stages,),) * processes
+        return Pipeline(idle / (idle + 3.0 * micro_batches * stages), held)
     order = _order(schedule, processes, micro_batches, stages)
     finish = _simulate(order, processes * stages)
     work = 3.0 * micro_batches * stages      # one forward and two for the backward, each stage
-    return Pipeline(1 - work / max(finish), tuple(_in_flight(order[rank]) for rank in range(processes)), stages)
+    return Pipeline(1 - work / max(finish), tuple(_in_flight(order[rank]) for rank in range(processes)))
 
 
 def _order(schedule: str, processes: int, micro_batches: int, stages: int) -> dict[int, list[Any]]:
@@ -57,8 +55,7 @@ def _order(schedule: str, processes: int, micro_batches: int, stages: int) -> di
                             stage_index=index, has_backward=True, submod=nn.Identity(), device="cpu",
                             is_first=index == 0, is_last=index == processes * stages - 1,
                             stage_index_to_group_rank=None)
-            for index in ((0, 2 * processes - 1) if schedule in V_SHAPED else
-                          tuple(processes * s for s in range(stages)))]
+            for index in range(processes * stages) if process_of(index, processes, schedule) == 0]
     built = known(mine if stages > 1 else mine[0], micro_batches, loss_fn=lambda *_: None)
     order = {rank: [action for action in actions if action is not None] for rank, actions in
              (built.pipeline_order or {}).items()}
@@ -136,16 +133,30 @@ def _do(action: Any, clock: float, done: dict[tuple[str, int, int], float]) -> f
     return clock
 
 
-def _in_flight(actions: list[Any]) -> int:
-    """Most stage-forwards held at once; what the weights' gradients still need is held until they are computed."""
-    held: Counter[tuple[int, int]] = Counter()
-    most = 0
-    for action in actions:
-        for part in _parts(action):
-            key, kind = (part.stage_index, part.microbatch_index), _kind(part)
-            if kind == "F":
-                held[key] += 1
-            elif kind in ("B", "W"):
-                held.pop(key, None)
-            most = max(most, len(held))
-    return most
+def _in_flight(actions: list[Any]) -> tuple[tuple[int, ...], ...]:
+    """Stage-forwards held at once, of each of the process's stages, at the moments that no other exceeds in all; what
+    the weights' gradients still need is held until they are computed."""
+    parts = [part for action in actions for part in _parts(action)]
+    stages = sorted({part.stage_index for part in parts if _kind(part) == "F"})
+    held: set[tuple[int, int]] = set()
+    now: Counter[int] = Counter()
+    moments: set[tuple[int, ...]] = set()
+    for part in parts:
+        key, kind = (part.stage_index, part.microbatch_index), _kind(part)
+        if kind == "F":
+            held.add(key)
+            now[part.stage_index] += 1
+            moments.add(tuple(now[stage] for stage in stages))
+        elif kind in ("B", "W") and key in held:
+            held.discard(key)
+            now[part.stage_index] -= 1
+    return largest(moments)
+
+
+def largest(moments: Iterable[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
+    """Those of one or two numbers that none exceeds in all."""
+    found: list[tuple[int, ...]] = []
+    for moment in sorted(moments, reverse=True):
+        if not found or moment[-1] > found[-1][-1]:
+            found.append(moment)
+    return tuple(found)

@@ -77,7 +77,7 @@ def written(size: float) -> str:
 
 
 @dataclass(frozen=True)
-class Option:
+class Choice:
     """One shape with the whole budget spent on it. `loss` is in the law's unit; `interval` only after a probe."""
 
     shape: Shape

@@ -2,8 +2,10 @@
 
 `parallelize` divides the model over a process group that answers at once and moves nothing; one forward and backward
 run on tensors without values under a counter. Memory and messages are linear in layers, so two shallow models tell of a
-deep one. Not simulated: passing activations through pipeline stages (a stage is simulated by itself, and its
-micro-batches in flight are multiplied), the optimiser's step (its state is added), fragmentation, time.
+deep one. Of a pipeline the process that holds most is simulated by itself, with the layers and the ends that training
+gives it, and its micro-batches in flight are multiplied; processes beside it that only copy, or take stretches of rows,
+are taken for copies, though training divides weights along `context` there. Not simulated: passing activations from
+stage to stage, the optimiser's step (its state is added), fragmentation, time.
 """
 
 import contextlib
@@ -12,6 +14,8 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,12 +28,14 @@ from torch.distributed.tensor import DTensor
 from dougong.adapt.lora import hold_frozen
 from dougong.core.config import replace
 from dougong.data.batch import Batch
+from dougong.objectives.losses import Losses
 from dougong.parallel.data import CopiedGradients
 from dougong.parallel.gradients import plain_gradients
 from dougong.parallel.parallelize import parallelize
+from dougong.parallel.pipeline import split
 from dougong.plan.counts import FP32, Counts
+from dougong.plan.memory import Part, heaviest
 from dougong.plan.memory_counter import MemoryCounter
-from dougong.plan.schedule import pipeline
 from dougong.plan.stand_ins import kernels_of
 from dougong.plan.step import period_of
 from dougong.plan.work import Work
@@ -69,22 +75,24 @@ def simulate(work: Work, layout: LayoutConfig, *, checkpoint: str, micro_rows: i
     """One process of a layout, from models of two depths. Raises AssertionError inside a process group."""
     begin = time.perf_counter()
     counts = Counts(work.step())
-    each = pipeline(layout.schedule, layout.pipeline, micro_batches) if layout.pipeline > 1 else None
-    stage = replace(layout, pipeline=1)
-    layers = -(-counts.layers // layout.pipeline)
+    held = heaviest(counts, layout, checkpoint, micro_rows, micro_batches, gpu=False, ema=work.ema)
+    layers = held.part.layers
+    beside = layout if layout.pipeline == 1 else replace(layout, pipeline=1, gathered="step")
     period = period_of(work.model)
     few = period * -(-_SHALLOW // period)
     more = few + max(2, period)
-    with fake_processes(stage):
-        runtime = _runtime(work, stage)
-        _run(work, runtime, checkpoint, micro_rows, micro_batches, period)     # DTensor's rules, tried on whole shapes
+    with fake_processes(beside):
+        run = partial(_run, work, layout, held.part, _runtime(work, beside), checkpoint, micro_rows, micro_batches)
+        shallow = run(min(period, layers))      # DTensor's rules, tried on whole shapes
         if layers <= more:
-            found = _run(work, runtime, checkpoint, micro_rows, micro_batches, layers)
+            found = run(layers)
         else:
-            a, b = (_run(work, runtime, checkpoint, micro_rows, micro_batches, n) for n in (few, more))
+            a, b = (run(n) for n in (few, more))
             found = b.combine(a, (layers - more) / (more - few))
     state = found.weights / counts.weight_bytes * FP32 * counts.optimizer_copies
-    waiting = 0.0 if each is None else (each.in_flight[0] / each.stages_each - 1) * found.kept
+    each = (found.kept - shallow.kept) / (layers - period) if layers > period else found.kept / layers
+    ends, of_ends = found.kept - layers * each, held.in_flight[-1 if held.part.last else 0]
+    waiting = (held.part.layer_forwards(held.in_flight) - layers) * each + max(0, of_ends - 1) * ends
     return dataclasses.replace(found, peak_bytes=found.peak_bytes + state + waiting,
                                seconds=time.perf_counter() - begin)
 
@@ -107,16 +115,15 @@ def _runtime(work: Work, layout: LayoutConfig) -> Runtime:
     return Runtime(device=torch.device("cpu"), dtype=dtype, mesh=Mesh.start(layout, "cpu"))
 
 
-def _run(work: Work, runtime: Runtime, checkpoint: str, micro_rows: int, micro_batches: int,
-         layers: int) -> Simulated:
-    with torch.device("meta"):
-        model = replace(work.model, num_layers=layers).build()
+def _run(work: Work, layout: LayoutConfig, part: Part, runtime: Runtime, checkpoint: str, micro_rows: int,
+         micro_batches: int, layers: int) -> Simulated:
+    model = _model(work, layout, part, micro_batches, layers)
     model.compute_dtype = runtime.dtype
     if work.adapt is not None:
         hold_frozen(work.adapt.apply(model, seed=0))
     if checkpoint != "none":
         model.stack.checkpoint_activations = checkpoint
-    objective = work.objective.build()
+    objective: Any = _StageObjective(work.objective.build(), part, layout)
     divided = parallelize(model.train(), objective, runtime)
     counter, fake = MemoryCounter(), FakeTensorMode(allow_non_fake_inputs=True)
     with kernels_of(work.device), fake:
@@ -133,6 +140,55 @@ def _run(work: Work, runtime: Runtime, checkpoint: str, micro_rows: int, micro_b
     share = 1 / len(batches)
     return Simulated(counter.peak_bytes, weights, kept.bytes, _named(counter.collectives, share),
                      _named(counter.collective_bytes, share))
+
+
+def _model(work: Work, layout: LayoutConfig, part: Part, micro_batches: int, layers: int) -> Any:
+    """So many layers on the meta device; of a pipeline, of those that one process has, with its ends."""
+    with torch.device("meta"):
+        model = (work.model if layout.pipeline > 1 else replace(work.model, num_layers=layers)).build()
+    if layout.pipeline > 1:
+        place: Any = SimpleNamespace(layout=layout, rank=lambda axis: part.process)
+        split(model, place, micro_batches=micro_batches)
+        for container in (model.stack, model.stem.values):
+            for name in set(container) - set(sorted(model.stack, key=int)[:layers]):
+                del container[name]
+    return model
+
+
+class _StageObjective:
+    """The objective where a process computes the loss; else the sum of what it passes on, of which every number has a
+    gradient too. What arrives from the stage before is made here."""
+
+    def __init__(self, objective: Any, part: Part, layout: LayoutConfig) -> None:
+        self.objective, self.part, self.not_additive = objective, part, objective.not_additive
+        self.slices = layout.tensor if layout.sequence_parallel else 1
+
+    def losses(self, model: Any, batch: Batch) -> Losses:
+        if self.part.first and self.part.last:
+            return self.objective.losses(model, batch)
+        carry = None if self.part.first else (self._arrived(model, batch["tokens"]),) * 2
+        if self.part.last:
+            rest: Any = _Rest(model, carry)
+            return self.objective.losses(rest, batch)
+        return Losses({"model": model.hidden(batch["tokens"], carry=carry).sum()}, {})
+
+    def _arrived(self, model: Any, tokens_BT: Tensor) -> Tensor:
+        B, T = tokens_BT.shape
+        return torch.empty(B, T // self.slices, model.config.decoder().dim, dtype=model.compute_dtype,
+                           requires_grad=True)
+
+
+class _Rest:
+    """What an objective takes for a whole model: the layers of a last stage, going on from what arrived."""
+
+    def __init__(self, model: Any, carry: Any) -> None:
+        self._model, self._carry = model, carry
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def hidden(self, tokens_BT: Tensor, *, segment_BT: Tensor | None = None) -> Tensor:
+        return self._model.hidden(tokens_BT, segment_BT=segment_BT, carry=self._carry)
 
 
 class _observed:

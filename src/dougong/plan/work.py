@@ -25,6 +25,10 @@ class Work:
     ema: bool = False
     adapt: Any = None
     """an adapter: everything else is frozen"""
+    begun: bool = False
+    """from a model that exists, for which an adapter may be trained instead"""
+    row_setting: str = "model.context"
+    """what of the recipe says how long a row is"""
     compile: bool = False
     """zero-bubble schedules do not take compiled stages"""
 

@@ -35,16 +35,17 @@ from dougong.plan.laws import (
     fitted,
     small_scale,
 )
-from dougong.plan.shapes import Option, Shape, ladder
+from dougong.plan.shapes import Choice, Shape, ladder
 from dougong.recipes.derive import parse_size, resolve
 from dougong.recipes.plan_recipe import check_plannable
 from dougong.recipes.recipe import Recipe, load_recipe, with_values
 
 _CHOSEN_HERE = ("size", "model.dim", "model.num_layers", "model.num_heads", "model.num_kv_heads", "model.head_dim",
                 "model.ffn_dim", "train.steps", "train.minutes", "train.epochs", "train.rows")
+YOUR_TEXTS = "YOUR_TEXTS"
 _SAME = 0.001          # relative loss that no single run can tell apart: the smaller shape is taken
 _STATE_BYTES = 16      # fp32 weights, gradients and two moments
-_SMALLEST, _LARGEST = 100e3, 2e12
+SMALLEST, _LARGEST = 100e3, 2e12
 _CONTEXTS = ((20e6, 256), (500e6, 1024), (math.inf, 2048))
 _SHAPE_KEYS = ("dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_dim")
 
@@ -55,7 +56,8 @@ def plan_budget(*, budget: str, data: str | None = None, memory_for_serving: str
     """Chooses what to train with a budget; prints it to `out` (a rich console) and returns it as plain JSON values.
 
     `overrides` in the result turn the recipe into the chosen one for `dougong train`. `curve` holds every shape
-    considered with its predicted loss: what a picture of the trade-off needs. Raises ConfigError for a budget, data or
+    considered with its predicted loss: what a picture of the trade-off needs. `command` names the texts where they are
+    known; of an amount it leaves data.path=YOUR_TEXTS to be filled in. Raises ConfigError for a budget, data or
     memory that cannot be read, a recipe without a size, and where no shape fits.
     """
     money, text, serving = parse_budget(budget), parse_text(data), parse_serving(memory_for_serving)
@@ -66,6 +68,10 @@ def plan_budget(*, budget: str, data: str | None = None, memory_for_serving: str
         raise ConfigError(f"--probe trains small models on this machine, so the budget must be of this machine too, "
                           f"and {money} is not.\nRun the same command there with --budget \"here x …\", or leave "
                           "--probe out.")
+    if probe and text.amount is not None and not _has_texts(base):
+        raise ConfigError(f"--probe trains small models on your own text, and --data {data!r} is only an amount.\n"
+                          "Name the text, or a part of it, by data.path=FOLDER beside the amount, give it as "
+                          "--data FOLDER, or leave --probe out.")
     if probe:
         from dougong.recipes.small_runs import choose_by_probe
 
@@ -75,12 +81,18 @@ def plan_budget(*, budget: str, data: str | None = None, memory_for_serving: str
     plan = {"budget": _budget_facts(money), "data": text.to_dict(),
             "serving": None if serving is None else to_dict(serving), "recipe": name, **plan}
     plan["overrides"] = [*([f"data.path={text.path}"] if text.path else []), *plan["overrides"]]
-    plan["command"] = shlex.join([*_launch(money), "train", name, *given, *plan["overrides"]])
+    texts = [] if text.amount is None or _has_texts(base) else [f"data.path={YOUR_TEXTS}"]
+    plan["command"] = shlex.join([*_launch(money), "train", name, *given, *texts, *plan["overrides"]])
     if out is not None:
         from dougong.recipes.show_choice import print_choice
 
         print_choice(plan, out)
     return plan
+
+
+def _has_texts(base: Recipe) -> bool:
+    """Whether the recipe names texts of its own; else it learns from Python's library."""
+    return any(getattr(base.data, name, None) for name in ("path", "sources"))
 
 
 def _launch(money: Budget) -> list[str]:
@@ -100,6 +112,9 @@ def _base(name: str, overrides: list[str], text: Text) -> Recipe:
     """The recipe whose open values are chosen. Raises ConfigError where the shape is already fixed or there is none."""
     more = [f"data.path={text.path}"] if text.path else []
     base, _ = load_recipe(name, [*overrides, *more])
+    if base.model is None:
+        raise ConfigError(f"plan --budget chooses a model to train from first weights, and {name} begins from a model "
+                          f"that exists.\nPlan that one: dougong plan {name} --model RUN")
     if base.model is not None and (not base.is_language_model or base.model.kind == "decoder"
                                    or not hasattr(base.model, "num_layers")):
         raise ConfigError(f"plan --budget chooses the shape of a language model of a family, and {name} has model.kind="
@@ -163,7 +178,7 @@ def _choose_by_law(base: Recipe, money: Budget, text: Text, serving: Serving | N
                           *(layout["overrides"] if layout else [])]}
 
 
-def _layout(base: Recipe, best: Option, rows: int, money: Budget, precision: str) -> dict[str, Any] | None:
+def _layout(base: Recipe, best: Choice, rows: int, money: Budget, precision: str) -> dict[str, Any] | None:
     """The fastest layout of the devices for the shape, from the plan; None for one device or where it knows none."""
     if money.devices == 1:
         return None
@@ -186,37 +201,37 @@ def _layout(base: Recipe, best: Option, rows: int, money: Budget, precision: str
             "memory_bytes": chosen.memory_bytes, "values": values, "overrides": [*given, *chosen.changes]}
 
 
-def _at_speed(best: Option, tokens_per_s: float, seconds: float, text: Text, law: LossLaw, base: Recipe) -> Option:
+def _at_speed(best: Choice, tokens_per_s: float, seconds: float, text: Text, law: LossLaw, base: Recipe) -> Choice:
     """The same shape with the tokens that the chosen layout reads in the time, communication and bubbles paid."""
     tokens = tokens_per_s * seconds
-    unique = _unique(base, text, best.shape)
+    unique = unique_tokens(base, text, best.shape)
     return change(best, tokens=tokens, epochs=None if math.isinf(unique) else tokens / unique,
                   loss=law.loss(best.shape.matrices, tokens, unique))
 
 
-def _unique(base: Recipe, text: Text, shape: Shape) -> float:
+def unique_tokens(base: Recipe, text: Text, shape: Shape) -> float:
     """Distinct tokens to train on: what the split holds out does not count."""
     held_in = base.data.split.fractions[0] if hasattr(base.data, "split") else 1.0
     return held_in * text.unique_tokens(shape.model.vocab_size)
 
 
-def law_options(base: Recipe, flops: float, text: Text, serving: Serving | None, law: LossLaw) -> list[Option]:
+def law_options(base: Recipe, flops: float, text: Text, serving: Serving | None, law: LossLaw) -> list[Choice]:
     """Every size of the ladder around the law's optimum, the whole compute spent on it."""
     centre = law.optimum(flops)[0]
     options = []
     far = 8 if serving is None and math.isinf(text.unique_tokens(32_768)) else 30    # what could make it smaller
-    for size in ladder(max(centre / far, _SMALLEST), min(max(centre * 5, 10 * _SMALLEST), _LARGEST)):
+    for size in ladder(max(centre / far, SMALLEST), min(max(centre * 5, 10 * SMALLEST), _LARGEST)):
         shape, _ = shape_of(base, size)
         if options and options[-1].shape.model == shape.model:
             continue    # the smallest sizes share a shape
         tokens = flops / shape.flops_per_token
-        unique = _unique(base, text, shape)
-        options.append(Option(shape, tokens, None if math.isinf(unique) else tokens / unique, None,
+        unique = unique_tokens(base, text, shape)
+        options.append(Choice(shape, tokens, None if math.isinf(unique) else tokens / unique, None,
                               law.loss(shape.matrices, tokens, unique), fits=shape.fits(serving)))
     return options
 
 
-def pick(options: list[Option], money: Budget, same: float = _SAME) -> Option:
+def pick(options: list[Choice], money: Budget, same: float = _SAME) -> Choice:
     """The smallest shape among those that fit and that the least loss does not beat by more than `same`."""
     room = 0.8 * money.machine.memory_bytes * money.devices
     able = [option for option in options if option.fits and option.shape.parameters * _STATE_BYTES <= room]
@@ -241,7 +256,7 @@ def shape_overrides(base: Recipe, shape: Shape) -> list[str]:
     return found + ([f"model.context={model.context}"] if base.model.context is None else [])
 
 
-def _batch_and_rate(base: Recipe, best: Option, money: Budget) -> tuple[int, list[Figure]]:
+def _batch_and_rate(base: Recipe, best: Choice, money: Budget) -> tuple[int, list[Figure]]:
     """Rows of a step, and the laws that say so. On a CPU the dial's batch, measured there, stands."""
     shape, context = best.shape, best.shape.model.context
     resolved = shape_of(base, shape.size)[1]
@@ -258,13 +273,21 @@ def _batch_and_rate(base: Recipe, best: Option, money: Budget) -> tuple[int, lis
         chosen = change(inside, name="batch (tokens)", value=rows * context,
                         source=f"{inside.source}, in whole rows of {context} for each device")
     optim = resolved.optim
+    rate = rate_figure(base, optim, shape.matrices, best.tokens)
+    return rows, [chosen, rate, *batch, *([] if optim.kind == "muon" else rates)]
+
+
+def rate_figure(base: Recipe, optim: Any, parameters: float, tokens: float) -> Figure:
+    """The rate that training will take, `optim` being that of the resolved recipe."""
+    if base.optim.lr is not None:
+        return Figure("rate", optim.lr, "given in the recipe")
     if optim.kind == "muon":
-        return rows, [chosen, Figure("rate", optim.lr, "Muon's update has the same size at every width"), *batch]
-    rate = Figure("rate", optim.lr, "the dial: OLMo's ladder", fitted(RATE_LAWS[2].ranges), rates[2].extrapolated)
-    return rows, [chosen, rate, *batch, *rates]
+        return Figure("rate", optim.lr, "the dial: Muon's update has the same size at every width")
+    ladder = RATE_LAWS[2].figure(parameters, tokens)
+    return Figure("rate", optim.lr, "the dial: OLMo's ladder", ladder.fitted, ladder.extrapolated)
 
 
-def _text_figures(best: Option, text: Text, layout: dict[str, Any] | None) -> list[Figure]:
+def _text_figures(best: Choice, text: Text, layout: dict[str, Any] | None) -> list[Figure]:
     vocabulary = best.shape.model.vocab_size
     how = f"{amount(layout['tokens_per_s'])} tokens/s in this layout, by `dougong plan`" if layout else \
         "compute / FLOPs per token of the shape, attention included"

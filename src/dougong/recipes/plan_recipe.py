@@ -161,6 +161,8 @@ def work_of(recipe: Recipe, machine: Machine) -> Work:
                 precision=recipe.runtime.precision or "fp32",
                 device=machine.device, checkpoint=CHECKPOINTING[recipe.train.gradient_checkpointing],
                 micro_rows=recipe.train.micro_rows, ema=recipe.train.ema is not None, adapt=recipe.adapter,
+                begun=recipe.start is not None and recipe.adapt is None,
+                row_setting="data.row_tokens" if getattr(recipe.data, "row_tokens", None) else "model.context",
                 compile=bool(recipe.runtime.compile))
 
 

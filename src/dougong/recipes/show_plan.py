@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from dougong.plan.laws import amount
+
 COLOURS = {"weights": "blue", "gradients": "cyan", "optimizer": "magenta", "activations": "yellow", "logits": "red",
            "gathered": "green", "recomputed": "bright_yellow", "temporary": "bright_red", "inputs": "white",
            "allowance": "bright_black"}
@@ -88,13 +90,6 @@ def size(count: float) -> str:
         if count >= unit:
             return f"{count / unit:,.1f} {name}"
     return f"{count:,.0f} B"
-
-
-def amount(number: float) -> str:
-    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= unit:
-            return f"{number / unit:,.3g}{name}"
-    return f"{number:,.0f}"
 
 
 def span(days: float) -> str:

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from dataclasses import replace as change
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,9 @@ from dougong.core.errors import ConfigError
 from dougong.plan.budget import Budget, Serving, Text, duration
 from dougong.plan.curve import Curve, SmallRun, fit_curve
 from dougong.plan.laws import DATA_CONSTRAINED, Figure, small_scale
-from dougong.plan.shapes import Option, Shape, ladder, written
+from dougong.plan.shapes import Choice, Shape, ladder, written
 from dougong.recipes.assemble import assemble, prepare_data
-from dougong.recipes.choose import pick, shape_of, shape_overrides
+from dougong.recipes.choose import SMALLEST, pick, rate_figure, shape_of, shape_overrides, unique_tokens
 from dougong.recipes.derive import measured_peak, resolve
 from dougong.recipes.probe import measure_step
 from dougong.recipes.recipe import Recipe, with_values
@@ -40,7 +41,6 @@ SAME = 0.005
 FEWEST_STEPS = 500
 """of a small run for the longest time"""
 _SHORTEST_S = 15.0
-_SMALLEST = 100e3
 UTILISATION = 0.45
 _TIMED = 5
 _LONG = {3: 0.25, 2: 0.37}
@@ -75,9 +75,12 @@ class Probe:
     vocab_size: int
     context: int
     unique: float
+    """tokens to train on before the text repeats"""
     seconds: float
     timings: dict[float, float]
     """FLOPs of a step: measured seconds"""
+    text: str = "your text, counted"
+    """where `unique` comes from"""
 
     def seconds_per_step(self, flops: float) -> float:
         """Between the shapes measured by the logarithms, beyond them at the rate of the nearest."""
@@ -91,6 +94,7 @@ def choose_by_probe(base: Recipe, money: Budget, text: Text, serving: Serving | 
                     progress: Any = None, share: float | None = None) -> dict[str, Any]:
     """Trains the small models, then chooses for what is left of the budget. Same keys as the choice by law.
 
+    Of a `text` of which the amount is given, the recipe names a part: small runs read that, the budget reads it all.
     Raises ConfigError where the time is too short for a probe to say anything.
     """
     allowed = probe_seconds(money.seconds) if share is None else share * money.seconds
@@ -102,6 +106,8 @@ def choose_by_probe(base: Recipe, money: Budget, text: Text, serving: Serving | 
                   f"{duration(money.seconds)}, for small runs and some timing; {duration(money.seconds - allowed)} are "
                   "left for training.")
     probe = run_probe(base, allowed, money.seconds - allowed, progress=progress)
+    if text.amount is not None:
+        probe = change(probe, unique=unique_tokens(base, text, probe.runs[0].shape), text="the amount given")
     return choose(base, probe, money.seconds - allowed, money, serving)
 
 
@@ -184,7 +190,7 @@ def _sizes_and_seconds(settled: Recipe, corpus: Any, speed: float, allowed: floa
                        pace: Callable[..., float]) -> tuple[list[str], float]:
     """Three sizes with a quarter of the time each, or two with more where three would stay in their first steps."""
     shapes: dict[Any, str] = {}
-    for size in ladder(_SMALLEST, max(2 * centre(speed, allowed), 30 * _SMALLEST)):
+    for size in ladder(SMALLEST, max(2 * centre(speed, allowed), 30 * SMALLEST)):
         shapes.setdefault(sized(settled, size).model, size)     # different sizes can be one shape
     known = {size: shape_with(sized(settled, size), size, corpus).matrices for size in shapes.values()}
     found: tuple[list[str], float] = [], 0.0
@@ -210,7 +216,7 @@ def probe_sizes(known: dict[str, int], number: int) -> list[str]:
 
 def centre(flops_per_s: float, seconds: float) -> float:
     """Where the search begins: the size that the rule for small runs gives; what the small runs say moves it."""
-    return max(small_scale(flops_per_s * seconds).optimum(flops_per_s * seconds)[0], _SMALLEST)
+    return max(small_scale(flops_per_s * seconds).optimum(flops_per_s * seconds)[0], SMALLEST)
 
 
 def settle_probe(base: Recipe, size: float) -> Recipe:
@@ -245,7 +251,8 @@ def choose(base: Recipe, probe: Probe, training: float, money: Budget, serving: 
     options = probe_options(base, probe, training, serving)
     best = pick(options, money, same=SAME)
     least = min((o for o in options if o.fits), key=lambda o: o.loss)
-    rows = _at_vocabulary(base, best.shape.size, probe)[1]
+    recipe = _at_vocabulary(base, best.shape.size, probe)[1]
+    rows = given(recipe.train.rows)
     steps = max(10, round(best.tokens / (rows * best.shape.model.context)))
     numbers = probe.curve.numbers
     figures = [
@@ -253,8 +260,11 @@ def choose(base: Recipe, probe: Probe, training: float, money: Budget, serving: 
                note="" if least is best else f"{least.shape.size} would be {least.loss / best.loss - 1:+.2%}, within "
                "noise: the smaller is cheaper to serve"),
         Figure("tokens", best.tokens, f"{best.seconds_per_step:.3f} s a step, measured here"),
-        Figure("passes over the text", best.epochs or 0, f"{DATA_CONSTRAINED.source}: what repeated text is worth"),
+        Figure("passes over the text", best.epochs or 0, f"{DATA_CONSTRAINED.source}: what repeated text is worth; the "
+               f"text: {probe.text}"),
         Figure("batch (tokens)", rows * best.shape.model.context, "the dial: as in the small runs"),
+        change(rate_figure(base, recipe.optim, best.shape.matrices, best.tokens),
+               note="the small runs took theirs in the same way"),
         *(Figure(name, middle, "fitted to the small runs", note=f"95 % interval {low:.3g} to {high:.3g}")
           for name, (low, middle, high) in numbers.items())]
     loss = {"value": best.loss, "interval": list(best.interval or ()), "unit": "bits per byte of held-out text",
@@ -282,13 +292,13 @@ def _warning(probe: Probe) -> str | None:
             "choice.")
 
 
-def probe_options(base: Recipe, probe: Probe, training: float, serving: Serving | None) -> list[Option]:
+def probe_options(base: Recipe, probe: Probe, training: float, serving: Serving | None) -> list[Choice]:
     """Every shape of the ladder that trains at a sensible speed, with the loss and interval that the curve gives it."""
     sizes = [run.shape.matrices for run in probe.runs]
     options = []
     for size in ladder(min(sizes), 60 * max(sizes)):
-        shape, rows = _at_vocabulary(base, size, probe)
-        per_step = rows * shape.model.context
+        shape, recipe = _at_vocabulary(base, size, probe)
+        per_step = given(recipe.train.rows) * shape.model.context
         pace = probe.seconds_per_step(shape.flops_per_token * per_step)
         tokens = training / pace * per_step
         if options and options[-1].shape.model == shape.model:
@@ -296,14 +306,14 @@ def probe_options(base: Recipe, probe: Probe, training: float, serving: Serving 
         if tokens < FEWEST_STEPS / 2 * per_step and len(options) > 1:
             break   # it would not come out of its first steps
         middle, interval = probe.curve.predict(shape.matrices, tokens, probe.unique)
-        options.append(Option(shape, tokens, tokens / probe.unique, pace, middle, interval, shape.fits(serving)))
+        options.append(Choice(shape, tokens, tokens / probe.unique, pace, middle, interval, shape.fits(serving)))
     return options
 
 
-def _at_vocabulary(base: Recipe, size: str, probe: Probe) -> tuple[Shape, int]:
-    """The dial's shape at the probe's tokenizer and context, and the rows of its step."""
+def _at_vocabulary(base: Recipe, size: str, probe: Probe) -> tuple[Shape, Recipe]:
+    """The dial's shape at the probe's tokenizer and context, and the recipe that has its batch and rate."""
     fixed: dict[str, Any] = {"model.context": probe.context}
     if hasattr(base.tokenizer, "vocab_size"):
         fixed["tokenizer.vocab_size"] = probe.vocab_size
     shape, resolved = shape_of(with_values(base, fixed), size)
-    return Shape(size, replace(shape.model, vocab_size=probe.vocab_size)), given(resolved.train.rows)
+    return Shape(size, replace(shape.model, vocab_size=probe.vocab_size)), resolved

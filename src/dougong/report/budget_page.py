@@ -12,6 +12,7 @@ from dougong.report import numbers
 from dougong.report.numbers import Text
 from dougong.report.page import _environment, _hash
 from dougong.report.plan_page import _SCRIPT
+from dougong.report.plan_words import filled
 from dougong.report.plot import tick_label, ticks
 
 _HERE = Path(__file__).parent
@@ -45,8 +46,7 @@ _PHRASES: dict[str, tuple[str, str]] = {
 
 def say(key: str, **values: object) -> Text:
     """A phrase in both languages."""
-    english, chinese = _PHRASES[key]
-    return Text(english.format(**values), chinese.format(**values))
+    return filled(_PHRASES[key], **values)
 
 
 def write_budget_page(plan: dict[str, Any], out: Path) -> Path:
@@ -59,10 +59,15 @@ def render_budget(plan: dict[str, Any]) -> str:
     """The page as a string."""
     style = (_HERE / "report.css").read_text(encoding="utf-8") + (_HERE / "plan.css").read_text(encoding="utf-8")
     environment = _environment()
-    environment.globals |= {"say": say, "n": numbers}
+    environment.globals |= {"say": say, "n": numbers, "amount": amount}
     return environment.get_template("budget.html").render(
         plan=plan, choice=plan["choice"], curve=trade_off(plan), style=Markup(style), script=Markup(_SCRIPT),
         style_hash=_hash(style), script_hash=_hash(_SCRIPT), version=dougong.__version__)
+
+
+def amount(value: float) -> Text:
+    """A figure as each language counts; what is tiny, huge or a ratio in digits."""
+    return numbers.compact(value) if 1000 <= value < 1e15 else Text.same(f"{value:.4g}")
 
 
 def trade_off(plan: dict[str, Any]) -> Markup:

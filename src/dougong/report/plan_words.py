@@ -80,7 +80,12 @@ PARTS = {
 
 def say(key: str, **values: object) -> Text:
     """The phrase `key` with its braces filled."""
-    en, zh = _PHRASES[key]
+    return filled(_PHRASES[key], **values)
+
+
+def filled(phrase: tuple[str, str], **values: object) -> Text:
+    """A phrase in both languages with its braces filled; of a `Text` each language takes its own."""
+    en, zh = phrase
     return Text(en.format(**{k: v.en if isinstance(v, Text) else v for k, v in values.items()}),
                 zh.format(**{k: v.zh if isinstance(v, Text) else v for k, v in values.items()}))
 

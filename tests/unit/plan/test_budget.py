@@ -29,6 +29,13 @@ def test_this_machine_goes_by_several_names(text):
     assert budget.here and budget.seconds == 3600 and budget.flops_per_s("fp32") > 1e8
 
 
+@pytest.mark.parametrize(("text", "seconds"), [
+    ("1,5 hours", 5400), ("here x 1,5 hours", 5400), ("1.5 hours", 5400), ("1,500 s", 1500), ("here, 2 h", 7200)])
+def test_a_comma_in_a_time_is_a_decimal_point_or_sets_thousands_apart(text, seconds):
+    budget = parse_budget(text)
+    assert budget.here and budget.seconds == seconds
+
+
 @pytest.mark.parametrize(("text", "says"), [
     ("", "8 h200 x 3 days"), ("h200", "devices x time"), ("3 days x 8 h200", "devices x time"),
     ("8 h200 x 3 fortnights", "devices x time"), ("8 h300 x 3 days", "h200"), ("0 h200 x 1 h", "above 0"),
@@ -60,6 +67,8 @@ def test_text_is_bytes_tokens_or_a_folder(tmp_path):
     assert parse_text(str(tmp_path)).bytes == 5000 and parse_text(str(tmp_path)).path == str(tmp_path)
     assert parse_text(str(tmp_path / "a.txt")).bytes == 5000
     assert math.isinf(parse_text(None).unique_tokens(2048))
+    assert parse_text("40GB").amount == 40e9 and parse_text("2B tokens").amount == 2e9
+    assert parse_text(str(tmp_path)).amount is None and parse_text(None).amount is None
 
 
 @pytest.mark.parametrize("text", ["nowhere/at/all", "40", "-3GB", "0GB"])

@@ -1,7 +1,9 @@
 """The ranking of layouts, its machines, and the pipeline's bubble."""
 
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from dougong.adapt.lora import LoRAConfig
 from dougong.core.config import replace
@@ -10,9 +12,12 @@ from dougong.models.families.llama import LlamaConfig
 from dougong.models.families.qwen3_moe import Qwen3MoEConfig
 from dougong.objectives.causal_lm import CausalLMConfig
 from dougong.optim import OPTIMIZERS
+from dougong.parallel.pipeline import split
 from dougong.plan import choose, choose_layout
 from dougong.plan.choose import nothing_fits, rank
+from dougong.plan.counts import Counts
 from dougong.plan.machine import KINDS, here, known_gpu, load_machine, machine
+from dougong.plan.memory import heaviest, held_parameters, kept_per_row, parts
 from dougong.plan.option import bill, evaluate
 from dougong.plan.schedule import SCHEDULES, pipeline
 from dougong.plan.work import Work
@@ -21,6 +26,8 @@ from dougong.runtime.layout import LayoutConfig
 from dougong.train import TrainConfig
 
 SMALL = LlamaConfig(vocab_size=1024, context=256, dim=256, num_layers=4, num_heads=4, num_kv_heads=4, ffn_dim=768)
+BIG = LlamaConfig(vocab_size=32_000, context=1024, dim=8192, num_layers=80, num_heads=64, num_kv_heads=8,
+                  ffn_dim=28_672)
 EIGHT_B = LlamaConfig(vocab_size=128_256, context=8192, dim=4096, num_layers=32, num_heads=32, num_kv_heads=8,
                       ffn_dim=14_336)
 
@@ -68,13 +75,44 @@ def test_refusals_are_those_of_the_rooms_below():
 
 
 def test_nothing_fits_says_how_many_would():
-    big = LlamaConfig(vocab_size=32_000, context=1024, dim=8192, num_layers=80, num_heads=64, num_kv_heads=8,
-                      ffn_dim=28_672)
-    ranking = rank(work(big, rows=64), machine("rtx3090"), 2)
+    ranking = rank(work(BIG, rows=64), machine("rtx3090"), 2)
     assert ranking.chosen is None
-    text = nothing_fits(work(big, rows=64), machine("rtx3090"), 2, ranking)
+    text = nothing_fits(work(BIG, rows=64), machine("rtx3090"), 2, ranking)
     number = int(text.split("that fits is ")[1].split()[0])
-    assert 2 < number <= 256 and rank(work(big, rows=max(64, number)), machine("rtx3090"), number).chosen
+    assert 2 < number <= 256 and rank(work(BIG, rows=max(64, number)), machine("rtx3090"), number).chosen
+
+
+@pytest.mark.parametrize(("devices", "base", "advised"), [
+    (1, "float", True), (2, "float", False), (1, "int4", False), (2, "int4", False)])
+def test_integers_are_advised_where_they_would_be_new_and_can_be_trained(devices, base, advised):
+    job = work(BIG, rows=64, adapt=LoRAConfig(rank=8, base=base))
+    small = replace(machine("rtx3090"), memory_bytes=2**30)
+    advice = nothing_fits(job, small, devices, rank(job, small, devices)).splitlines()[-1]
+    assert ("adapt.base=int4" in advice) == advised and "train.rows" not in advice
+
+
+@pytest.mark.parametrize(("devices", "begun", "words"), [
+    (1, True, "or adapt=lora adapt.rank=16 (adapt.base=int4)"), (2, True, "or adapt=lora adapt.rank=16."),
+    (2, False, None)])
+def test_where_a_whole_model_that_exists_does_not_fit_adapters_are_named(devices, begun, words):
+    job, small = work(BIG, rows=64, begun=begun), replace(machine("rtx3090"), memory_bytes=2**30)
+    text = nothing_fits(job, small, devices, rank(job, small, devices))
+    assert (words in text) if words else "adapt" not in text
+
+
+@pytest.mark.parametrize(("changes", "checkpoint", "advised"), [
+    (True, "none", False), (False, "none", True), (False, "full", False)])
+def test_checkpointing_is_advised_only_where_it_was_not_tried(changes, checkpoint, advised):
+    job, small = work(BIG, rows=64, checkpoint=checkpoint), machine("rtx3090")
+    text = nothing_fits(job, small, 1, rank(job, small, 1, changes=changes))
+    assert ("train.gradient_checkpointing=true" in text.splitlines()[-1]) == advised
+
+
+def test_a_shorter_row_is_asked_for_where_rows_are_set():
+    small = machine("rtx3090")
+    for setting in ("model.context", "data.row_tokens"):
+        job = work(BIG, rows=64, row_setting=setting)
+        assert f"({setting})" in nothing_fits(job, small, 1, rank(job, small, 1))
 
 
 def test_auto_layout_is_quick_and_fits_the_processes(monkeypatch):
@@ -143,13 +181,70 @@ def test_long_steps_repeat_what_short_ones_do(schedule, monkeypatch):
 
 
 def test_1f1b_holds_fewer_micro_batches_at_later_stages():
-    assert pipeline("1f1b", 4, 8).in_flight == (4, 3, 2, 1)
-    assert pipeline("gpipe", 4, 8).in_flight == (8, 8, 8, 8)
+    assert pipeline("1f1b", 4, 8).in_flight == (((4,),), ((3,),), ((2,),), ((1,),))
+    assert pipeline("gpipe", 4, 8).in_flight == (((8,),),) * 4
+    assert pipeline("looped_bfs", 2, 4).in_flight == (((4, 4),),) * 2
+    assert pipeline("interleaved", 2, 8).in_flight[0] == ((4, 1), (3, 2)), "the first stage's and the second's"
     assert pipeline("zbv", 8, 16).bubble < pipeline("1f1b", 8, 16).bubble / 3
 
 
+WIDE = LlamaConfig(vocab_size=131_072, context=2048, dim=2048, num_layers=16, num_heads=16, num_kv_heads=16,
+                   ffn_dim=8192)
+CUTS = [(2, "1f1b", [10, 6]), (4, "1f1b", [5, 5, 5, 1]), (2, "interleaved", [10, 6]), (4, "interleaved", None),
+        (2, "zbv", None), (4, "dualpipev", None)]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("size", "schedule", "layers"), CUTS)
+def test_a_planned_process_holds_the_layers_and_weights_that_training_gives_it(size, schedule, layers, tied):
+    model = replace(WIDE, tied=tied)
+    layout, counts = LayoutConfig(replicate=1, pipeline=size, schedule=schedule), Counts(work(model).step())
+    planned, held = parts(counts, layout), []
+    for part in planned:
+        with torch.device("meta"):
+            whole = model.build()
+        stages = split(whole, SimpleNamespace(layout=layout, rank=lambda axis, part=part: part.process),
+                       micro_batches=4 * size)
+        assert part.stages == tuple(len(stage.layers) for stage in stages)
+        assert part.first == (stages[0].index == 0) and part.last == stages[-1].last
+        held.append(len(whole.stack))
+        assert held_parameters(counts, layout, part) == pytest.approx(sum(p.numel() for p in whole.parameters()))
+    assert [part.layers for part in planned] == held and (layers is None or held == layers)
+
+
+@pytest.mark.parametrize(("size", "schedule", "most"), [(2, "1f1b", 10), (4, "1f1b", 5), (2, "interleaved", 10)])
+def test_memory_is_that_of_the_process_that_holds_most_and_time_that_of_the_busiest(size, schedule, most):
+    layout, counts = LayoutConfig(replicate=1, pipeline=size, schedule=schedule), Counts(work(WIDE).step())
+    held = heaviest(counts, layout, "none", 1, 8, gpu=False)
+    assert held.part.process == 0 and held.part.layers == most
+    table = WIDE.vocab_size * WIDE.dim
+    assert held.kinds["weights"] == pytest.approx(4 * (most * counts.layer_parameters + table))
+    head = table / counts.layer_parameters
+    loads = [part.layers + head * part.last for part in parts(counts, layout)]
+    one = evaluate(work(WIDE), counts, LayoutConfig(replicate=1), machine("h200"), checkpoint="none", micro_rows=1)
+    both = evaluate(work(WIDE), counts, layout, machine("h200"), checkpoint="none", micro_rows=1)
+    ratio = both.seconds["compute"] * size / one.seconds["compute"]
+    assert ratio == pytest.approx(max(loads) * size / sum(loads), rel=0.01)
+    assert ratio < 1.17, "the cut weighs the head"
+
+
+def test_of_two_stages_each_counts_with_its_own_layers_in_flight():
+    layout, counts = LayoutConfig(replicate=1, pipeline=4, schedule="zbv"), Counts(work(WIDE).step())
+    held = heaviest(counts, layout, "none", 1, 8, gpu=False)
+    assert (held.part.stages, held.in_flight) == ((2, 1), (7, 1))
+    line, one = kept_per_row(counts, layout, "none"), held.kinds["activations"]
+    assert one - counts.ends_kept().per_row == pytest.approx(15 * (line.fixed + line.per_row))
+
+
+def test_a_pipelines_stages_keep_gathered_weights_for_the_step_whatever_is_asked():
+    counts = Counts(work(EIGHT_B).step())
+    by_layer, step = (heaviest(counts, LayoutConfig(replicate=1, pipeline=2, shard=4, gathered=gathered), "full", 1, 8,
+                               gpu=False).kinds for gathered in ("layer", "step"))
+    assert by_layer == step
+
+
 def test_an_unknown_gpu_is_answered_with_the_nearest():
-    with pytest.raises(ConfigError, match="h200"):
+    with pytest.raises(ConfigError, match=r"h200(.|\n)*--machine FILE\.yaml.*`like: h100`.*memory_bytes"):
         machine("h2000")
     assert machine("A100") is KINDS["a100-80"]
 
@@ -162,6 +257,9 @@ def test_a_machine_of_your_own(tmp_path):
     assert mine.link(4) == KINDS["h100"].host_link_bytes_per_s and mine.link(8) == KINDS["h100"].network_bytes_per_s
     file.write_text("like: h100\nhost_device: 4\n")
     with pytest.raises(ConfigError, match="host_devices"):
+        load_machine(file)
+    file.write_bytes("like: h100  # größer\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match="is not UTF-8"):
         load_machine(file)
     file.write_text("like: h100\nwatts: 300\nwatts: 700\n")
     with pytest.raises(ConfigError, match="line 3: the key 'watts' stands here again, first in line 2"):

@@ -14,7 +14,7 @@ from torch.distributed.run import get_args_parser
 from dougong.core.config import replace
 from dougong.core.errors import ConfigError
 from dougong.models import count
-from dougong.plan.budget import Budget
+from dougong.plan.budget import Budget, parse_text
 from dougong.plan.curve import effective_tokens
 from dougong.plan.laws import CHINCHILLA
 from dougong.plan.machine import machine
@@ -144,6 +144,16 @@ def test_time_here_stays_time(tmp_path):
     assert plan["choice"]["epochs"] > 100
 
 
+@pytest.mark.parametrize("data", ["40GB", "2B tokens"])
+def test_of_text_that_is_only_an_amount_the_command_leaves_the_place_open(data, tmp_path):
+    plan = plan_budget(budget="rtx4090 x 12 hours", data=data)
+    assert shlex.split(plan["command"])[:4] == ["dougong", "train", "first", "data.path=YOUR_TEXTS"]
+    assert not any("YOUR_TEXTS" in override for override in plan["overrides"])
+    own = plan_budget(budget="rtx4090 x 12 hours", data=data, overrides=[f"data.path={tmp_path}"])
+    assert "YOUR_TEXTS" not in own["command"] and f"data.path={tmp_path}" in own["command"]
+    assert "YOUR_TEXTS" not in plan_budget(budget="rtx4090 x 12 hours")["command"]
+
+
 def test_a_text_without_hope_of_fitting_is_refused():
     with pytest.raises(ConfigError, match="no shape fits"):
         plan_budget(budget="here x 1 hour", memory_for_serving="10KB")
@@ -152,6 +162,7 @@ def test_a_text_without_hope_of_fitting_is_refused():
 @pytest.mark.parametrize(("arguments", "says"), [
     ({"budget": "8 h200 x 1 day", "probe": True}, "this machine"),
     ({"budget": "here x 20 s", "probe": True}, "too few"),
+    ({"budget": "here x 1 h", "probe": True, "data": "2B tokens"}, "only an amount(.|\n)*data.path=FOLDER"),
     ({"budget": "here x 1 h", "overrides": ["model.dim=128"]}, "model.dim is what"),
     ({"budget": "here x 1 h", "overrides": ["train.steps=9"]}, "train.steps is what"),
     ({"budget": "here x 1 h", "overrides": ["size=3M"]}, "size is what"),
@@ -166,6 +177,9 @@ def test_other_families_and_optimisers_are_planned_too():
     plan = plan_budget(budget="1 h200 x 6 hours", overrides=["model=gpt2", "optim=adamw"])
     assert resolved({**plan, "overrides": ["model=gpt2", "optim=adamw", *plan["overrides"]]}).model.kind == "gpt2"
     assert {"rate, Step Law", "rate, DeepSeek", "rate, OLMo"} <= {figure["name"] for figure in plan["figures"]}
+    given = plan_budget(budget="1 h200 x 6 hours", overrides=["optim=adamw", "optim.lr=0.0005"])
+    rate = next(figure for figure in given["figures"] if figure["name"] == "rate")
+    assert (rate["value"], rate["source"]) == (0.0005, "given in the recipe")
 
 
 # --- the probe -------------------------------------------------------------------------------------------------------
@@ -250,6 +264,22 @@ def test_the_probe_chooses_nearly_the_best_shape_and_its_interval_holds(world, t
     low, high = plan["loss"]["interval"]
     assert low <= reached[size] <= high < 2 * low
     assert f"train.steps={plan['steps']}" in plan["overrides"] and plan["by"] == "probe"
+    rate = next(figure for figure in plan["figures"] if figure["name"] == "rate")
+    assert rate["value"] == small_runs.sized(settled, size).optim.lr and "the dial" in rate["source"]
+    assert all(figure["source"] for figure in plan["figures"])
+
+
+def test_of_an_amount_the_probe_reads_a_part_and_the_budget_all_of_it(world, monkeypatch):
+    base, pace, train, _ = world
+    probe = small_runs.run_probe(base, 120.0, 480.0, pace=pace, train=train)
+    monkeypatch.setattr(small_runs, "run_probe", lambda *_, **more: probe)
+    money = Budget(1, machine("here"), 600.0)
+    own, more = (small_runs.choose_by_probe(base, money, parse_text(text), None) for text in (None, "1B tokens"))
+    tokens, held_in = more["choice"]["tokens"], base.data.split.fractions[0]
+    assert more["choice"]["epochs"] == pytest.approx(tokens / (held_in * 1e9)) and own["choice"]["epochs"] > 1
+    assert more["loss"]["value"] < own["loss"]["value"]
+    passes = next(figure for figure in more["figures"] if figure["name"] == "passes over the text")
+    assert "the amount given" in passes["source"]
 
 
 @pytest.mark.parametrize(("allowed", "number"), [(120.0, 2), (540.0, 3), (2000.0, 3)])
@@ -329,7 +359,7 @@ def test_no_shape_is_considered_twice(three_days):
 def test_a_recipe_that_begins_from_a_model_has_to_name_it(recipe):
     for planned in (lambda: plan_budget(budget="here x 1 hour", recipe=recipe),
                     lambda: plan_recipe(load_recipe(recipe, HERE)[0], machine("here"), 1)):
-        with pytest.raises(ConfigError, match=r"begins from a model that exists.*start\.path=RUN"):
+        with pytest.raises(ConfigError, match=r"begins from a model\s+that exists(.|\n)*--model RUN"):
             planned()
 
 

@@ -170,6 +170,25 @@ def test_an_adapter_that_fits_nowhere_is_told_what_would_help():
         plan_recipe(adapted(), cpu(0.5), 1)
 
 
+def test_a_model_that_exists_and_does_not_fit_is_pointed_to_adapters_and_to_shorter_rows():
+    whole = replace(asked("model.vocab_size=512", "optim=adamw"), start=StartConfig(path="somewhere"),
+                    data=ChatData(row_tokens=48))
+    with pytest.raises(ConfigError) as refused:
+        plan_recipe(whole, cpu(0.5), 1)
+    said = str(refused.value).splitlines()[-1]
+    assert "adapt=lora adapt.rank=16 (adapt.base=int4)" in said and "data.row_tokens" in said
+    assert "gradient_checkpointing" not in said and "model.context" not in said
+    with pytest.raises(ConfigError) as drawn:
+        plan_recipe(asked(), cpu(0.5), 1)
+    assert "adapt" not in str(drawn.value)
+
+
+def test_what_is_printed_of_memory_is_said_how_it_was_found(timed):
+    for recipe in (asked(), asked("train.gradient_checkpointing=true")):
+        plan = plan_recipe(recipe, cpu(1000), 1)
+        assert set(plan["best"][0]["memory"]) <= set(plan["memory_how"]) and plan["best"][0]["memory"]["inputs"] > 0
+
+
 def test_on_several_devices_an_adapter_is_copied_or_in_parts_and_nothing_else():
     plan = plan_recipe(adapted(), cpu(1000), 4)
     printed = [*plan["best"], *plan["others"]]

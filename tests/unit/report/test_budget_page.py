@@ -28,6 +28,13 @@ def test_the_page_says_what_to_train_and_why(inside, tmp_path):
     assert not re.search(r'(src|href)="https?://', page)
 
 
+def test_numbers_are_counted_as_each_language_counts(inside):
+    page = render_budget({**inside, "choice": {**inside["choice"], "parameters": 660_000, "tokens": 2.5e9}})
+    assert "66.0 万 参数，25.0 亿 词元" in page and "660\u202fk parameters on 2.50\u202fB tokens" in page
+    rate = next(figure for figure in inside["figures"] if figure["name"] == "rate")
+    assert f">{rate['value']:.4g}<" in page
+
+
 def test_no_loss_is_drawn_where_none_is_promised(inside, below):
     assert below["refused"] and "No loss is predicted" in render_budget(below)
     assert 'class="grid"' in trade_off(inside) and 'class="grid"' not in trade_off(below)
