@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
 
-from dougong.adapt.lora import adapted_on_meta, trained
+from dougong.adapt.lora import adapted_on_meta, trained, trained_matrices
 from dougong.core.config import replace
 from dougong.models import count
 from dougong.models.compose import DecoderConfig
@@ -81,7 +81,10 @@ class Counts:
 
     @cached_property
     def flops_per_token(self) -> int:
-        return count.flops_per_token(self.step.model, self.context, adapter=self.adapter_parameters) or 0
+        if self.step.adapt is None:
+            return count.flops_per_token(self.step.model, self.context) or 0
+        factors, whole = trained_matrices(adapted_on_meta(self.step.model, self.step.adapt))
+        return count.flops_per_token(self.step.model, self.context, adapter=factors, whole=whole) or 0
 
     @cached_property
     def layer_parameters(self) -> float:

@@ -45,7 +45,7 @@ def _time(plan: dict[str, Any], option: dict[str, Any], out: Any) -> None:
     shares = ", ".join(f"{kind} {value / seconds:.0%}" for kind, value in option["seconds"].items()
                        if value / seconds >= 0.005)
     out.print(f"[bold]time[/]  {seconds * 1000:,.0f} ms a step ({shares}); {option['tokens_per_s']:,.0f} tokens/s; "
-              f"{span(bill['days'])}; {bill['energy_kwh']:,.3g} kWh"
+              f"{span(bill['days'])}; {energy(bill['energy_kwh'])}"
               + (f"; cost {bill['cost']:,.2f}" if bill["cost"] is not None else ""))
     out.print(f"      efficiency {machine['efficiency']:.0%} of {machine_peak(plan) / 1e12:,.3g} TFLOP/s: "
               f"{machine['efficiency_source']}", style="dim")
@@ -77,6 +77,12 @@ def _ranking(plan: dict[str, Any], out: Any) -> None:
                      option["reason"], style="dim")
     out.print(grid)
     out.print(f"{plan['considered']:,} ways were tried by arithmetic. --html FILE draws them.", style="dim")
+
+
+def energy(kwh: float) -> str:
+    """64.1 kWh, 41.7 GWh."""
+    unit, size = next(((unit, size) for unit, size in (("GWh", 1e6), ("MWh", 1e3)) if kwh >= size), ("kWh", 1))
+    return f"{kwh / size:,.3g} {unit}"
 
 
 def machine_peak(plan: dict[str, Any]) -> float:

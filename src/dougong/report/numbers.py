@@ -148,12 +148,15 @@ def duration(seconds: float) -> Text:
 
 
 def energy(watt_hours: float) -> Text:
-    """2.71 Wh, 1.30 kWh."""
+    """2.71 Wh, 1.30 kWh, 41.7 GWh."""
     if not is_number(watt_hours):
         return UNKNOWN
-    kilo = watt_hours >= 1000
-    amount = significant(watt_hours / (1000 if kilo else 1)).en
-    return Text(f"{amount}{NARROW}{'kWh' if kilo else 'Wh'}", f"{amount} {'千瓦时' if kilo else '瓦时'}")
+    size, unit, chinese = next((step for step in _ENERGY if watt_hours >= step[0]), _ENERGY[-1])
+    amount = significant(watt_hours / size).en
+    return Text(f"{amount}{NARROW}{unit}", f"{amount} {chinese}")
+
+
+_ENERGY = ((1e9, "GWh", "吉瓦时"), (1e6, "MWh", "兆瓦时"), (1e3, "kWh", "千瓦时"), (1, "Wh", "瓦时"))
 
 
 def flops_rate(value: float) -> Text:

@@ -70,11 +70,11 @@ def headline(plan: dict[str, Any]) -> list[tuple[Text, Text, Text]]:
         (say("memory"), gib(best["memory_bytes"]), say("of_capacity", size=gib(best["capacity_bytes"]))),
         (say("speed"), Text(f"{best['tokens_per_s']:,.0f}", f"{best['tokens_per_s']:,.0f}"), say("tokens_per_s")),
         (say("time"), time_of(best), say("for_tokens", tokens=tokens)),
-        (say("energy"), Text.same(f"{bill['energy_kwh']:,.3g} kWh"), say("without_cooling")),
+        (say("energy"), numbers.energy(bill["energy_kwh"] * 1000), say("without_cooling")),
     ]
     if bill["cost"] is not None:
         rows[3] = (say("cost"), Text.same(f"{bill['cost']:,.0f}"),
-                   say("at_price", price=f"{price:g}", energy=f"{bill['energy_kwh']:,.3g}"))
+                   say("at_price", price=f"{price:g}", energy=numbers.energy(bill["energy_kwh"] * 1000)))
     return rows
 
 

@@ -16,7 +16,7 @@ _PHRASES: dict[str, tuple[str, str]] = {
     "energy": ("energy", "能耗"),
     "without_cooling": ("devices and hosts, cooling not included", "设备与主机，不含制冷"),
     "cost": ("cost", "费用"),
-    "at_price": ("at {price} for a device and hour; {energy} kWh", "每设备每小时 {price}；{energy} kWh"),
+    "at_price": ("at {price} for a device and hour; {energy}", "每设备每小时 {price}；{energy}"),
     "parameters": ("{count} parameters", "{count} 参数"),
     "flops": ("{count} FLOP a token", "每词元 {count} FLOP"),
     "batch": ("{rows} rows × {context} tokens a step, {steps} steps", "每步 {rows} 行 × {context} 词元，共 {steps} 步"),

@@ -42,6 +42,8 @@ def plain(text: n.Text) -> tuple[str, str]:
         (n.significant(9.996), "10", "10"),
         (n.percent(0.327), "33 %", "33%"),
         (n.energy(1304), "1.3 kWh", "1.3 千瓦时"),
+        (n.energy(2.71), "2.71 Wh", "2.71 瓦时"),
+        (n.energy(4.17e10), "41.7 GWh", "41.7 吉瓦时"),
         (n.flops_rate(7.8e11), "780 GFLOP/s", "780 GFLOP/s"),
         (n.fixed(float("nan")), "–", "–"),
         (n.moment(0), "1970-01-01 00:00 UTC", "1970-01-01 00:00 UTC"),
