@@ -95,7 +95,7 @@ def test_a_draft_with_another_tokenizer_is_refused(tmp_path):
 
 def test_a_tokenizer_that_does_not_match_the_embedding_names_both(tmp_path, monkeypatch):
     run = opened(tmp_path, SimpleNamespace(vocab_size=300, fingerprint="f"), "run")
-    monkeypatch.setattr("dougong.recipes.open_run.open_run", lambda path, checkpoint: run)
+    monkeypatch.setattr("dougong.recipes.open_run.open_run", lambda path, **_: run)
     with pytest.raises(CheckpointError, match=r"run: the tokenizer \(.*run\) has 300 entries.*vocab_size\) 257 rows"):
         ServedModel.open(tmp_path / "run", ServeConfig())
 

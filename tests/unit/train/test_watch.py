@@ -134,17 +134,20 @@ def test_a_disk_may_be_slow_at_every_save_and_on_the_way_back(tmp_path, monkeypa
     checkpointer, save = saving(tmp_path, clock, every=2, total_steps=6)
 
     def wait(moment, real=checkpointer.wait):
-        limits[moment] = watch.limit_s()
-        return real()
+        def waited(**given):
+            limits[moment] = watch.limit_s()
+            return real(**given)
+
+        return waited
 
     hooks = Hooks(state, [save], clock)
     for result in fit(state, OBJECTIVE, RUNTIME, tiny_config(6), clock=clock):
-        monkeypatch.setattr(checkpointer, "wait", lambda: wait(f"save at step {state.step}"))
+        monkeypatch.setattr(checkpointer, "wait", wait(f"save at step {result.step}"))
         hooks.run(result)
     state.spikes.config, state.rewind = SpikeConfig(), Rewind(step=5, first=4, last=5, leaps=1)
-    monkeypatch.setattr(checkpointer, "wait", lambda: wait("way back"))
+    monkeypatch.setattr(checkpointer, "wait", wait("way back"))
     assert go_back(state, checkpointer)["to_step"] == 4
-    monkeypatch.setattr(checkpointer, "wait", lambda: wait("finish"))
+    monkeypatch.setattr(checkpointer, "wait", wait("finish"))
     hooks.finish(state)
     assert limits.keys() >= {"save at step 4", "save at step 6", "way back", "finish"}
     assert set(limits.values()) == {1800}, limits
