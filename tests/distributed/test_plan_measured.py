@@ -3,7 +3,7 @@
 import pytest
 import torch
 from processes import run_processes
-from torch.profiler import ProfilerActivity, profile
+from unit.plan.measured_memory import most_given_out
 
 from dougong.data.batch import Batch
 from dougong.models.families.llama import LlamaConfig
@@ -22,29 +22,26 @@ WORK = Work(model=MODEL, objective=CausalLMConfig(), optim=OPTIMIZERS["adamw"]()
             precision="fp32", device="cpu")
 
 
-def _peak(layout):
-    """Most bytes that this process's allocator had given out during two steps (the model's making included)."""
+def _two_steps(runtime):
+    """Of this process, the model's making included."""
     from dougong.parallel.parallelize import parallelize
 
+    with torch.device("meta"):
+        model = MODEL.build().train()
+    parallel = parallelize(model, WORK.objective.build(), runtime)
+    model = parallel.model.to_empty(device="cpu")
+    model.initialise(0)
+    state = TrainState(model, WORK.optim.build(model), lambda at: 1.0, loader=None)
+    tokens = torch.randint(MODEL.vocab_size, (4, 257), generator=torch.Generator().manual_seed(0))
+    batch = Batch(tokens=tokens[:, :-1].contiguous(), targets=tokens[:, 1:].contiguous(), weight=torch.ones(4, 256))
+    for _ in range(2):
+        take_step(state, WORK.objective.build(), batch, runtime, micro_rows=4, weight=8 * 256.0, clip_norm=1.0,
+                  gradients=parallel.gradients)
+
+
+def _peak(layout):
     runtime = Runtime.start(RuntimeConfig(device="cpu", precision="fp32", threads=1), layout)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        with torch.device("meta"):
-            model = MODEL.build().train()
-        parallel = parallelize(model, WORK.objective.build(), runtime)
-        model = parallel.model.to_empty(device="cpu")
-        model.initialise(0)
-        state = TrainState(model, WORK.optim.build(model), lambda at: 1.0, loader=None)
-        tokens = torch.randint(MODEL.vocab_size, (4, 257), generator=torch.Generator().manual_seed(0))
-        batch = Batch(tokens=tokens[:, :-1].contiguous(), targets=tokens[:, 1:].contiguous(), weight=torch.ones(4, 256))
-        for _ in range(2):
-            take_step(state, WORK.objective.build(), batch, runtime, micro_rows=4, weight=8 * 256.0, clip_norm=1.0,
-                      gradients=parallel.gradients)
-    events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
-    total = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        total += event.nbytes()
-        peak = max(peak, total)
-    return peak
+    return most_given_out(lambda: _two_steps(runtime))
 
 
 @pytest.mark.parametrize(("layout", "within"), [

@@ -21,10 +21,10 @@ def import_model(
 ) -> None:
     """Make a run of a model in Hugging Face's format, or of an adapter in PEFT's."""
     from dougong.core.errors import ConfigError
+    from dougong.data.places import whole_path
     from dougong.interop.hub import is_hub_name, local_directory, model_name
     from dougong.interop.import_hf import read_hf
     from dougong.interop.peft_form import is_peft_directory
-    from dougong.recipes.derive import path_from_anywhere
     from dougong.recipes.import_model import import_run
 
     directory = local_directory(model)
@@ -36,7 +36,7 @@ def import_model(
     name = model_name(model) if is_hub_name(model) else directory.resolve().name
     place = run or Path("runs") / name
     imported = import_run(read_hf(directory), place, source=model,
-                          data=None if data is None else path_from_anywhere(data))
+                          data=None if data is None else whole_path(data))
     screen = console(as_json)
     for note in imported.notes:
         screen.print(note)

@@ -62,7 +62,11 @@ class Counts:
     @cached_property
     def adapter_parameters(self) -> int | None:
         """What an adapter trains, everything else being frozen; None where every weight is trained."""
-        return None if self.step.adapt is None else trained(adapted_on_meta(self.step.model, self.step.adapt))
+        return None if self.step.adapt is None else trained(self._adapted)
+
+    @cached_property
+    def _adapted(self) -> Any:
+        return adapted_on_meta(self.step.model, self.step.adapt)
 
     @cached_property
     def trained_share(self) -> float:
@@ -83,7 +87,7 @@ class Counts:
     def flops_per_token(self) -> int:
         if self.step.adapt is None:
             return count.flops_per_token(self.step.model, self.context) or 0
-        factors, whole = trained_matrices(adapted_on_meta(self.step.model, self.step.adapt))
+        factors, whole = trained_matrices(self._adapted)
         return count.flops_per_token(self.step.model, self.context, adapter=factors, whole=whole) or 0
 
     @cached_property

@@ -6,12 +6,9 @@ minutes) are added later by `fit_to_data` and `fit_to_time`.
 """
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from glob import has_magic
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +17,7 @@ from dougong.adapt.lora import TABLES, widths
 from dougong.core.config import from_dict, replace, to_dict
 from dougong.core.errors import ConfigError, DougongError, did_you_mean
 from dougong.data import DATA
+from dougong.data.places import from_anywhere
 from dougong.models import FAMILIES, count
 from dougong.nn.float8 import why_not_float8
 from dougong.objectives import OBJECTIVES
@@ -103,7 +101,7 @@ def resolve(recipe: Recipe, *, elsewhere: bool = False) -> tuple[Recipe, list[De
     if recipe.adapter is not None and recipe.start is None:
         raise ConfigError(f"adapt.kind={recipe.adapter.kind} adapts a model that exists, and this recipe begins from "
                           "none. Name one: --model RUN, --model FOLDER, or --model hf:OWNER/NAME.")
-    notes = _Notes(replace(recipe, data=_data_from_anywhere(recipe.data)))
+    notes = _Notes(replace(recipe, data=from_anywhere(recipe.data)))
     notes.items += of_start + of_teacher
     if not elsewhere:
         _runtime(notes)
@@ -123,29 +121,6 @@ def resolve(recipe: Recipe, *, elsewhere: bool = False) -> tuple[Recipe, list[De
         _horizon(notes, None)
     _rates(notes, size)
     return notes.recipe, notes.items
-
-
-def path_from_anywhere(path: str) -> str:
-    """The same files whatever folder is asked from: an absolute path, as its folder and the glob in it. As it is where
-    nothing is there (a hub's name, a mistake that is still to be told)."""
-    place = os.path.expanduser(path)
-    told = os.path.exists(place) or (has_magic(path) and not has_magic(os.getcwd()))
-    return str(Path(place).absolute()) if told else path
-
-
-def _data_from_anywhere(data: Any) -> Any:
-    """Data whose places are whole, so that their run can be scored and gone on with from any folder."""
-    if getattr(data, "path", None):
-        data = replace(data, path=path_from_anywhere(data.path))
-    if getattr(data, "sources", ()):
-        data = replace(data, sources=tuple(map(_source_from_anywhere, data.sources)))
-    return data
-
-
-def _source_from_anywhere(source: Any) -> Any:
-    places = {key: path_from_anywhere(place) for key in ("path", "dataset")
-              if (place := getattr(source, key, None)) is not None}
-    return replace(source, **places) if places else source
 
 
 def _check_together(recipe: Recipe) -> None:

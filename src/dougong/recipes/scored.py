@@ -50,7 +50,7 @@ def model_reward(path: str) -> Reward:
     from dougong.recipes.open_run import open_run
 
     with as_it_was():
-        opened = open_run(path)
+        opened = open_run(path, to_read=True)
     if getattr(opened.recipe.objective, "value_outputs", None) != 1:
         raise ConfigError(f"objective.reward=model:{path}: that run was trained with objective.kind="
                           f"{opened.recipe.objective.kind}, and a reward model with objective.kind=reward.")

@@ -12,8 +12,13 @@ from dougong.train.step import take_step
 
 def measured_peak(step) -> int:
     """Most bytes that the CPU allocator had given out during two real steps (the model's own making included)."""
+    return most_given_out(lambda: _two_steps(step))
+
+
+def most_given_out(work) -> int:
+    """Most bytes that the CPU allocator had given out while `work()` ran."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        _two_steps(step)
+        work()
     events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
     total = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
