@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from dougong.core.errors import CheckpointError, ConfigError
@@ -167,16 +166,3 @@ def bits_per_weight(model: nn.Module) -> float:
                 weights += parameter.numel()
                 stored += 8 * parameter.numel() * parameter.element_size()
     return stored / max(1, weights)
-
-
-@torch.no_grad()
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names and bytes: which weights a compressed model was made from."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
-    return digest.hexdigest()

@@ -12,20 +12,20 @@ app = typer.Typer(no_args_is_help=True, help="Look at a recipe's data, or prepar
 _Recipe = Annotated[str, typer.Argument(help="A shipped recipe's name, a .yaml file, or a run.")]
 
 
-def _corpus(recipe: str, overrides: list[str] | None, as_json: bool, model: str | None):
+def _corpus(recipe: str, overrides: list[str] | None, model: str | None):
     from dougong.recipes import RECIPES
 
     if recipe not in RECIPES and Path(recipe).is_dir():
-        return _corpus_of_run(Path(recipe), with_model(model, overrides), as_json)
+        return _corpus_of_run(Path(recipe), with_model(model, overrides))
     from dougong.recipes.assemble import prepare_data
     from dougong.recipes.derive import resolve
     from dougong.recipes.recipe import load_recipe
 
     resolved, _ = resolve(load_recipe(recipe, with_model(model, overrides))[0])
-    return prepare_data(resolved, progress=progress_bar(as_json))
+    return prepare_data(resolved, progress=progress_bar())
 
 
-def _corpus_of_run(path: Path, changes: list[str], as_json: bool):
+def _corpus_of_run(path: Path, changes: list[str]):
     from dougong.core.errors import ConfigError
     from dougong.core.run import RunDirectory
     from dougong.recipes.journey import last_run
@@ -39,7 +39,7 @@ def _corpus_of_run(path: Path, changes: list[str], as_json: bool):
     directory = RunDirectory.open(last_run(path))
     recipe, recorded = recipe_from_run(directory.recipe)
     return corpus_of(as_it_lies(recipe, recorded, directory), recorded, directory.path,
-                     progress=progress_bar(as_json))
+                     progress=progress_bar())
 
 
 @app.command("prepare")
@@ -49,7 +49,7 @@ def prepare(recipe: _Recipe = "first", overrides: Overrides = None, model: Model
     from dougong.data.walk import left_out
     from dougong.recipes.assemble import print_data_facts
 
-    corpus, out = _corpus(recipe, overrides, as_json, model), console(as_json)
+    corpus, out = _corpus(recipe, overrides, model), console(as_json)
     print_data_facts(corpus.facts, out)
     if found := left_out(corpus.facts.get("skipped") or {}):
         look = shlex.join(["dougong", "data", "inspect", recipe, *with_model(model, overrides)])
@@ -69,6 +69,6 @@ def inspect(
     """Show documents with their tokens in colour, what was skipped and what was removed."""
     from dougong.data.inspect import look, render
 
-    seen = look(_corpus(recipe, overrides, as_json, model), split=split, documents=documents)
+    seen = look(_corpus(recipe, overrides, model), split=split, documents=documents)
     render(seen, console(as_json))
     emit(seen, as_json)

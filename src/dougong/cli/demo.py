@@ -21,7 +21,7 @@ def demo(
     from dougong.report import write_report
 
     begin, out = time.perf_counter(), console(as_json)
-    finished = train_demo(minutes, overrides or [], path=run, out=out, progress=progress_bar(as_json))
+    finished = train_demo(minutes, overrides or [], path=run, out=out, progress=progress_bar())
     write_report([finished.directory], finished.directory.report)
     show(finished, out, minutes_in_all=(time.perf_counter() - begin) / 60)
     emit(finished.to_dict(), as_json)

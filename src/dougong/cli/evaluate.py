@@ -25,7 +25,7 @@ def evaluate(
 
     opened = open_run(run, checkpoint=checkpoint, to_read=True)
     result = score(opened, data=data, split=split, stride=stride, baselines=not no_baselines,
-                   progress=progress_bar(as_json))
+                   progress=progress_bar())
     tell_passed_over(opened)
     out = console(as_json)
     out.print(f"{run}, step {opened.step:,} ({opened.weights} weights)", style="dim", markup=False)

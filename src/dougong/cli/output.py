@@ -46,14 +46,14 @@ def tell_passed_over(opened: Any) -> None:
         print(f"warning: checkpoint passed over: {problem}", file=sys.stderr)
 
 
-def progress_bar(as_json: bool = False) -> Any:
+def progress_bar() -> Any:
     """A callable `(done, total, what)` that draws one bar with an ETA per `what` on standard error."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     terminal = Console(stderr=True)
     bar = Progress(TextColumn("{task.description:<28}"), BarColumn(30), TextColumn("{task.percentage:>3.0f}%"),
-                   TransferSpeedColumn(), TimeRemainingColumn(), console=terminal, transient=True)
+                   TimeRemainingColumn(), console=terminal, transient=True)
     tasks: dict[str, Any] = {}
 
     def report(done: int, total: int | None, what: str) -> None:

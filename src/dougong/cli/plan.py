@@ -31,7 +31,7 @@ def plan(
     """Plan a run before its first step: memory, time, cost, layout. With --budget: which model to train."""
     from dougong.core.errors import ConfigError
 
-    out, progress = console(as_json), progress_bar(as_json)
+    out, progress = console(as_json), progress_bar()
     if budget is not None:
         if model is not None:
             raise ConfigError(f"--model {model} is a model, and --budget chooses one. Leave one of them out.")

@@ -23,7 +23,7 @@ def train(
     from dougong.core.errors import ConfigError
     from dougong.recipes.journey import is_journey
 
-    out, progress = console(as_json), progress_bar(as_json)
+    out, progress = console(as_json), progress_bar()
     if (recipe is not None and is_journey(recipe)) or (resume and _is_begun_journey(recipe, run)):
         if dry_run or seeds > 1 or model:
             raise ConfigError("--dry-run, --seeds and --model belong to one recipe, and a journey has several. Give "

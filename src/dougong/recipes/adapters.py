@@ -1,17 +1,14 @@
 """Adapters that come and go by themselves: to PEFT's form and back, and laid over a model that is open."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dougong import __version__
-from dougong.core.config import dump_yaml, replace
+from dougong.core.config import replace
 from dougong.core.errors import CheckpointError, ConfigError, MissingExtraError
-from dougong.core.events import EventLog
-from dougong.core.files import explained_disk_errors, sha256, write_json, write_text
+from dougong.core.files import write_json
 from dougong.core.run import RunDirectory
 from dougong.data.prepare import TextData
 from dougong.data.tokenizer import FileConfig
@@ -22,18 +19,16 @@ from dougong.interop.maps.family_map import FamilyMap
 from dougong.interop.peft_form import CONFIG, WEIGHTS, is_peft_directory, read_peft, to_peft
 from dougong.interop.published import published_form
 from dougong.interop.verify import UNUSUAL, Verified, compare_logits, readable, rows_of
-from dougong.models import count
 from dougong.nn.lora import LowRank
 from dougong.objectives.causal_lm import CausalLMConfig
 from dougong.optim.build import AdamWConfig
 from dougong.optim.schedules import CosineConfig
 from dougong.recipes.export import Exported, held_out_texts, published_whole, refuse_without_tokens, sizes_of
+from dougong.recipes.made_run import fill, made_run, name_for, refuse_existing
 from dougong.recipes.open_run import OpenRun, open_run
 from dougong.recipes.recipe import Recipe, StartConfig, recipe_from_run
 from dougong.recipes.start import read_weights
-from dougong.runtime.device import machine_facts
 from dougong.train import TrainConfig
-from dougong.train.manifest import publish, temporary
 from dougong.train.safetensors_file import write_tensors
 from dougong.train.shadow import moving, tracked
 from dougong.train.state import load_weights
@@ -165,8 +160,7 @@ def open_with_adapter(base: str, path: Path, *, checkpoint: str = "best") -> Ope
 def import_adapter(directory: Path, base: str, path: Path) -> RunDirectory:
     """A run around an adapter in PEFT's form: it names the model it begins from, and its one checkpoint holds the
     adapter. Raises ConfigError where something is at `path` already."""
-    if path.exists():
-        raise ConfigError(f"{path} exists already, and an import overwrites nothing. Choose another --run.")
+    refuse_existing(path, option="--run")
     under = open_run(base)
     if under.tokenizer is None:
         raise ConfigError(f"{base} holds no language model (model.kind={under.recipe.model.kind}).")
@@ -174,45 +168,18 @@ def import_adapter(directory: Path, base: str, path: Path) -> RunDirectory:
     begins = read_weights(StartConfig(path=base)).fingerprint
     read.adapt.apply(under.model, seed=0)
     load_weights(under.model, read.tensors)     # every tensor has its place, or it is refused
-    place = path.with_name(f".{path.name}-importing")
-    with explained_disk_errors(f"the run {path}"):
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir(parents=True)
-        try:
-            begun = at_revision(base, under.directory.path)
-            _write(RunDirectory(place), under, read.adapt, begins, begun, directory, path)
-            place.rename(path)
-        except BaseException:
-            shutil.rmtree(place, ignore_errors=True)
-            raise
-    return RunDirectory(path)
-
-
-def _write(run: RunDirectory, under: OpenRun, adapt: Any, begins: str, base: str, source: Path, path: Path) -> None:
+    base = at_revision(base, under.directory.path)
     start = StartConfig(path=base if is_hub_name(base) else str(Path(base).expanduser().absolute()))
     recipe = Recipe(
-        name="".join(c if c.isalnum() or c in "_.-" else "-" for c in path.name), about=f"imported from {source.name}",
-        data=TextData(), tokenizer=FileConfig(path=str(RunDirectory(path).tokenizer)), start=start,
-        model=under.recipe.model, adapt=adapt, objective=CausalLMConfig(), optim=AdamWConfig(), schedule=CosineConfig(),
+        name=name_for(path), about=f"imported from {directory.name}", data=TextData(),
+        tokenizer=FileConfig(path=str(RunDirectory(path).tokenizer)), start=start, model=under.recipe.model,
+        adapt=read.adapt, objective=CausalLMConfig(), optim=AdamWConfig(), schedule=CosineConfig(),
         train=TrainConfig(steps=1, rows=1, micro_rows=1), runtime=replace(under.recipe.runtime, precision="fp32"))
-    resolved = {"dougong": __version__, "torch": torch.__version__, "start_fingerprint": begins,
-                "tokenizer_fingerprint": under.tokenizer.fingerprint,
-                "imported": {"from": str(source), "dtype": "float32", "data": None}}
-    under.tokenizer.save(run.tokenizer)
-    write_text(run.recipe, dump_yaml(recipe) + dump_yaml({"resolved": resolved}))
-    recipe_from_run(run.recipe)     # what was written can be read
-    checkpoint = temporary(run, 0)
-    checkpoint.mkdir(parents=True)
-    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in moving(under.model).items()}
-    written = {"model.safetensors": write_tensors(checkpoint / "model.safetensors", tensors)}
-    publish(run, {"step": 0, "best": None}, written, recipe_hash=sha256(run.recipe), reason="import")
-    log = EventLog(run.events)
-    log.write("start", step=0, command=["dougong", "import"],
-              versions={"dougong": __version__, "torch": torch.__version__},
-              machine=machine_facts(torch.device("cpu")), precision="fp32", threads=recipe.runtime.threads,
-              compile=False, processes=1, resumed_from=None)
-    trained = sum(tensor.numel() for tensor in tensors.values())
-    log.write("model", parameters={**count.parameters(recipe.model), "trained": trained}, groups=[],
-              flops_per_token=count.flops_per_token(recipe.model, recipe.model.context, adapter=trained))
-    log.write("end", step=0, reason="done", elapsed_s=0.0)
-    log.close()
+    resolved = {"start_fingerprint": begins, "tokenizer_fingerprint": under.tokenizer.fingerprint,
+                "imported": {"from": str(directory), "dtype": "float32", "data": None}}
+    tensors = {name: tensor.float() for name, tensor in moving(under.model).items()}
+    with made_run(path) as run:
+        fill(run, recipe, resolved, tensors, reason="import", tokenizer=under.tokenizer,
+             adapter=sum(tensor.numel() for tensor in tensors.values()))
+        recipe_from_run(run.recipe)     # what was written can be read
+    return RunDirectory(path)

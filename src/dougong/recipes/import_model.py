@@ -1,7 +1,5 @@
 """A Hugging Face directory as a run: the recipe it might have come from, its tokenizer, one checkpoint, its story."""
 
-import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,10 +7,6 @@ from typing import Any
 import torch
 
 from dougong import __version__
-from dougong.core.config import dump_yaml
-from dougong.core.errors import ConfigError
-from dougong.core.events import EventLog
-from dougong.core.files import explained_disk_errors, sha256, write_text
 from dougong.core.run import RunDirectory
 from dougong.data.prepare import TextData
 from dougong.data.tokenizer import FileConfig
@@ -21,11 +15,10 @@ from dougong.models import count
 from dougong.objectives.causal_lm import CausalLMConfig
 from dougong.optim.build import AdamWConfig
 from dougong.optim.schedules import CosineConfig
+from dougong.recipes.made_run import fill, made_run, name_for, refuse_existing
 from dougong.recipes.recipe import Recipe, SampleConfig
-from dougong.runtime.device import RuntimeConfig, machine_facts
+from dougong.runtime.device import RuntimeConfig
 from dougong.train import TrainConfig
-from dougong.train.manifest import publish, temporary
-from dougong.train.safetensors_file import write_tensors
 
 
 @dataclass(frozen=True)
@@ -61,38 +54,10 @@ def recorded_facts(read: HuggingFaceModel, source: str, data: str | None) -> dic
 
 def import_run(read: HuggingFaceModel, path: Path, *, source: str, data: str | None = None) -> Imported:
     """Writes the run, whole or not at all. Raises ConfigError where something is at `path` already."""
-    if path.exists():
-        raise ConfigError(f"{path} exists already, and an import overwrites nothing. Choose another --run.")
-    place = path.with_name(f".{path.name}-importing")
-    with explained_disk_errors(f"the run {path}"):
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir(parents=True)
-        try:
-            _write(RunDirectory(place), read, path, source, data)
-            place.rename(path)
-        except BaseException:
-            shutil.rmtree(place, ignore_errors=True)
-            raise
+    refuse_existing(path, option="--run")
+    recipe = imported_recipe(read, name=name_for(path), data=data, tokenizer=RunDirectory(path).tokenizer)
+    with made_run(path) as run:
+        fill(run, recipe, recorded_facts(read, source, data), {name: t.float() for name, t in read.tensors.items()},
+             reason="import", tokenizer=read.tokenizer)
     parameters = count.parameters(read.config)["total"]
     return Imported(RunDirectory(path), read.config.kind, parameters, read.dtype, read.notes)
-
-
-def _write(run: RunDirectory, read: HuggingFaceModel, path: Path, source: str, data: str | None) -> None:
-    name = "".join(c if c.isalnum() or c in "_.-" else "-" for c in path.name)
-    recipe = imported_recipe(read, name=name, data=data, tokenizer=RunDirectory(path).tokenizer)
-    read.tokenizer.save(run.tokenizer)
-    write_text(run.recipe, dump_yaml(recipe) + dump_yaml({"resolved": recorded_facts(read, source, data)}))
-    place = temporary(run, 0)
-    place.mkdir(parents=True)
-    written = {"model.safetensors": write_tensors(
-        place / "model.safetensors", {name: tensor.float().contiguous() for name, tensor in read.tensors.items()})}
-    publish(run, {"step": 0, "best": None}, written, recipe_hash=sha256(run.recipe), reason="import")
-    log = EventLog(run.events)
-    log.write("start", step=0, command=["dougong", *sys.argv[1:]],
-              versions={"dougong": __version__, "torch": torch.__version__}, machine=machine_facts(torch.device("cpu")),
-              precision=recipe.runtime.precision, threads=recipe.runtime.threads, compile=False, processes=1,
-              resumed_from=None)
-    log.write("model", parameters=count.parameters(read.config), groups=[],
-              flops_per_token=count.flops_per_token(read.config, read.config.context))
-    log.write("end", step=0, reason="done", elapsed_s=0.0)
-    log.close()

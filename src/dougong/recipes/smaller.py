@@ -2,35 +2,26 @@
 round, to export.
 """
 
-import shutil
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from dougong import __version__
 from dougong.adapt.prune import prune
 from dougong.adapt.quantize import refuse_integers
 from dougong.adapt.vocabulary import with_vocabulary
-from dougong.core.config import dump_yaml, replace
+from dougong.core.config import replace
 from dougong.core.errors import ConfigError
-from dougong.core.events import EventLog
-from dougong.core.files import explained_disk_errors, sha256, write_text
 from dougong.core.run import RunDirectory
 from dougong.data.tokenizer import FileConfig, Tokenizer
 from dougong.data.trim import token_counts, trim
 from dougong.models import count
 from dougong.recipes.assemble import prepare_data
 from dougong.recipes.calibration import calibration
+from dougong.recipes.made_run import fill, made_run, refuse_existing
 from dougong.recipes.open_run import OpenRun
 from dougong.recipes.recipe import Recipe
 from dougong.recipes.start import fingerprint
-from dougong.runtime.device import machine_facts
-from dougong.train.manifest import publish, temporary
-from dougong.train.safetensors_file import write_tensors
 from dougong.train.shadow import tracked
 
 Say = Callable[[str], None]
@@ -91,8 +82,7 @@ def trim_run(opened: OpenRun, path: Path, *, least: int = 1, text: OpenRun | Non
 
 
 def _check(opened: OpenRun, path: Path) -> None:
-    if path.exists():
-        raise ConfigError(f"{path} exists already, and nothing is overwritten. Choose another --out.")
+    refuse_existing(path, option="--out")
     if opened.tokenizer is None or not hasattr(opened.model, "stack"):
         raise ConfigError(f"{opened.directory.path} holds no language model of layers (model.kind="
                           f"{opened.recipe.model.kind}), and only such are made smaller so.")
@@ -111,45 +101,15 @@ def _of(path: Path) -> FileConfig:
 def _write(path: Path, opened: OpenRun, recipe: Recipe, model: Any, tokenizer: Tokenizer, how: str,
            facts: dict[str, Any], notes: Sequence[str]) -> Smaller:
     """The run, whole or not at all."""
-    source = opened.name
-    place = path.with_name(f".{path.name}-writing")
-    with explained_disk_errors(f"the run {path}"):
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir(parents=True)
-        try:
-            run = RunDirectory(place)
+    with made_run(path) as run:
+        data = opened.recorded.get("data_fingerprint")
+        if data and tokenizer.fingerprint != opened.tokenizer.fingerprint:
             tokenizer.save(run.tokenizer)
-            data = opened.recorded.get("data_fingerprint")
-            if data and tokenizer.fingerprint != opened.tokenizer.fingerprint:
-                data = prepare_data(replace(recipe, tokenizer=_of(place))).fingerprint
-            recorded = {**opened.recorded, "dougong": __version__, "torch": torch.__version__,
-                        "tokenizer_fingerprint": tokenizer.fingerprint, "data_fingerprint": data,
-                        "smaller": {"how": how, "run": source, "step": opened.step,
-                                    "fingerprint": fingerprint(tracked(opened.model)), **facts}}
-            recorded.pop("start_fingerprint", None)
-            write_text(run.recipe, dump_yaml(recipe) + dump_yaml({"resolved": recorded}))
-            checkpoint = temporary(run, 0)
-            checkpoint.mkdir(parents=True)
-            held = {name: tensor.detach().cpu().contiguous() for name, tensor in tracked(model).items()}
-            written = {"model.safetensors": write_tensors(checkpoint / "model.safetensors", held)}
-            publish(run, {"step": 0, "best": None}, written, recipe_hash=sha256(run.recipe), reason=how)
-            _tell(run, recipe, how)
-            place.rename(path)
-        except BaseException:
-            shutil.rmtree(place, ignore_errors=True)
-            raise
+            data = prepare_data(replace(recipe, tokenizer=_of(run.path))).fingerprint
+        recorded = {**opened.recorded, "tokenizer_fingerprint": tokenizer.fingerprint, "data_fingerprint": data,
+                    "smaller": {"how": how, "run": opened.name, "step": opened.step,
+                                "fingerprint": fingerprint(tracked(opened.model)), **facts}}
+        recorded.pop("start_fingerprint", None)
+        fill(run, recipe, recorded, tracked(model), reason=how, tokenizer=tokenizer)
     return Smaller(RunDirectory(path), how, count.parameters(recipe.model)["total"],
                    count.parameters(opened.recipe.model)["total"], facts, tuple(notes))
-
-
-def _tell(run: RunDirectory, recipe: Recipe, how: str) -> None:
-    """The run's story, which reports begin from."""
-    log = EventLog(run.events)
-    log.write("start", step=0, command=["dougong", *sys.argv[1:]],
-              versions={"dougong": __version__, "torch": torch.__version__}, machine=machine_facts(torch.device("cpu")),
-              precision=recipe.runtime.precision, threads=recipe.runtime.threads, compile=False, processes=1,
-              resumed_from=None)
-    log.write("model", parameters=count.parameters(recipe.model), groups=[],
-              flops_per_token=count.flops_per_token(recipe.model, recipe.model.context))
-    log.write("end", step=0, reason="done", elapsed_s=0.0)
-    log.close()
