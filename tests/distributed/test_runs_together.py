@@ -9,6 +9,7 @@ from tiny_recipe import MODELS, write_recipe, write_texts
 
 from dougong.api import resume_run
 from dougong.core.events import read_events
+from dougong.recipes.derive import resolve
 from dougong.recipes.recipe import load_recipe
 from dougong.recipes.train import train_run
 from dougong.runtime.layout import LayoutConfig
@@ -82,5 +83,5 @@ def _chosen(recipe):
 
 
 def test_an_automatic_layout_is_that_of_process_0_everywhere():
-    recipe = load_recipe("first", ["layout=auto", "train.rows=8"])[0]
+    recipe = resolve(load_recipe("first", ["layout=auto", "train.rows=8", "size=500K", "runtime.threads=1"])[0])[0]
     assert run_processes(2, _chosen, recipe) == [LayoutConfig(replicate=2)] * 2

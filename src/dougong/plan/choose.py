@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 from dougong.adapt.lora import why_not_divided
 from dougong.core.errors import ConfigError
@@ -12,7 +11,7 @@ from dougong.plan.counts import Counts
 from dougong.plan.machine import Machine, here
 from dougong.plan.memory import kept_for_step
 from dougong.plan.option import Option, describe, evaluate
-from dougong.plan.work import AS_SETTING, CHECKPOINTING, Work
+from dougong.plan.work import AS_SETTING, Work
 from dougong.runtime.layout import DATA, LayoutConfig
 
 _FILLED = 8
@@ -71,31 +70,18 @@ def _said(option: Option, work: Work, best: Option | None) -> Option:
     return replace(option, changes=(*option.changes, *micro), reason=explain(option, best))
 
 
-def choose_layout(model: Any, train: Any, runtime: Any, optim: Any, processes: int, *, adapt: Any = None,
-                  context: int | None = None,
+def choose_layout(work: Work, processes: int, *,
                   why_not: Callable[[LayoutConfig], str | None] = lambda layout: None) -> tuple[LayoutConfig, str]:
     """The layout for `layout: auto`, and the reason; called by the processes launched, each alike.
 
-    `adapt`: the adapter that is trained. `context`: tokens of a row, where that is not the model's. `why_not`: what of
-    the recipe speaks against a layout.
-
-    Copies where a whole model with its optimiser leaves half of the memory free: nothing is simpler, and small parts
-    travel badly. Else what the plan ranks first. Raises ConfigError where nothing fits.
+    `why_not`: what else speaks against a layout. Copies where a whole model with its optimiser leaves half of the
+    memory free: nothing is simpler, and small parts travel badly. Else what the plan ranks first. Raises ConfigError
+    where nothing fits.
     """
     if processes == 1:
         return LayoutConfig(replicate=1), "one process"
-    if not hasattr(model, "decoder"):
-        return LayoutConfig(replicate=processes), "this model has no layers to divide; every process takes rows"
-    from dougong.objectives.causal_lm import CausalLMConfig
-
-    vocab_size = model.vocab_size or 4096       # the tokenizer's is not known yet; it does not decide
-    work = Work(model=replace(model, vocab_size=vocab_size), objective=CausalLMConfig(), optim=optim,
-                rows=train.rows or processes, context=context or model.context or 1024, steps=train.steps or 1,
-                precision=runtime.precision or "fp32", device=runtime.device or "cpu",
-                checkpoint=CHECKPOINTING[train.gradient_checkpointing], micro_rows=train.micro_rows,
-                ema=train.ema is not None, compile=bool(runtime.compile),
-                adapt=adapt and replace(adapt, rank=adapt.rank or _ANY_RANK),
-                row_setting="data.row_tokens" if context else "model.context")
+    if work.adapt is not None and work.adapt.rank is None:
+        work = replace(work, adapt=replace(work.adapt, rank=_ANY_RANK))
     machine = _shared(processes)
     copies = rank(work, machine, processes, pinned=LayoutConfig(replicate=processes), keep=1, changes=False).chosen
     if copies is not None and copies.memory_bytes <= _ROOM_FOR_COPIES * copies.capacity:

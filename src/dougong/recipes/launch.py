@@ -32,13 +32,8 @@ def lay_out(recipe: Recipe, asked: LayoutConfig | AutoLayoutConfig | None = None
     """
     processes, wanted = launched(), recipe.layout if asked is None else asked
     if isinstance(wanted, AutoLayoutConfig):
-        from dougong.plan import choose_layout
-
         # by process 0's machine: hosts that differ would choose differently
-        layout, reason = from_first(
-            choose_layout(recipe.model, recipe.train, recipe.runtime, recipe.optim, processes, adapt=recipe.adapter,
-                          context=getattr(recipe.data, "row_tokens", None), why_not=partial(why_not, recipe))
-            if process_rank() == 0 else None)
+        layout, reason = from_first(_chosen(recipe, processes) if process_rank() == 0 else None)
         layout = layout.on(processes)
         derived = [Derived("layout", str(layout), reason)]
     else:
@@ -48,6 +43,20 @@ def lay_out(recipe: Recipe, asked: LayoutConfig | AutoLayoutConfig | None = None
     if (reason := why_not(recipe, layout, begun=asked is not None)) is not None:
         raise ConfigError(f"the layout {layout} does not fit this recipe: {reason}")
     return layout, derived
+
+
+def _chosen(recipe: Recipe, processes: int) -> tuple[LayoutConfig, str]:
+    """What `layout: auto` is here, and why."""
+    from dougong.objectives.causal_lm import CausalLMConfig
+    from dougong.plan import choose_layout
+    from dougong.plan.machine import here
+    from dougong.recipes.plan_recipe import work_of
+
+    if not hasattr(recipe.model, "decoder"):
+        return LayoutConfig(replicate=processes), "this model has no layers to divide; every process takes rows"
+    # no other objective decides between layouts, and not all can be planned
+    work = replace(work_of(recipe, here()), objective=CausalLMConfig())
+    return choose_layout(work, processes, why_not=partial(why_not, recipe))
 
 
 def nearest(layout: LayoutConfig | AutoLayoutConfig, processes: int) -> LayoutConfig | AutoLayoutConfig:

@@ -21,9 +21,7 @@ from dougong.plan.memory import heaviest, held_parameters, kept_per_row, parts
 from dougong.plan.option import bill, evaluate
 from dougong.plan.schedule import SCHEDULES, pipeline
 from dougong.plan.work import Work
-from dougong.runtime.device import RuntimeConfig
 from dougong.runtime.layout import LayoutConfig
-from dougong.train import TrainConfig
 
 SMALL = LlamaConfig(vocab_size=1024, context=256, dim=256, num_layers=4, num_heads=4, num_kv_heads=4, ffn_dim=768)
 BIG = LlamaConfig(vocab_size=32_000, context=1024, dim=8192, num_layers=80, num_heads=64, num_kv_heads=8,
@@ -121,29 +119,35 @@ def test_auto_layout_is_quick_and_fits_the_processes(monkeypatch):
     tried = []
     monkeypatch.setattr(choose, "evaluate", lambda *given, **more: tried.append(given) or evaluate(*given, **more))
     for processes in (1, 2, 4, 8):
-        layout, reason = choose_layout(SMALL, TrainConfig(rows=16), RuntimeConfig(), OPTIMIZERS["adamw"](), processes)
+        layout, reason = choose_layout(work(rows=16, device="cpu", precision="fp32"), processes)
         assert layout.on(processes).processes == processes and reason
     assert len(tried) == 3      # copies have room: nothing else is worked out
 
 
 def test_auto_copies_what_has_room_and_divides_what_has_none(monkeypatch):
     monkeypatch.setattr(choose, "here", lambda: machine("h200"))
-    recipe = (TrainConfig(rows=16), RuntimeConfig(device="cuda", precision="bf16"), OPTIMIZERS["adamw"](), 8)
-    small, reason = choose_layout(SMALL, *recipe)
+    small, reason = choose_layout(work(rows=16), 8)
     assert small == LayoutConfig(replicate=8) and "room for the whole model" in reason
-    large, _ = choose_layout(EIGHT_B, *recipe)
+    large, _ = choose_layout(work(EIGHT_B, rows=16), 8)
     assert large.size("shard", "tensor", "pipeline") > 1
 
 
 def test_auto_leaves_out_what_the_recipe_says_no_to(monkeypatch):
     monkeypatch.setattr(choose, "here", lambda: replace(machine("h200"), memory_bytes=32 * 2**30))
-    recipe = (TrainConfig(rows=16), RuntimeConfig(device="cuda", precision="bf16"), OPTIMIZERS["adamw"](), 16)
-    layout, _ = choose_layout(EIGHT_B, *recipe)
+    job = work(EIGHT_B, rows=16)
+    layout, _ = choose_layout(job, 16)
     assert layout.context > 1, "or this shows nothing"
-    other, _ = choose_layout(EIGHT_B, *recipe, why_not=lambda one: "no" if one.context > 1 else None)
+    other, _ = choose_layout(job, 16, why_not=lambda one: "no" if one.context > 1 else None)
     assert other.context == 1 and other.processes == 16
-    adapted, reason = choose_layout(EIGHT_B, *recipe, adapt=LoRAConfig(), context=64)
+    adapted, reason = choose_layout(replace(job, adapt=LoRAConfig(), context=64), 16)
     assert adapted == LayoutConfig(replicate=16), reason
+
+
+def test_auto_names_what_would_do_where_nothing_fits(monkeypatch):
+    monkeypatch.setattr(choose, "here", lambda: machine("rtx3090"))
+    with pytest.raises(ConfigError, match="no layout of 2 processes fits") as refused:
+        choose_layout(work(BIG, rows=16, begun=True), 2)
+    assert "The smallest number of" in str(refused.value) and "adapt=lora" in str(refused.value)
 
 
 def test_figures_follow_the_machine():
