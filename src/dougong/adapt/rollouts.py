@@ -171,16 +171,20 @@ def greedy_score(model: nn.Module, spelling: Spelling, rewards: Rewards, tasks: 
                  poll: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """What the model earns where it writes what it finds most likely: means over tasks, up to `most_tokens` written.
 
-    `loss` is the negative reward, so that the best checkpoint is the one that earns most.
+    `loss` is the negative reward, so that the best checkpoint is the one that earns most. Processes that share a run
+    each write and reward for themselves, perhaps other replies with other verdicts, so they meet (`poll`) once a batch
+    of tasks, and process 0 says which is the last. One that computes alone polls at every token too.
     """
     values: list[float] = []
     written, failed = 0, rewards.failed
+    at_each_token = poll if runtime.mesh.devices is None else lambda: None
     for start in range(0, len(tasks), _AT_ONCE):
+        poll()
         sampling = SamplingConfig(max_tokens=max_tokens, temperature=0)
-        samples = write(model, spelling, tasks[start:start + _AT_ONCE], sampling, runtime=runtime, poll=poll)
+        samples = write(model, spelling, tasks[start:start + _AT_ONCE], sampling, runtime=runtime, poll=at_each_token)
         values += rewards([sample.reply for sample in samples])
         written += sum(len(sample.written) for sample in samples)
-        if most_tokens and written >= most_tokens:
+        if most_tokens and runtime.from_first(written >= most_tokens):
             break
     reward = float(np.mean(values))
     return {"loss": -reward, "reward": reward, "pass_rate": float(np.mean([value >= 1 for value in values])),

@@ -24,8 +24,18 @@ def quick_score(recipe: Recipe, corpus: Any, runtime: Runtime, *, objective: Obj
 
     Of a language model bits per byte of text, and on other data (conversations, pairs, tasks) what the corpus itself
     or the objective measures. `divided` (`parallel.Parallel`): the processes that share the model score together, each
-    its rows. `poll` is called now and then, and may raise to end the work.
+    its rows. `poll` is called now and then, equally often by all of them, and may raise to end the work.
+
+    The figures are process 0's on every process: what is the best, and when patience ends, hangs on them, and where
+    each scores by itself a clock may decide otherwise (`reward=tests`).
     """
+    own = _own_score(recipe, corpus, runtime, objective, divided, poll)
+    return own and (lambda model: runtime.from_first(own(model)))
+
+
+def _own_score(recipe: Recipe, corpus: Any, runtime: Runtime, objective: Objective | None, divided: Any,
+               poll: Callable[[], None]) -> Score | None:
+    """What this process computes."""
     if recipe.is_language_model and recipe.data.kind == "text":
         return _language_model(recipe, corpus, runtime, divided, poll)
     if recipe.is_language_model:

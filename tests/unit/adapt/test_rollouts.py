@@ -130,6 +130,14 @@ def test_a_greedy_score_reads_every_task_and_stops_when_enough_was_written(model
     assert model.training
 
 
+def test_one_process_can_be_stopped_at_every_token_of_a_greedy_score(model):
+    polled = []
+    greedy_score(model, Letters(), Rewards("contains"), TASKS[:1], max_tokens=5, runtime=Runtime(),
+                 poll=lambda: polled.append(1))
+    written = greedy_score(model, Letters(), Rewards("contains"), TASKS[:1], max_tokens=5, runtime=Runtime())
+    assert len(polled) >= written["tokens_per_reply"] > 1
+
+
 def test_rows_that_make_no_groups_and_other_tasks_are_refused(model):
     with pytest.raises(ConfigError, match=r"Try train\.rows=12"):
         rollouts(model, rows=13)
