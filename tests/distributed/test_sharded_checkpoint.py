@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from divided_state import ONE, assert_same, divided_state, together, whole
 from processes import run_processes
 from torch.distributed.tensor import DTensor
 
+from dougong.core import files
 from dougong.core.errors import CheckpointError, DougongError
 from dougong.core.run import RunDirectory
 from dougong.runtime.layout import LayoutConfig
@@ -28,7 +30,10 @@ from dougong.train.checkpoint import (
     load_model_tensors,
     save_checkpoint,
 )
+from dougong.train.config import SpikeConfig
+from dougong.train.rewind import go_back
 from dougong.train.sharded import share_out
+from dougong.train.spikes import Rewind
 
 TWO, FOUR = LayoutConfig(shard=2), LayoutConfig(shard=4)
 GRID, COPIES = LayoutConfig(shard=2, tensor=2), LayoutConfig(replicate=2, shard=2)
@@ -139,6 +144,40 @@ def test_each_process_reads_no_more_than_it_holds(run):
         assert read == held
 
 
+def _memory(run, layout):
+    """What was read, where it was when the optimiser got it, and how much of the state before was then still there."""
+    state, mesh = divided_state(layout, seed=99)
+    before = [weakref.ref(parts.local(t)) for slots in state.optimizer.state.values() for t in slots.values()]
+    read, alive, real_read, real_load = {}, [], parts.Stored.read, state.optimizer.load_state_dict
+
+    def reading(self, name, wanted=None):
+        read[self.group, name] = real_read(self, name, wanted)
+        return read[self.group, name]
+
+    parts.Stored.read = reading
+    state.optimizer.load_state_dict = lambda new: (alive.append(sum(ref() is not None for ref in before)),
+                                                   real_load(new))
+    load_checkpoint(run.checkpoint(7), state, mesh=mesh)
+    held = {name: parts.local(t) for name, t in state.state_dict()["tensors"]["optimizer"].items()}
+    copied = [name for name, t in held.items() if not name.endswith("/step") and t.numel()
+              and t.data_ptr() != read["optimizer", name].data_ptr()]
+    return alive, copied, len(held)
+
+
+def test_loading_holds_an_optimisers_state_once(run):
+    """A device that training fills has no room for two."""
+    save(run, GRID)
+    for alive, copied, held in run_processes(4, _memory, run, FOUR):
+        assert held and not copied and alive == [0]
+
+
+def test_parts_are_read_to_the_cpu_wherever_they_belong(run):
+    original = save(run, GRID)
+    stored = parts.Stored(run.checkpoint(7), "model")
+    part = stored.part("up.weight", torch.empty(10, 6, device="meta"))
+    assert part.value.device.type == "cpu" and torch.equal(part.value, original["model/up.weight"])
+
+
 def _draw(run, before, layout):
     state, mesh = divided_state(layout, seed=99, done=False)
     load_checkpoint(run.checkpoint(before), state, mesh=mesh)
@@ -207,6 +246,54 @@ def test_damage_is_noticed_by_all_and_the_older_checkpoint_is_everyones(run, dam
     for name, found, told in one:
         assert found.step == 5 and len(found.problems) == 1 and name in found.problems[0] and name in told
     assert latest_valid(run).step == 9
+
+
+def _gone_back(run, spoilt):
+    """What each process hashed on the way back past a checkpoint of which one file is damaged, and where it led."""
+    state, mesh = divided_state(TWO)
+    background = Checkpointer(run, keep_last=9, mesh=mesh)
+    for state.step in (5, 9, 12):
+        background.save(state, "interval")
+    background.wait()
+    if mesh.data_rank == 0:
+        content = (file := run.checkpoint(9) / spoilt).read_bytes()
+        file.write_bytes(content[:50] + bytes([content[50] ^ 4]) + content[51:])
+    dist.barrier()
+    hashed, real = [], files.sha256
+    files.sha256 = lambda path: (hashed.append(path.relative_to(run.checkpoints)), real(path))[1]
+    state.spikes.config, state.rewind = SpikeConfig(), Rewind(step=11, first=11, last=13, leaps=3)
+    event = go_back(state, background)
+    files.sha256 = real
+    return event, hashed, run.checkpoint_steps()
+
+
+def test_the_way_back_is_found_by_all_together(run):
+    (event, one, steps), (told, other, _) = run_processes(2, _gone_back, run, "model-00001-of-00002.safetensors")
+    assert event == told and (event["checkpoint"], event["to_step"]) == ("step-000005", 5) and steps == [5]
+    one, other = ([path for path in hashed if not path.parent.name.startswith(".")] for hashed in (one, other))
+    assert len({*one, *other}) == 18 and (len(one), len(other)) == (10, 8), "every file once, by one of them"
+
+
+def _gone_back_on_a_bad_disk(run):
+    state, mesh = divided_state(TWO)
+    background = Checkpointer(run, mesh=mesh)
+    background.save(state, "interval")
+    background.wait()
+    state.spikes.config, state.rewind = SpikeConfig(), Rewind(step=11, first=11, last=13, leaps=3)
+    if mesh.data_rank == 0:
+        files.sha256 = _unreadable
+    with pytest.raises(CheckpointError) as caught:
+        go_back(state, background)
+    return str(caught.value)
+
+
+def _unreadable(path):
+    raise OSError(errno.EIO, "Input/output error", str(path))
+
+
+def test_a_disk_that_fails_on_the_way_back_is_everyones_error(run):
+    said, said_too = run_processes(2, _gone_back_on_a_bad_disk, run, timeout_s=30)
+    assert said == said_too and "process 0 of 2" in said and "Input/output error" in said
 
 
 def _disk_full(run, layout, rank, real=sharded.write_parts):

@@ -34,6 +34,7 @@ from dougong.train.manifest import (
     read_manifest,
     refuse_damaged,
     temporary,
+    unnamed,
 )
 from dougong.train.parts import Stored
 from dougong.train.peers import Peers
@@ -54,18 +55,24 @@ def save_checkpoint(run: RunDirectory, state: TrainState, *, recipe_hash: str = 
 
 
 def latest_valid(run: RunDirectory, mesh: Mesh | None = None, *, weights_only: bool = False) -> Found:
-    """The newest checkpoint that passes all checks; path None if there is none. Processes of a mesh share the
-    work and get the same answer. `weights_only`: what only training reads need not be whole."""
+    """The newest checkpoint that passes all checks, also one that a kill left without its name; path None if there is
+    none. Processes of a mesh share the work and get the same answer. `weights_only`: what only training reads need not
+    be whole."""
     peers = Peers.of(mesh)
-    return first_valid(run, peers.from_first(lambda: sorted(run.checkpoint_steps(), reverse=True)), peers,
-                       weights_only=weights_only)
+
+    def newest_first() -> dict[int, Path]:
+        found = unnamed(run) | {step: run.checkpoint(step) for step in run.checkpoint_steps()}
+        return {step: found[step] for step in sorted(found, reverse=True)}
+
+    return first_valid(peers.from_first(newest_first), peers, weights_only=weights_only)
 
 
 def best_valid(run: RunDirectory, mesh: Mesh | None = None, *, weights_only: bool = False) -> Found:
     """The checkpoint with the lowest validation loss among those that passed all checks (the newest of
     equals)."""
     peers = Peers.of(mesh)
-    return first_valid(run, peers.from_first(lambda: best_first(losses(run))), peers, weights_only=weights_only)
+    steps = peers.from_first(lambda: best_first(losses(run)))
+    return first_valid({step: run.checkpoint(step) for step in steps}, peers, weights_only=weights_only)
 
 
 def load_checkpoint(path: Path, state: TrainState, *, recipe_hash: str = "", mesh: Mesh | None = None,
@@ -189,7 +196,11 @@ class Checkpointer:
 
 
 def remove_unfinished(run: RunDirectory) -> None:
-    """Deletes what a killed save left behind (names that begin with a dot never count as checkpoints)."""
+    """Gives whole checkpoints that a kill left without their name that name again, and deletes what else a killed save
+    left behind. Raises OSError, before anything is deleted, where one cannot be renamed."""
+    for step, path in unnamed(run).items():
+        path.rename(run.checkpoint(step))
+        files.sync_directory(run.checkpoints)
     for path in run.checkpoints.glob(".step-*"):
         shutil.rmtree(path, ignore_errors=True)
 

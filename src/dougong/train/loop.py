@@ -12,6 +12,7 @@ from dougong.runtime.collectives import all_sum
 from dougong.runtime.device import Runtime
 from dougong.runtime.layout import AXES
 from dougong.runtime.mesh import Mesh
+from dougong.runtime.processes import launched, process_rank
 from dougong.train.config import TrainConfig
 from dougong.train.garbage import Garbage
 from dougong.train.layers import Layers
@@ -30,8 +31,8 @@ def fit(state: TrainState, objective: Objective, runtime: Runtime, config: Train
 
     Stops early when a reader sets `state.stop`, and when leaps persist, with what is to be done in `state.rewind`
     (train/rewind.py). After more than `config.max_skips` skipped steps in a row the offending batch is written to
-    `directory` and DougongError is raised. The time readers take is not counted as training. `clock` is for those who
-    watch from outside.
+    `directory`, by each process the rows it read, and DougongError is raised. The time readers take is not counted as
+    training. `clock` is for those who watch from outside.
     """
     assert config.steps is not None, "the recipe derives the number of steps before training"
     clock, layers = clock or Clock(runtime.device), Layers(state.model, runtime.mesh)
@@ -94,9 +95,12 @@ def _count(state: TrainState, result: StepResult, number: int | None) -> None:
 def _diverged(result: StepResult, directory: Path | None) -> DougongError:
     saved = ""
     if directory is not None:
-        path = directory / f"offending-batch-{result.step:06d}.safetensors"
+        rank, what = process_rank(), "The batch of this step is"
+        if launched() > 1:
+            what = f"The rows of this step's batch that process {rank} of {launched()} read are"
+        path = directory / f"offending-batch-{result.step:06d}{f'-rank-{rank:05d}' if rank else ''}.safetensors"
         write_tensors(path, {name: tensor.cpu() for name, tensor in result.batch.items()})
-        saved = f"\nThe batch of this step is in {path}."
+        saved = f"\n{what} in {path}."
     advice = ("Nothing in these rows is learned. Look at what the loss counts with `dougong data inspect`, and at the "
               "objective's own reasons for leaving rows out.") if result.skipped == NO_WEIGHT else (
         "Try a lower learning rate (optim.lr), a longer warm-up (schedule.warmup), a smaller train.clip_norm or "

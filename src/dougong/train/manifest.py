@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,8 @@ def publish(run: RunDirectory, values: dict[str, Any], written: dict[str, dict],
 
 
 def _replace_directory(new: Path, final: Path) -> None:
-    """Renames `new` to `final`; an older directory of that name (a damaged one) makes way."""
+    """Renames `new` to `final`; an older directory of that name (damaged, or gone back to) makes way. A kill between
+    the renames leaves both without their name: `unnamed` finds them."""
     old = final.with_name(f".{final.name}-old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
@@ -72,6 +74,17 @@ def _replace_directory(new: Path, final: Path) -> None:
     new.rename(final)
     files.sync_directory(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def unnamed(run: RunDirectory) -> dict[int, Path]:
+    """Whole checkpoints that a kill left without their name, by step; of a new one and the one it was to replace, the
+    new."""
+    found: dict[int, Path] = {}
+    for path in sorted(run.checkpoints.glob(".step-*")):      # `.step-000500` before `.step-000500-old`
+        step = read_manifest(path).get("step")
+        if step is not None and not run.checkpoint(step).exists():
+            found.setdefault(step, path)
+    return found
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -134,11 +147,12 @@ def refuse_damaged(path: Path, peers: Peers) -> None:
                                 "by itself.")
 
 
-def first_valid(run: RunDirectory, steps: list[int], peers: Peers, *, weights_only: bool = False) -> Found:
+def first_valid(candidates: Mapping[int, Path], peers: Peers, *, weights_only: bool = False) -> Found:
+    """The first of these checkpoints, by step, that passes all checks. Every process brings the same."""
     wrong: list[str] = []
-    for step in steps:
-        found = check_files(run.checkpoint(step), peers, weights_only=weights_only)
+    for step, path in candidates.items():
+        found = check_files(path, peers, weights_only=weights_only)
         if not found:
-            return Found(run.checkpoint(step), step, wrong)
+            return Found(path, step, wrong)
         wrong += found
     return Found(None, 0, wrong)

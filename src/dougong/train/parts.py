@@ -7,6 +7,7 @@ that `torch.distributed.checkpoint`'s HuggingFaceStorageReader understands, and 
 import json
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,14 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 _OFFSETS, _SHAPES = "DCP_SHARDING_INFO", "whole_shapes"
 
 
+@dataclass(frozen=True)
+class Part:
+    """What this process is to hold of a tensor, read but not yet on the device, and the shape of the whole."""
+
+    value: Tensor
+    shape: torch.Size
+
+
 def box(tensor: Tensor) -> Box:
     """Which part of the whole tensor this process holds. Raises CheckpointError where that is not one block."""
     pieces, here = part_of(tensor), tuple(local(tensor).shape)
@@ -35,22 +44,24 @@ def box(tensor: Tensor) -> Box:
     return offset, shape
 
 
-def placed_like(own: Tensor, part: Tensor) -> Tensor:
-    """`part` (what this process holds) as a tensor of the same placement as `own`."""
-    part = part.to(own.device)
+def placed_like(own: Tensor, part: Part) -> Tensor:
+    """`part` as a tensor of the same placement as `own`; where that is on the CPU, in the very memory."""
+    value = part.value.to(own.device)
     if not _is_divided(own):
-        return part
+        return value
     from torch.distributed.tensor import DTensor
 
     lying: Any = own
-    return DTensor.from_local(part, lying.device_mesh, lying.placements, run_check=False, shape=own.shape,
+    return DTensor.from_local(value, lying.device_mesh, lying.placements, run_check=False, shape=own.shape,
                               stride=own.stride())
 
 
 @torch.no_grad()
-def fill(own: Tensor, value: Tensor) -> None:
-    """Copies into what this process holds of `own`, from a tensor placed like it or from a whole one."""
-    if _is_divided(own) and not _is_divided(value):
+def fill(own: Tensor, value: Tensor | Part) -> None:
+    """Copies into what this process holds of `own`, from this part of it, a tensor placed like it or a whole one."""
+    if isinstance(value, Part):
+        value = value.value
+    elif _is_divided(own) and not _is_divided(value):
         value = value[tuple(slice(start, start + length) for start, length in zip(*box(own)))]
     local(own.detach()).copy_(local(value.detach()))
 
@@ -118,9 +129,9 @@ class Stored(Mapping[str, torch.Size]):
                                   f"{self.group} {name}: a part is missing.")
         return result
 
-    def like(self, name: str, own: Tensor) -> Tensor:
-        """The part that this process holds of `own`, as a tensor placed like it."""
-        return placed_like(own, self.read(name, box(own)))
+    def part(self, name: str, own: Tensor) -> Part:
+        """The part that this process holds of `own`, on the CPU: the device has room for one of each."""
+        return Part(self.read(name, box(own)), self[name])
 
     def _slice(self, file: Path, name: str, where: list[slice]) -> Tensor:
         if file not in self._open:

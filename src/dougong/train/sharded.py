@@ -25,7 +25,7 @@ from dougong.runtime import seeds
 from dougong.runtime.mesh import Mesh
 from dougong.runtime.parts import local
 from dougong.train.manifest import Saved, publish, temporary
-from dougong.train.parts import Box, Stored, box, write_parts
+from dougong.train.parts import Box, Part, Stored, box, write_parts
 from dougong.train.peers import Peers
 from dougong.train.shadow import moving
 from dougong.train.state import TrainState, check, merge_optimizers, narrow_optimizer
@@ -185,10 +185,10 @@ def load_parts(path: Path, manifest: dict[str, Any], state: TrainState, peers: P
         values = json.loads((path / "state.json").read_text())
         check(state, stored["model"], values, elsewhere=elsewhere, elsewhere_trained=elsewhere_trained)
         values["optimizer"] = narrow_optimizer(state.optimizer, values["optimizer"], elsewhere_trained)
-        tensors = {"model": {name: stored["model"].like(name, own) for name, own in model.items()},
+        tensors = {"model": {name: stored["model"].part(name, own) for name, own in model.items()},
                    "optimizer": _optimizer_parts(stored["optimizer"], trained)}
         if state.shadow:
-            tensors["shadow"] = {name: stored["shadow"].like(name, own) for name, own in state.shadow.tensors.items()}
+            tensors["shadow"] = {name: stored["shadow"].part(name, own) for name, own in state.shadow.tensors.items()}
         tensors["rng"], values["rng"] = _generators(stored["rng"], manifest, values, mesh)
         return {"tensors": tensors, "json": values}
 
@@ -197,14 +197,14 @@ def load_parts(path: Path, manifest: dict[str, Any], state: TrainState, peers: P
     peers.together(lambda: state.load_state_dict(box_for_one[0]))
 
 
-def _optimizer_parts(stored: Stored, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Slots of the parameters that are here: placed like the parameter where they have its shape; counts are whole."""
-    found = {}
+def _optimizer_parts(stored: Stored, trained: Mapping[str, Tensor]) -> dict[str, Tensor | Part]:
+    """Slots of the parameters that are here: the same part of them where they have its shape; counts are whole."""
+    found: dict[str, Tensor | Part] = {}
     for key in stored:
         name, _, slot = key.rpartition("/")
         if name in trained:
             alike = slot != "step" and stored[key] == trained[name].shape
-            found[key] = stored.like(key, trained[name]) if alike else stored.read(key)
+            found[key] = stored.part(key, trained[name]) if alike else stored.read(key)
     return found
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dougong.core.errors import CheckpointError
 from dougong.data.batch import Batch
 from dougong.runtime import seeds
-from dougong.train.parts import fill
+from dougong.train.parts import Part, fill, placed_like
 from dougong.train.shadow import Shadow, moving
 from dougong.train.spikes import Rewind, Spikes
 
@@ -74,13 +74,17 @@ class TrainState:
         return {"tensors": tensors, "json": json}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Puts back what `state_dict` returned. Raises CheckpointError, before anything changes, if it is of
-        another model, optimiser or averaging."""
+        """Puts back what `state_dict` returned, of a divided tensor also a `Part`. Raises CheckpointError, before
+        anything changes, if it is of another model, optimiser or averaging.
+
+        From the CPU, as tensors are read, the device needs room for one of them beside what training holds.
+        """
         tensors, json = state["tensors"], state["json"]
         check(self, tensors["model"], json)
         load_weights(self.model, tensors["model"])
-        self.optimizer.load_state_dict(_unflatten_optimizer(
-            self.optimizer, tensors["optimizer"], narrow_optimizer(self.optimizer, json["optimizer"])))
+        said = narrow_optimizer(self.optimizer, json["optimizer"])
+        self.optimizer.state.clear()    # what takes its place might not fit beside it
+        self.optimizer.load_state_dict(_unflatten_optimizer(self.optimizer, tensors["optimizer"], said))
         if self.shadow:
             self.shadow.load_state_dict({"updates": json["shadow"]["updates"], "tensors": tensors["shadow"]})
         self.loader.load_state_dict(json["loader"])
@@ -94,9 +98,9 @@ class TrainState:
 _COUNTERS = ("step", "tokens", "skips", "evaluated", "elapsed_s", "best", "window")
 
 
-def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], own: dict[str, Tensor] | None = None) -> None:
-    """Copies tensors (whole, or placed like the model's) into a model by name: into `own` of its tensors, else into all
-    that move. Raises CheckpointError naming what is missing, unknown or misshapen."""
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor | Part], own: dict[str, Tensor] | None = None) -> None:
+    """Copies tensors (whole, placed like the model's, or parts) into a model by name: into `own` of its tensors, else
+    into all that move. Raises CheckpointError naming what is missing, unknown or misshapen."""
     own = moving(model) if own is None else own
     _same_tensors("model", own, shapes(tensors))
     for name, tensor in own.items():
@@ -156,7 +160,7 @@ def merge_optimizers(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 def shapes(tensors: Mapping[str, Any]) -> dict[str, torch.Size]:
     """Shapes of the whole tensors, of whatever part of them is here."""
-    return {name: value.shape if isinstance(value, Tensor) else value for name, value in tensors.items()}
+    return {name: value if isinstance(value, torch.Size) else value.shape for name, value in tensors.items()}
 
 
 def _same_tensors(what: str, own: dict[str, Tensor], saved: dict[str, torch.Size],
@@ -188,18 +192,29 @@ def _flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tens
     return tensors, {"class": type(optimizer).__name__, "groups": groups, "values": values}
 
 
-def _unflatten_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor],
+def _unflatten_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor | Part],
                          json: dict[str, Any]) -> dict[str, Any]:
     """torch's own index-keyed form, in the order of this optimiser's parameters."""
-    numbers = {name: number for number, name in enumerate(
-        name for group in optimizer.param_groups for name in group["param_names"])}
+    parameters = {name: p for group in optimizer.param_groups for name, p in zip(group["param_names"], group["params"])}
+    numbers = {name: number for number, name in enumerate(parameters)}
     state: dict[int, dict[str, Any]] = {}
     for key, value in (tensors | json["values"]).items():
         name, _, slot = key.rpartition("/")
-        state.setdefault(numbers[name], {})[slot] = value.clone() if isinstance(value, Tensor) else value
+        state.setdefault(numbers[name], {})[slot] = _settled(value, parameters[name], slot)
     groups = []
     for own, saved in zip(optimizer.param_groups, json["groups"]):
         restored = {key: tuple(value) if isinstance(own.get(key), tuple) else value for key,
                     value in saved.items()}
         groups.append({**restored, "params": [numbers[name] for name in saved["param_names"]]})
     return {"state": state, "param_groups": groups}
+
+
+def _settled(value: Any, parameter: Tensor, slot: str) -> Any:
+    """A slot in memory that nobody else has, copied once at most: what was read is nobody's, a live state's is its own.
+    On the parameter's device, but for counts of steps: torch knows where those belong."""
+    if isinstance(value, Part):
+        return placed_like(parameter, value)
+    if not isinstance(value, Tensor):
+        return value
+    moved = value if slot == "step" else value.to(parameter.device)
+    return moved.clone() if moved is value else moved

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 
 import pytest
 import safetensors.torch
@@ -184,6 +185,41 @@ def test_left_overs_of_a_killed_save_are_cleared_away(run):
     assert [p.name for p in run.checkpoints.iterdir()] == ["step-000002"]
 
 
+@pytest.mark.parametrize("new_is_whole", [True, False])
+def test_a_kill_while_one_checkpoint_makes_way_for_another_leaves_one_of_them(run, new_is_whole):
+    """As going back does, which saves again the step that it loaded. Between its two renames neither has its name."""
+    old, new = trained(4), trained(4, seed=9)
+    path = save_checkpoint(run, new).path
+    hidden, made_way = run.checkpoints / f".{path.name}", run.checkpoints / f".{path.name}-old"
+    path.rename(hidden)
+    save_checkpoint(RunDirectory(run.path / "other"), old).path.rename(made_way)
+    if not new_is_whole:
+        (hidden / "manifest.json").write_text("{")
+    kept = flat(new if new_is_whole else old)
+    found = latest_valid(run)       # what a resume asks before it makes a Checkpointer
+    assert found.step == 4 and not found.problems
+    resumed = tiny_state(seed=5)
+    load_checkpoint(found.path, resumed)
+    assert_same(flat(resumed), kept)
+    Checkpointer(run)
+    assert [p.name for p in run.checkpoints.iterdir()] == [path.name]
+    resumed = tiny_state(seed=5)
+    load_checkpoint(path, resumed)
+    assert_same(flat(resumed), kept)
+
+
+def test_a_copy_without_a_name_gives_way_to_the_checkpoint_that_has_it(run):
+    path, kept = save_checkpoint(run, trained(4)).path, flat(trained(4))
+    for name in (f".{path.name}", f".{path.name}-old"):
+        shutil.copytree(path, run.checkpoints / name)
+    assert latest_valid(run).path == path
+    Checkpointer(run)
+    assert [p.name for p in run.checkpoints.iterdir()] == [path.name]
+    resumed = tiny_state(seed=5)
+    load_checkpoint(path, resumed)
+    assert_same(flat(resumed), kept)
+
+
 def test_another_recipe_model_or_optimiser_is_refused_before_anything_changes(run):
     path = save_checkpoint(run, trained(2), recipe_hash="aaa").path
     with pytest.raises(CheckpointError, match="another recipe"):
@@ -197,6 +233,21 @@ def test_another_recipe_model_or_optimiser_is_refused_before_anything_changes(ru
         with pytest.raises(CheckpointError, match=reason):
             load_checkpoint(path, state)
         assert_same(before, {n: p.detach() for n, p in state.model.named_parameters()})
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_state_put_back_shares_no_memory_with_the_one_it_came_from(kind):
+    one, other = trained(3, optimizer=OPTIMIZERS[kind]()), tiny_state(seed=5, optimizer=OPTIMIZERS[kind]())
+    held = flat(one)
+    other.load_state_dict(one.state_dict())
+    for group in ("model", "optimizer", "shadow"):
+        for tensor in one.state_dict()["tensors"][group].values():
+            tensor.zero_()
+    found = flat(other)
+    assert_same({k: v for k, v in found.items() if not k.startswith("rng")},
+                {k: v for k, v in held.items() if not k.startswith("rng")})
+    other.load_state_dict(other.state_dict())
+    assert_same(flat(other), found)
 
 
 def test_weights_alone_can_be_read_raw_or_averaged(run):
