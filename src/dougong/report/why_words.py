@@ -23,6 +23,7 @@ WHY_PHRASES: dict[str, tuple[str, str]] = {
     "phase_backward": ("backward", "反向"),
     "phase_norm": ("joining losses and norms", "汇总损失与范数"),
     "phase_optimizer": ("optimizer", "优化器"),
+    "phase_read": ("waiting for the device", "等待设备"),
     "phase_rerun": ("computing suspicious steps again", "重算可疑的步"),
     "phase_gc": ("garbage collection", "垃圾回收"),
     "phase_evaluation": ("evaluation", "评估"),

@@ -23,7 +23,12 @@ _REMEMBERED = 64
 
 
 class Clock:
-    """Measures phases, and lets another thread see where the process stands (`step`, `phase`, `moves`, `since`)."""
+    """Measures phases, and lets another thread see where the process stands (`step`, `phase`, `moves`, `since`).
+
+    `moves` counts the phases of this step that were begun or ended, the forwards of a gradient aside: all processes do
+    them in one order, so of two in one step the one with fewer is behind. What lies between steps is not counted: there
+    each does what is its own.
+    """
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.device_time = device is not None and device.type == "cuda"
@@ -39,17 +44,30 @@ class Clock:
     def __call__(self, phase: str) -> Iterator[None]:
         """The time of the block counts as `phase`; of nested phases each counts its own time."""
         outer, inside_before = self.phase, sum(self._seconds.values())
-        self._enter(phase)
-        mark, begin = self._event(phase), time.perf_counter()
+        with self.at(phase):
+            mark, begin = self._event(phase), time.perf_counter()
+            try:
+                yield
+            finally:
+                seconds = time.perf_counter() - begin
+                self.longest[phase] = max(seconds, self.longest.get(phase, 0.0))
+                if mark is not None:
+                    self._marks.append((phase, outer, mark, self._event(phase)))
+                else:
+                    self._add(phase, seconds - (sum(self._seconds.values()) - inside_before))
+
+    @contextlib.contextmanager
+    def at(self, place: str) -> Iterator[None]:
+        """Shows that the process is at `place`; the time counts as what is around it. For waiting for the device, whose
+        own time is counted already."""
+        outer = self.phase
+        counted = place not in BETWEEN_STEPS and outer != "backward"
+        self.moves += counted
+        self._enter(place)
         try:
             yield
         finally:
-            seconds = time.perf_counter() - begin
-            self.longest[phase] = max(seconds, self.longest.get(phase, 0.0))
-            if mark is not None:
-                self._marks.append((phase, outer, mark, self._event(phase)))
-            else:
-                self._add(phase, seconds - (sum(self._seconds.values()) - inside_before))
+            self.moves += counted
             self._enter(outer)
 
     def begin_step(self, step: int) -> None:
@@ -71,7 +89,7 @@ class Clock:
         self._earlier, self._marks = self._marks, []
         found, self._seconds = {name: value for name, value in self._seconds.items() if value > 0}, {}
         self.step_seconds.append(seconds)
-        self.step += 1
+        self.step, self.moves = self.step + 1, 0
         self._enter("other")
         self._between = time.perf_counter()
         return found
@@ -81,7 +99,7 @@ class Clock:
         return _Timed(objective, self)  # type: ignore[return-value]
 
     def _enter(self, phase: str) -> None:
-        self.phase, self.moves, self.since = phase, self.moves + 1, time.monotonic()
+        self.phase, self.since = phase, time.monotonic()
 
     def _add(self, phase: str, seconds: float) -> None:
         self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds

@@ -79,14 +79,17 @@ def take_step(state: TrainState, objective: Objective, batch: Batch, runtime: Ru
         if on_device:
             with clock("optimizer"):
                 _move_on_device(state, reading, clip_norm)
-        found = reading.read()
+        with clock.at("read"):      # here the host waits for its device, and so for all other processes
+            found = reading.read()
         suspicious = reason = why_not(found, state.spikes)
         if suspicious and rerun:
             with clock("rerun"):
                 before.put_back()
                 _after_step(state.model, runtime, applied=False)    # experts have counted the tokens
                 state.optimizer.zero_grad(set_to_none=True)
-                first, found = found, compute().read()
+                again = compute()
+                with clock.at("read"):
+                    first, found = found, again.read()
                 reason = why_not(found, state.spikes)
                 result.verdict, result.fault = compare(first, found, suspicious, reason)
         result.metrics, result.grad_norm, result.layers = found.metrics, found.norm, found.layers

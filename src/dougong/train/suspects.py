@@ -4,6 +4,7 @@ Run again from the same weights, batch and random numbers, a fault of the data o
 the hardware or of an operation that is not deterministic does not (the idea of Megatron-LM's rerun state machine).
 """
 
+import contextlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -78,15 +79,18 @@ def worst_rows(model: nn.Module, objective: Objective, batch: Batch, runtime: Ru
                documents: list[list[str]] | None) -> list[dict[str, Any]]:
     """The rows of this process's batch with the largest losses, those that are no number first, with their documents.
 
-    Each is a forward of one row. Nothing where rows cannot be told apart: an objective over the whole batch, or a model
-    of which a process holds a stage or a part of the context.
+    Each is a forward of one row, uncompiled: one row, without dropout and gradient, is another graph, and compiling it
+    would take longer than all rows do. Nothing where rows cannot be told apart: an objective over the whole batch, or a
+    model of which a process holds a stage or a part of the context.
     """
     if objective.not_additive or runtime.mesh.size("pipeline", "context") > 1:
         return []
     training = model.training
     model.eval()
+    eager = torch.compiler.set_stance("force_eager") if runtime.compile else contextlib.nullcontext()
     try:
-        losses = [_row_loss(model, objective, row, runtime) for row in batch.split(1)]
+        with eager:
+            losses = [_row_loss(model, objective, row, runtime) for row in batch.split(1)]
     finally:
         model.train(training)
     finite = sorted(loss for loss in losses if math.isfinite(loss))

@@ -7,18 +7,20 @@ is named with its stack, and every process leaves, so that torchrun starts them 
 
 Limits have two phases: whatever has never been finished (the first step, the first evaluation) may take as long as a
 start may; later 10 times the median step, or the longest such phase, and never less than a minute. A save, and what
-follows the last step, may have to wait for a disk: as long as a start, always.
+follows the last step, may have to wait for a disk, and the rows of a suspicious step are looked at one by one: as long
+as a start, always.
 """
 
 import faulthandler
 import json
 import os
+import re
 import statistics
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,11 +32,14 @@ from dougong.train.phases import Clock
 
 EXIT_HUNG = 70
 """exit code of processes that leave because one of them hangs"""
-_ORDER = {"data": 1, "wait": 2, "forward": 3, "backward": 3, "norm": 4, "rerun": 4, "optimizer": 5, "gc": 5}
 _TIMES = 10
 _FRAMES = 6
-_WAITS_IN = (f"torch{os.sep}distributed", f"torch{os.sep}autograd")
-"""where a process's stack ends while it waits for others"""
+_UNMEASURED = ("checkpoint", "rerun")
+"""phases of which the earlier ones say nothing: most saves only copy, and now and then one waits for the disk; most of
+`rerun` takes a moment, and then come as many forwards as there are rows"""
+_WAITS_IN = tuple(f"{os.sep}torch{os.sep}{name}{os.sep}" for name in ("distributed", "autograd", "cuda"))
+"""where a process's stack ends while it waits for others, or for its device, which waits for theirs"""
+_READS_DEVICE = re.compile(r"\.(tolist|item|cpu)\(")
 
 
 class Board(Protocol):
@@ -87,9 +92,10 @@ class Watch:
     def limit_s(self) -> float:
         """How long the present phase may take."""
         phase, steps = self.clock.phase, list(self.clock.step_seconds)
+        if phase in _UNMEASURED:
+            return self.start_s
         if phase in BETWEEN_STEPS and phase != "other":
-            # most saves only copy, and now and then one waits for the disk: the earlier ones are no measure of it
-            longest = None if phase == "checkpoint" else self.clock.longest.get(phase)
+            longest = self.clock.longest.get(phase)
             return self.start_s if longest is None else max(self.floor_s, _TIMES * longest)
         return max(self.floor_s, _TIMES * statistics.median(steps)) if steps else self.start_s
 
@@ -117,7 +123,8 @@ class Watch:
         self._beat += 1
         still = time.monotonic() - self.clock.since
         self.board.write(f"rank-{self.rank}", json.dumps({
-            "step": self.clock.step, "phase": phase, "still_s": still, "limit_s": self.limit_s(), "beat": self._beat}))
+            "step": self.clock.step, "moves": self.clock.moves, "phase": phase, "still_s": still,
+            "limit_s": self.limit_s(), "beat": self._beat}))
         return still
 
     def _read(self, rank: int) -> dict[str, Any] | None:
@@ -133,13 +140,16 @@ class Watch:
     def _stuck(self, entries: dict[int, dict[str, Any]]) -> list[int]:
         """Those furthest behind that are over their own limit or silent; none while whoever is behind may still be at
         work."""
-        places = {rank: _place(entry) for rank, entry in entries.items() if entry["phase"] != "done"}
+        places = {rank: (entry["step"], entry["moves"]) for rank, entry in entries.items() if entry["phase"] != "done"}
         behind = [rank for rank, place in places.items() if place == min(places.values())]
-        return [rank for rank in behind if entries[rank]["still_s"] >= entries[rank]["limit_s"]
-                or entries[rank]["silent_s"] >= self.floor_s]
+        stuck = [rank for rank in behind if entries[rank]["still_s"] >= entries[rank]["limit_s"]
+                 or entries[rank]["silent_s"] >= self.floor_s]
+        in_step = any(entries[rank]["moves"] for rank in behind)     # where who came first may wait for who came last
+        return [] if in_step and len(stuck) < len(behind) else stuck
 
     def _leave(self, entries: dict[int, dict[str, Any]], behind: list[int], still: float) -> None:
         self.board.write("ask", "1")
+        self.board.write(f"leaving-{self.rank}", "1")
         self._publish_stack()
         end = time.monotonic() + 5 * self.interval_s
         stacks: dict[int, str | None] = dict.fromkeys(behind)
@@ -150,11 +160,21 @@ class Watch:
         fields = {"processes": [{"rank": rank, **{name: entries[rank][name] for name in ("step", "phase", "still_s")},
                                  "silent": entries[rank]["silent_s"] >= self.floor_s, "stack": stacks[rank]}
                                 for rank in guilty[:8]], "waited_s": still}
-        if self.rank == min(set(entries) - set(guilty), default=self.rank):
-            print(_message(fields, self.size, self.directory), file=sys.stderr, flush=True)
+        message = _message(fields, self.size, self.directory)
+        if self.rank not in guilty:
+            self._print_for_all(message, set(entries) - set(guilty))
         self.on_hang(fields)
         time.sleep(2 * self.interval_s)     # let the others read the board that process 0 may hold
+        if self.rank in guilty:
+            self._print_for_all(message, guilty)    # if by now none of those that wait has
         os._exit(EXIT_HUNG)
+
+    def _print_for_all(self, message: str, ranks: Iterable[int]) -> None:
+        """Once: by the first of `ranks` that is leaving, since one that is frozen cannot print."""
+        if any(self.board.read(f"leaving-{rank}") for rank in ranks if rank < self.rank) or self.board.read("told"):
+            return
+        self.board.write("told", "1")
+        print(message, file=sys.stderr, flush=True)
 
     def _publish_stack(self) -> None:
         """Where this process stands: in short on the board, all threads whole in a file."""
@@ -178,15 +198,15 @@ class Watch:
         return "".join([*others, "in the main thread:\n", *(traceback.format_stack(main)[-_FRAMES:] if main else [])])
 
 
-def _place(entry: dict[str, Any]) -> tuple[int, int]:
-    """How far a process is: steps done, then the order of phases within a step."""
-    return entry["step"], _ORDER.get(entry["phase"], 0)
-
-
 def _waits(stack: str | None) -> bool:
-    """Whether a stack ends in waiting for other processes."""
-    files = [line for line in (stack or "").splitlines() if line.lstrip().startswith("File ")]
-    return bool(files) and any(place in files[-1] for place in _WAITS_IN)
+    """Whether a stack ends in waiting for other processes, or for numbers from the device."""
+    frames = re.split(r"^\s*(?=File )", stack or "", flags=re.MULTILINE)[1:]
+    while len(frames) > 1 and f"{os.sep}torch{os.sep}_ops.py" in frames[-1]:    # through which an operation is called
+        frames.pop()
+    if not frames:
+        return False
+    file, _, source = frames[-1].partition("\n")
+    return any(place in file for place in _WAITS_IN) or _READS_DEVICE.search(source) is not None
 
 
 def _message(fields: dict[str, Any], size: int, directory: Path) -> str:
