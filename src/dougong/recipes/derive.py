@@ -184,6 +184,16 @@ def fit_to_data(recipe: Recipe, shapes: dict[str, int]) -> tuple[Recipe, list[De
     return notes.recipe, notes.items
 
 
+def fit_to_processes(asked: Recipe, recipe: Recipe, processes: int) -> tuple[Recipe, list[Derived]]:
+    """Rows that so many processes can share equally, where the recipe `asked` for no number of them."""
+    rows = recipe.train.rows or 1
+    if asked.train.rows is not None or rows % processes == 0:
+        return recipe, []
+    rows = max(1, round(rows / processes)) * processes
+    return with_values(recipe, {"train.rows": rows}), [
+        Derived("train.rows", rows, f"rounded, so that {processes} processes share it equally")]
+
+
 def fit_to_rows(recipe: Recipe, rows: int | None) -> tuple[Recipe, list[Derived]]:
     """Smaller steps where the data to adapt to fill few rows: an epoch of one step would hardly teach."""
     fewer = max(1, (rows or 0) // _ROWS_PER_EPOCH)
@@ -388,7 +398,14 @@ def _batch(notes: _Notes, size: int | None) -> None:
     else:
         tokens = round(327_680 * ((size or 1e8) / 108e6) ** (2 / 3))
         reason = "OLMo's ladder, 327,680 tokens × (size/108M)^(2/3); a prior, ±2×"
-    notes.set("train.rows", max(1, round(tokens / context)), reason)
+    notes.set("train.rows", _shared_by_many(tokens / context), reason)
+
+
+def _shared_by_many(rows: float) -> int:
+    """The nearest of 1, 2, …, 8, 10, 12, 14, 16, 20, 24, …: half, a quarter, an eighth of a large one are whole numbers
+    too, so that as many processes can share a step, and others if some come or go."""
+    step = 2 ** max(0, math.floor(math.log2(max(rows, 1))) - 2)
+    return max(1, round(rows / step) * step)
 
 
 def _row(notes: _Notes) -> None:

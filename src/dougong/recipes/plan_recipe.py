@@ -15,7 +15,7 @@ from dougong.plan.option import Option, bill, step_seconds
 from dougong.plan.probe import measured
 from dougong.plan.step import step_memory
 from dougong.plan.work import CHECKPOINTING, Work
-from dougong.recipes.derive import Derived, resolve
+from dougong.recipes.derive import Derived, fit_to_processes, resolve
 from dougong.recipes.recipe import Recipe
 from dougong.recipes.teacher import student_alone
 from dougong.runtime.device import RuntimeConfig
@@ -177,12 +177,8 @@ def _elsewhere(asked: Recipe, machine: Machine, devices: int) -> tuple[Recipe, l
                                 threads=given.threads or 1, compile=gpu if given.compile is None else given.compile,
                                 deterministic=given.deterministic)
         recipe, derived = resolve(replace(asked, runtime=runtime), elsewhere=True)
-    rows = recipe.train.rows or 1
-    if asked.train.rows is None and rows % devices:
-        rows = max(1, round(rows / devices)) * devices
-        derived.append(Derived("train.rows", rows, f"rounded, so that {devices} processes share it equally"))
-        recipe = replace(recipe, train=replace(recipe.train, rows=rows))
-    return recipe, derived
+    recipe, rounded = fit_to_processes(asked, recipe, devices)
+    return recipe, derived + rounded
 
 
 def _is_pinned(recipe: Recipe) -> bool:

@@ -5,9 +5,10 @@ from tiny_recipe import MODELS, dougong, write_recipe, write_texts
 
 from dougong.core.config import replace
 from dougong.objectives import OBJECTIVES
-from dougong.recipes.derive import resolve
+from dougong.recipes.derive import fit_to_processes, resolve
 from dougong.recipes.launch import micro_batches, why_not
 from dougong.recipes.recipe import load_recipe
+from dougong.runtime.device import RuntimeConfig
 from dougong.runtime.layout import LayoutConfig
 
 
@@ -49,6 +50,26 @@ def test_rows_that_cannot_be_shared_change_before_the_run_and_the_launch_after_i
     assert "launch it with 22 or 32 processes" in reason and "train.rows=708" not in reason
     assert why_not(recipe, LayoutConfig(replicate=11, tensor=2), begun=True) is None
     assert "launch it with 1408 processes" in why_not(recipe, LayoutConfig(replicate=705, tensor=2), begun=True)
+
+
+@pytest.mark.parametrize("name", ["first", "gpt2_124m", "qwen3_1b"])
+def test_what_ships_is_shared_by_any_usual_number_of_gpus_and_by_others_when_some_come_or_go(name):
+    gpu = RuntimeConfig(device="cuda", precision="bf16", threads=1, compile=True)
+    asked = replace(load_recipe(name)[0], runtime=gpu)
+    recipe, _ = resolve(asked, elsewhere=True)
+    for processes in (2, 4, 8, 16, 32):
+        assert why_not(recipe, LayoutConfig(shard=min(processes, 8)).on(processes)) is None, processes
+
+
+def test_rows_that_nobody_gave_are_rounded_for_other_numbers_too():
+    asked = load_recipe("first", ["runtime.device=cpu", "runtime.precision=fp32", "runtime.threads=1"])[0]
+    recipe, _ = resolve(asked)
+    fitted, derived = fit_to_processes(asked, recipe, 5)
+    assert (recipe.train.rows, fitted.train.rows, derived[0].value) == (16, 15, 15)
+    assert "5 processes share it equally" in derived[0].reason
+    assert fit_to_processes(asked, recipe, 8) == (recipe, [])
+    given = replace(recipe, train=replace(recipe.train, rows=7))
+    assert fit_to_processes(given, given, 5) == (given, [])     # refused later, with what to try
 
 
 @pytest.mark.parametrize(("rows", "stages", "expected"), [(16, 4, 8), (12, 4, 6), (9, 4, 9), (10, 4, 5), (7, 2, 7),
