@@ -14,6 +14,8 @@ from ends import RunDirectory, processes, starts, steps_done
 from teams import Launch, Team, free_port
 from test_many_processes import STEPS, alone, assert_identical, largest_difference, pair, still  # noqa: F401
 
+from dougong.core.events import read_events
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
@@ -35,30 +37,52 @@ def test_a_worker_is_killed(lab, still, pair, told):   # noqa: F811
     told(f"went on from steps {starts(run)[1:]}; bit-identical")
 
 
-@pytest.mark.chaos("kill -9 of one of two machines (agent and workers) under torchrun --nnodes=1:2",
-                   must="goes on with 2 of 4 processes by itself; losses within 1e-6 of the uninterrupted run's")
-def test_a_machine_is_lost(lab, still, alone, told):   # noqa: F811
-    run, port = RunDirectory(lab / "shrunk"), free_port()
-    options = ["--nnodes=1:2", "--nproc-per-node=2", "--max-restarts=3", "--monitor-interval=0.2",
-               "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=shrinking",
-               "--rdzv-conf=last_call_timeout=12,keep_alive_interval=1,keep_alive_max_attempt=3"]
-    command = ("train", still, "--run", run.path, "layout.shard=2")
-    hosts = [Launch(lab, options, *command, fault="slow_steps:0.2", log="host-0")]
+ELASTIC = ["--nnodes=1:2", "--nproc-per-node=2", "--max-restarts=3", "--monitor-interval=0.2", "--rdzv-backend=c10d",
+           "--rdzv-conf=last_call_timeout=12,keep_alive_interval=1,keep_alive_max_attempt=3"]
+
+
+def shrunk(lab, recipe, run, leaves):
+    """Two machines train; the second `leaves` after step 12, and the first has to end the run."""
+    port = free_port()
+    options = [*ELASTIC, f"--rdzv-endpoint=127.0.0.1:{port}", f"--rdzv-id={run.path.name}"]
+    command = ("train", recipe, "--run", run.path, "layout.shard=2")
+    hosts = [Launch(lab, options, *command, fault="slow_steps:0.2", log=f"{run.path.name}-0")]
     try:
         hosts[0].wait_until(lambda: listens(port))
-        hosts.append(Launch(lab, options, *command, fault="slow_steps:0.2", log="host-1"))
+        hosts.append(Launch(lab, options, *command, fault="slow_steps:0.2", log=f"{run.path.name}-1"))
         hosts[0].wait_until(lambda: steps_done(run) >= 12)
         assert processes(run) == [4], "they did not begin together"
-        hosts[1].kill()
+        leaves(hosts[1])
         assert hosts[0].end() == 0, hosts[0].said()[-3000:]
     finally:
         for host in hosts:
             host.kill()
     assert processes(run) == [4, 2]
+
+
+@pytest.mark.chaos("kill -9 of one of two machines (agent and workers) under torchrun --nnodes=1:2",
+                   must="goes on with 2 of 4 processes by itself; losses within 1e-6 of the uninterrupted run's")
+def test_a_machine_is_lost(lab, still, alone, told):   # noqa: F811
+    run = RunDirectory(lab / "shrunk")
+    shrunk(lab, still, run, Launch.kill)
     difference = largest_difference(run, alone)
     assert difference < 1e-6
     told(f"4 processes beyond step 12, then 2 from step {starts(run)[-1]}; losses differ by at most {difference:.1e} "
          f"relative from those of one process")
+
+
+@pytest.mark.chaos("SIGTERM to one of two machines (its agent) under torchrun --nnodes=1:2, as when a pod is evicted",
+                   must="all save after the same step, and 2 of 4 processes go on from it by themselves; losses within "
+                        "1e-6 of the uninterrupted run's")
+def test_a_machine_is_told_to_leave(lab, still, alone, told):   # noqa: F811
+    run = RunDirectory(lab / "evicted")
+    shrunk(lab, still, run, lambda host: host.process.terminate())
+    ends = [event for event in read_events(run.events) if event["event"] == "end"]
+    assert [end["reason"] for end in ends] == ["interrupted", "done"] and ends[0]["step"] == starts(run)[-1] >= 12
+    difference = largest_difference(run, alone)
+    assert difference < 1e-6
+    told(f"4 processes saved after step {ends[0]['step']}, 2 went on from it; losses differ by at most "
+         f"{difference:.1e} relative from those of one process")
 
 
 def listens(port):

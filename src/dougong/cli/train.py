@@ -1,5 +1,6 @@
 """`dougong train`: recipe in, run out; or a journey of several."""
 
+import os
 from pathlib import Path
 from shlex import quote
 from typing import Annotated, Any
@@ -7,6 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from dougong.cli.output import Json, ModelToBegin, Overrides, console, emit, is_first_process, progress_bar, with_model
+
+UNFINISHED = 75
+"""exit code of a run that was told to stop, under torchrun, which takes 0 for the end of the training (EX_TEMPFAIL)"""
 
 
 def train(
@@ -35,7 +39,7 @@ def train(
 
         other = "--dry-run" if dry_run else "--seeds" if seeds > 1 else "--model" if model else ""
         path, layout = _run_to_resume(recipe, overrides, run, other=other)
-        emit(_summary(resume_run(path, layout=layout, progress=progress), out), as_json)
+        _conclude(resume_run(path, layout=layout, progress=progress), out, as_json)
         return
     from dougong.recipes.recipe import load_recipe
 
@@ -55,7 +59,7 @@ def train(
     else:
         from dougong.recipes.train import train_run
 
-        emit(_summary(train_run(asked, base, path=run, progress=progress), out), as_json)
+        _conclude(train_run(asked, base, path=run, progress=progress), out, as_json)
 
 
 def _is_begun_journey(recipe: str | None, run: Path | None) -> bool:
@@ -152,6 +156,17 @@ def _layout(changes: list[str]) -> Any:
         return None
     values = {"kind": str(asked)} if not isinstance(asked, dict) else {"kind": "axes", **asked}
     return from_dict(LAYOUTS[str(values["kind"])], values, where="layout")
+
+
+def _conclude(finished, out, as_json: bool) -> None:
+    """Tells how the run ended. Under torchrun one that was told to stop ends as unfinished, with its own exit code: the
+    machines that stay are to go on without the one that leaves."""
+    emit(_summary(finished, out), as_json)
+    if finished.reason == "interrupted" and "TORCHELASTIC_RUN_ID" in os.environ:
+        from dougong.runtime.processes import wait_for_all
+
+        wait_for_all()      # torchrun ends the others when one has failed: not before the first has written its report
+        raise typer.Exit(UNFINISHED)
 
 
 def _summary(finished, out) -> dict:

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -73,18 +74,17 @@ def sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def lock(path: Path, *, owner: str) -> Iterator[None]:
+def lock(path: Path, *, owner: str, patience_s: float = 0.0) -> Iterator[None]:
     """Holds an exclusive lock file for as long as the block runs; the kernel frees it if the process dies.
 
-    Raises CheckpointError naming the process that holds it, DougongError where the file system knows no locks.
+    `patience_s`: how long to wait for it; a file server frees a lost machine's locks only after a while. Raises
+    CheckpointError naming the process that holds it, DougongError where the file system knows no locks.
     """
-    import fcntl
-
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "a+")  # noqa: SIM115 (the lock lives as long as the handle)
     try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(file, patience_s)
         except BlockingIOError:
             holder = _holder(file)
             raise CheckpointError(f"{path.parent} is in use by {holder}.\n"
@@ -96,11 +96,24 @@ def lock(path: Path, *, owner: str) -> Iterator[None]:
                                "two processes could write there at once.\nMount it with locks (Lustre: -o flock), or "
                                "use another disk: --run for runs, DOUGONG_CACHE for prepared data.") from None
         file.truncate(0)
-        file.write(f"{owner}, process {os.getpid()}")
+        file.write(f"{owner}, process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
     finally:
         file.close()
+
+
+def _take(file: IO[str], patience_s: float) -> None:
+    import fcntl
+
+    end = time.monotonic() + patience_s
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                raise
+        time.sleep(min(1.0, patience_s))
 
 
 def _holder(file: IO[str]) -> str:

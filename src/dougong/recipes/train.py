@@ -26,7 +26,7 @@ from dougong.optim.groups import describe
 from dougong.plan.machine import known_gpu
 from dougong.recipes.answering import before_and_after
 from dougong.recipes.assemble import Assembly, assemble, prepare_data, settle_intervals
-from dougong.recipes.derive import Derived, fit_to_epochs, fit_to_rows, fit_to_time, resolve
+from dougong.recipes.derive import Derived, fit_to_epochs, fit_to_processes, fit_to_rows, fit_to_time, resolve
 from dougong.recipes.launch import launch_of, lay_out, nearest, remember_launch, run_of_launch
 from dougong.recipes.open_run import check_same_data, load_tokenizer, open_run, runtime_here
 from dougong.recipes.probe import measure_step
@@ -36,7 +36,16 @@ from dougong.recipes.start import as_it_lies
 from dougong.recipes.teacher import infer_once, keeps_answers, student_alone
 from dougong.runtime.device import Runtime, best_device, machine_facts, matmul_flops_per_s, peak_memory_bytes
 from dougong.runtime.layout import AutoLayoutConfig, LayoutConfig
-from dougong.runtime.processes import expect_steps, from_first, join, launched, process_rank, wait_for_all
+from dougong.runtime.processes import (
+    STEP_TIMEOUT_S,
+    first_alone,
+    from_first,
+    join,
+    launched,
+    process_rank,
+    wait_for_all,
+    wait_up_to,
+)
 from dougong.train import Checkpointer, fit, latest_valid, load_checkpoint
 from dougong.train.hooks import Evaluate, Hooks, Sample, SaveCheckpoints, refuse_to_linger, stop_on_signals
 from dougong.train.metrics import RankMeter, Reporter, StepMeter
@@ -48,6 +57,7 @@ from dougong.train.view import open_view
 from dougong.train.watch import StoreBoard, Watch
 
 _WATTS_PER_CORE, _WATTS_PER_GPU = 12.0, 700.0   # of a GPU that is not listed; stated in the report beside the estimate
+_LOST_MACHINE_S = 120.0     # a file server may hold the locks of a machine that is gone for a while (NFSv4: 90 s)
 
 
 @dataclass(frozen=True)
@@ -114,7 +124,8 @@ def resume_run(path: Path, *, layout: LayoutConfig | AutoLayoutConfig | None = N
             recipe = replace(recipe, train=replace(recipe.train, micro_rows=None))
         join(recipe.runtime.device or best_device())
         if process_rank() == 0:
-            held.enter_context(lock(directory.lock, owner="dougong train"))
+            patience = _LOST_MACHINE_S if launched() > 1 else 0.0
+            held.enter_context(lock(directory.lock, owner="dougong train", patience_s=patience))
         wait_for_all()
         corpus = prepare_data(recipe, progress=progress)
         check_same_data(recorded, corpus, directory.path)
@@ -150,6 +161,7 @@ def settle(asked: Recipe, *, ask_teacher: bool = True,
     """
     recipe, derived = from_first(resolve(asked) if process_rank() == 0 else None)
     check_trackers(recipe.train.trackers)
+    recipe, rounded = fit_to_processes(asked, recipe, launched())
     layout, laid_out = lay_out(recipe)
     corpus = prepare_data(recipe, progress=progress)
     if asked.train.rows is None and launched() == 1:
@@ -163,7 +175,7 @@ def settle(asked: Recipe, *, ask_teacher: bool = True,
     elif keeps_answers(recipe):
         recipe = replace(recipe, objective=student_alone(recipe))
     built = assemble(recipe, corpus, runtime=runtime)
-    recipe, derived = built.recipe, derived + laid_out + built.derived
+    recipe, derived = built.recipe, derived + rounded + laid_out + built.derived
     check_scores(recipe, built.corpus)
     _check_samples(recipe, corpus)
     per_epoch, stands_on = built.state.loader.batches_per_epoch, built.fingerprints
@@ -219,9 +231,10 @@ def _train(directory: RunDirectory, recipe: Recipe, corpus: Any, derived: list[D
         most = peak_memory_bytes(runtime.device)       # before the score, which takes memory of its own
         del built
         state.let_go()
-        if reason != "interrupted" and runtime.is_first:
-            watchers[-1].close()
-            final = _score_final(directory, reporter, corpus)
+        if reason != "interrupted":
+            if runtime.is_first:
+                watchers[-1].close()
+            final = first_alone(f"score {directory.path}", lambda: _score_final(directory, reporter, corpus))
         _end(reporter, state, runtime, reason, peak_memory_bytes=most)
     except BaseException as error:
         with contextlib.suppress(OSError):   # on a full disk this cannot be written either; the first error is told
@@ -260,7 +273,7 @@ def _fit(reporter: Reporter, built: Assembly, directory: RunDirectory, recipe_ha
             for result in fit(state, built.objective, runtime, config, gradients=built.gradients,
                               directory=directory.path, clock=clock):
                 if result.step == begins_at + 1:
-                    expect_steps(mesh.groups)
+                    wait_up_to(STEP_TIMEOUT_S, {None, *mesh.groups})
                 hooks.run(result)
             if state.rewind is None:
                 break

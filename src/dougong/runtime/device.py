@@ -16,9 +16,8 @@ from dougong.core.errors import ConfigError
 from dougong.runtime.allocator import keep_freed_memory
 from dougong.runtime.layout import LayoutConfig
 from dougong.runtime.mesh import Mesh
-from dougong.runtime.processes import join, process_rank
+from dougong.runtime.processes import START_TIMEOUT_S, from_first, join, process_rank, wait_for_all, wait_up_to
 
-_SOFT = 1          # omp.h: omp_pause_soft
 _BF16_GAIN = 1.3   # bf16 must beat fp32 by this much on matrix products, or its coarser rounding is not worth it
 
 
@@ -56,6 +55,10 @@ class Runtime:
         """Whether this process is the one that writes and speaks for all."""
         return self.mesh.devices is None or process_rank() == 0
 
+    def from_first(self, value: Any) -> Any:
+        """The `value` of that process on all that compute together; `value` itself where this one computes alone."""
+        return value if self.mesh.devices is None else from_first(value)
+
     @classmethod
     def start(cls, section: RuntimeConfig, layout: LayoutConfig | None = None) -> "Runtime":
         """Applies a resolved section to torch (threads, determinism) and returns the value.
@@ -74,7 +77,9 @@ class Runtime:
         mesh = Mesh()
         if layout is not None:
             join(name)
+            wait_for_all()      # one may have prepared data for long; new groups wait half an hour for their members
             mesh = Mesh.start(layout, name)
+            wait_up_to(START_TIMEOUT_S, mesh.groups)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, None: torch.float32}[section.precision]
         device = torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
         return cls(device=device, dtype=dtype, threads=threads,
@@ -131,7 +136,7 @@ def end_team() -> bool:
         pause = ctypes.CDLL(torch._C.__file__).omp_pause_resource_all
     except (OSError, AttributeError):
         return False
-    return pause(_SOFT) == 0
+    return pause(1) == 0    # omp.h: omp_pause_soft
 
 
 def matmul_flops_per_s(device: torch.device, dtype: torch.dtype, *, width: int = 1024, seconds: float = 0.25) -> float:

@@ -4,11 +4,13 @@ import datetime
 import os
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from dougong.core.errors import DougongError
 
 START_TIMEOUT_S = 7200
 """the first collectives wait for data to be prepared, kernels to be compiled and slow hosts to start"""
@@ -69,13 +71,12 @@ def _of_this_start(store: Any, rank: int, size: int) -> dist.PrefixStore:
     return dist.PrefixStore(own, store)
 
 
-def expect_steps(groups: Iterable[Any]) -> None:
-    """From now on collectives of the default group and of these fail after a step's time, not a start's."""
+def wait_up_to(seconds: int, groups: Iterable[Any]) -> None:
+    """From now on collectives of these groups (None: the default one) fail after so long."""
     from torch.distributed.distributed_c10d import _set_pg_timeout
 
-    if dist.is_initialized():
-        for group in {None, *groups}:
-            _set_pg_timeout(datetime.timedelta(seconds=STEP_TIMEOUT_S), group)
+    for group in groups if dist.is_initialized() else ():
+        _set_pg_timeout(datetime.timedelta(seconds=seconds), group)
 
 
 def leave() -> None:
@@ -91,6 +92,34 @@ def from_first(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def first_alone(name: str, work: Callable[[], Any]) -> Any:
+    """Process 0's `work`, of any length, which the others wait for; None on them. `name`: used once by a launch.
+
+    They wait in no collective, whose time is a step's, and may not leave: five minutes after a machine's processes have
+    ended torchrun takes down the rendezvous, and with it all. Raises DougongError on them where the work failed.
+    """
+    if launched() == 1:
+        return work()
+    default: Any = dist.distributed_c10d._get_default_store()
+    store = dist.PrefixStore(name, default.clone())     # a connection of its own: waiting keeps it from all other use
+    if process_rank() > 0:
+        store.wait(["over"], datetime.timedelta(days=365))
+        over = store.get("over")
+        store.add("heard", 1)
+        if over != b"done":
+            raise DougongError("process 0 failed; what it says tells why.")
+        return None
+    over = "failed"
+    try:
+        result, over = work(), "done"
+        return result
+    finally:
+        store.set("over", over)
+        end = time.monotonic() + 60     # the store may be this process's own, and goes with it
+        while store.add("heard", 0) < launched() - 1 and time.monotonic() < end:
+            time.sleep(0.01)
 
 
 def wait_for_all() -> None:

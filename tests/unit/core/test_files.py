@@ -2,8 +2,10 @@
 
 import errno
 import os
+import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -65,7 +67,9 @@ def test_a_lock_is_exclusive_and_freed_with_its_process(tmp_path):
     with pytest.raises(CheckpointError, match=f"in use by a training, process {holder.pid}"), \
             files.lock(tmp_path / ".lock", owner="me"):
         pass
-    holder.kill()
+    threading.Timer(0.3, holder.kill).start()
+    with files.lock(tmp_path / ".lock", owner="me", patience_s=30):
+        assert f"process {os.getpid()} on {socket.gethostname()}" in (tmp_path / ".lock").read_text()
     holder.wait()
     with files.lock(tmp_path / ".lock", owner="me"):
         pass
