@@ -3,8 +3,9 @@
 #
 #   FIRST_HOST=10.0.0.1 ./torchrun.sh
 #
-# A machine that leaves is done without as long as MIN_NODES remain; one that comes back is taken in. Either way
-# torchrun starts the processes again, and they go on with the run: lost are the steps since its last checkpoint.
+# Begin with FIRST_HOST: the others wait a minute for it. A machine that leaves is done without as long as MIN_NODES
+# remain; one that comes back is taken in. Either way torchrun starts the processes again, and they go on with the run:
+# lost are the steps since its last checkpoint, and none where the machine was told to leave (SIGTERM).
 set -euo pipefail
 
 # ---- edit
@@ -28,10 +29,11 @@ fi
 
 # A store of its own for each start of the processes; with torchrun's one for all, a machine cannot come back (2.13).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300               # seconds between SIGTERM and SIGKILL, to finish a step and save
 
 # The identity is the run's: a launch of the same identity goes on with the run that an earlier one began.
 exec torchrun \
   --nnodes "$MIN_NODES:$MAX_NODES" --nproc-per-node "$PROCESSES" \
   --rdzv-backend c10d --rdzv-endpoint "$FIRST_HOST:$PORT" --rdzv-id "$(basename "$RUN")" \
-  "${more[@]}" --max-restarts 100 --shutdown-timeout 300 \
+  "${more[@]}" --max-restarts 10 \
   --module -- dougong train "$RECIPE" --run "$RUN" "layout.shard=$SHARD" "$@"

@@ -19,7 +19,7 @@ from dougong.recipes.recipe import load_recipe
 
 CLUSTER = Path(__file__).parents[3] / "examples" / "cluster"
 SCRIPTS = ["torchrun.sh", "slurm.sbatch"]
-KUBERNETES = list(yaml.safe_load_all((CLUSTER / "kubernetes.yaml").read_text()))
+CLAIM, JOB = (yaml.safe_load((CLUSTER / name).read_text()) for name in ("kubernetes-storage.yaml", "kubernetes.yaml"))
 
 
 def check_torchrun(words):
@@ -32,6 +32,14 @@ def check_torchrun(words):
     if not train["resume"]:
         load_recipe(train["recipe"], train["overrides"])
     return launch, train
+
+
+SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+
+
+def seconds_to_save(name):
+    """Between torchrun's SIGTERM and SIGKILL to its processes, as a variable: before torch 2.12 it was no option."""
+    return int(re.search(rf"^export {SHUTDOWN}=(\d+)", (CLUSTER / name).read_text(), re.M)[1])
 
 
 # ---- shell
@@ -76,7 +84,7 @@ def test_torchrun_script_starts_what_both_parsers_know(stand_ins, tmp_path):
     launch, train = check_torchrun(calls(tmp_path)[0])
     assert (launch.nnodes, launch.nproc_per_node, launch.rdzv_backend) == ("1:2", "2", "c10d")
     assert (launch.rdzv_endpoint, launch.rdzv_id, launch.local_addr) == ("10.0.0.1:29400", "tiny", "10.0.0.2")
-    assert launch.max_restarts > 0 and launch.rdzv_conf == "is_host=0"
+    assert launch.max_restarts > 0 and launch.rdzv_conf == "is_host=0" and seconds_to_save("torchrun.sh") > 30
     assert train["overrides"] == ["layout.shard=2", "train.steps=3"] and train["run"] == tmp_path / "runs/tiny"
 
 
@@ -108,15 +116,17 @@ def test_slurm_directives():
 @pytest.fixture
 def slurm(stand_ins, tmp_path):
     """Slurm for one node: srun runs its command, scancel signals it, scontrol writes down what is asked of it."""
-    stand_ins("scontrol", 'if [[ $1 == show ]]; then echo node-1; echo node-2; fi\n')
+    stand_ins("scontrol", 'case "$*" in "show hostnames"*) echo node-1; echo node-2;; *"show job"*) '
+                          'echo "JobId=4711 PreemptTime=${PREEMPTED:-None}";; esac\n')
     stand_ins("srun", 'while [[ $1 == --* ]]; do shift; done\necho $$ > "$CALLS.step"\nexec "$@"\n')
-    stand_ins("scancel", 'kill -TERM "$(cat "$CALLS.step")"\n')
+    stand_ins("scancel", 'echo >> "$CALLS.tries"; [[ $(wc -l < "$CALLS.tries") -gt ${BUSY:-0} ]] || exit 1\n'
+                         'kill -TERM "$(cat "$CALLS.step")"\n')
     stand_ins("torchrun", 'trap "exit 1" TERM\nfor ((n = 0; n < ${STEPS:-0}; n++)); do sleep 0.1; done\n')
 
     def start(run, **more):
         environment = os.environ | {
             "SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "node-[1-2]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8",
-            "SLURM_SUBMIT_DIR": str(tmp_path), "RUN": str(run)} | more
+            "SLURM_CPUS_PER_TASK": "64", "SLURM_SUBMIT_DIR": str(tmp_path), "RUN": str(run)} | more
         return subprocess.Popen([str(CLUSTER / "slurm.sbatch")], env=environment)
 
     yield start
@@ -130,7 +140,7 @@ def test_slurm_begins_a_run_where_there_is_none(slurm, tmp_path):
     assert slurm(tmp_path / "runs/new").wait(20) == 0
     launch, train = check_torchrun(torchrun_call(tmp_path))
     assert (launch.nnodes, launch.nproc_per_node, launch.rdzv_endpoint) == ("2", "8", "node-1:29400")
-    assert launch.rdzv_id == "4711" and launch.shutdown_timeout < int(directives()["signal"].split("@")[1])
+    assert launch.rdzv_id == "4711" and seconds_to_save("slurm.sbatch") < int(directives()["signal"].split("@")[1])
     assert train["recipe"] == "first" and not train["resume"]
 
 
@@ -143,18 +153,41 @@ def test_slurm_goes_on_with_a_run_that_exists(slurm, tmp_path):
     assert train["resume"] and train["run"] == run and not train["overrides"]
 
 
-@pytest.mark.parametrize("number, queued", [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
-def test_slurm_saves_when_told_and_queues_again_when_its_time_is_over(slurm, tmp_path, number, queued):
-    job = slurm(tmp_path / "runs/long", STEPS="200")
+def told(slurm, tmp_path, number, **more):
+    """The exit code of a job that got a signal while its step ran."""
+    job = slurm(tmp_path / "runs/long", STEPS="200", **more)
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline and not any("torchrun" in call for call in calls_so_far(tmp_path)):
         time.sleep(0.05)
     time.sleep(0.2)
     job.send_signal(number)
-    code = job.wait(20)
+    return job.wait(20)
+
+
+@pytest.mark.parametrize("number, queued", [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
+def test_slurm_saves_when_told_and_queues_again_when_its_time_is_over(slurm, tmp_path, number, queued):
+    code = told(slurm, tmp_path, number)
     assert ["scancel", "--signal=TERM", "4711"] in calls(tmp_path)
     assert (["scontrol", "requeue", "4711"] in calls(tmp_path)) == queued
     assert (code == 0) == queued
+
+
+def test_slurm_asks_again_where_its_controller_is_busy(slurm, tmp_path):
+    assert told(slurm, tmp_path, signal.SIGUSR1, BUSY="1") == 0
+    assert calls(tmp_path).count(["scancel", "--signal=TERM", "4711"]) == 2
+    assert ["scontrol", "requeue", "4711"] in calls(tmp_path)
+
+
+def test_slurm_queues_again_what_was_preempted_without_a_word_to_the_shell(slurm, stand_ins, tmp_path):
+    stand_ins("torchrun", "exit 1\n")
+    assert slurm(tmp_path / "runs/preempted", PREEMPTED="2026-11-29T10:00:00").wait(20) == 0
+    assert ["scontrol", "requeue", "4711"] in calls(tmp_path)
+
+
+def test_slurm_gives_every_torchrun_the_processors_of_its_task(slurm, tmp_path):
+    assert slurm(tmp_path / "runs/new").wait(20) == 0
+    srun = next(call for call in calls(tmp_path) if call[0] == "srun")
+    assert "--cpus-per-task=64" in srun[:srun.index("torchrun")]
 
 
 def calls_so_far(tmp_path):
@@ -198,12 +231,11 @@ def check_job(job):
 
 
 def test_kubernetes_job_keeps_the_operators_rules():
-    claim, job = KUBERNETES
-    _, pod, container = check_job(job)
+    _, pod, container = check_job(JOB)
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
     assert {mount["name"] for mount in container["volumeMounts"]} == set(volumes)
-    assert volumes["shared"]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
-    assert claim["spec"]["accessModes"] == ["ReadWriteMany"], "several pods write"
+    assert volumes["shared"]["persistentVolumeClaim"]["claimName"] == CLAIM["metadata"]["name"]
+    assert CLAIM["spec"]["accessModes"] == ["ReadWriteMany"], "several pods write"
     mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
     paths = [word.partition("=")[2] for word in container["args"] if word.startswith("--run=")]
     paths += [variable["value"] for variable in container["env"] if variable["name"] == "DOUGONG_CACHE"]
@@ -211,10 +243,12 @@ def test_kubernetes_job_keeps_the_operators_rules():
 
 
 def test_kubernetes_command_is_what_both_parsers_know():
-    spec, pod, container = check_job(KUBERNETES[1])
+    spec, pod, container = check_job(JOB)
     launch, train = check_torchrun(container["command"] + container["args"])
     assert launch.nproc_per_node == spec["nprocPerNode"] == str(container["resources"]["limits"]["nvidia.com/gpu"])
-    assert launch.shutdown_timeout < pod["terminationGracePeriodSeconds"]
+    variables = {variable["name"]: variable["value"] for variable in container["env"]}
+    assert 30 < int(variables[SHUTDOWN]) < pod["terminationGracePeriodSeconds"]
+    assert set(container["resources"]["requests"]) == {"cpu", "memory"}, "without them it is evicted first"
     assert train["overrides"] == ["layout.shard=8"]
 
 
@@ -227,7 +261,7 @@ def test_kubernetes_command_is_what_both_parsers_know():
     lambda job: job["metadata"].update(name="dougong_first"),
 ])
 def test_the_rules_would_see_a_broken_job(breaking):
-    job = yaml.safe_load(yaml.safe_dump(KUBERNETES[1]))
+    job = yaml.safe_load(yaml.safe_dump(JOB))
     breaking(job)
     with pytest.raises((AssertionError, ValueError)):
         check_job(job)
