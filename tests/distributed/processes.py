@@ -1,6 +1,7 @@
 """Several processes for one test, in a fifth of a second: forked from this one, joined by gloo through a file."""
 
 import datetime
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -61,6 +62,7 @@ def _collect(children: list[Any], folder: Path, timeout_s: float) -> list[Any]:
 def _child(rank: int, number: int, folder: str, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(number), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(number))
     code = 1
+    gc.freeze()     # what the parent made is not looked through, nor copied for it
     try:
         store = dist.FileStore(f"{folder}/store", number)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=number,

@@ -80,6 +80,13 @@ def test_nothing_fits_says_how_many_would():
     assert 2 < number <= 256 and rank(work(BIG, rows=max(64, number)), machine("rtx3090"), number).chosen
 
 
+@pytest.fixture
+def no_number_fits(monkeypatch):
+    """Seconds are spent on looking for one up to 65,536."""
+    monkeypatch.setattr(choose, "fewest_devices", lambda *_: None)
+
+
+@pytest.mark.usefixtures("no_number_fits")
 @pytest.mark.parametrize(("devices", "base", "advised"), [
     (1, "float", True), (2, "float", False), (1, "int4", False), (2, "int4", False)])
 def test_integers_are_advised_where_they_would_be_new_and_can_be_trained(devices, base, advised):
@@ -89,6 +96,7 @@ def test_integers_are_advised_where_they_would_be_new_and_can_be_trained(devices
     assert ("adapt.base=int4" in advice) == advised and "train.rows" not in advice
 
 
+@pytest.mark.usefixtures("no_number_fits")
 @pytest.mark.parametrize(("devices", "begun", "words"), [
     (1, True, "or adapt=lora adapt.rank=16 (adapt.base=int4)"), (2, True, "or adapt=lora adapt.rank=16."),
     (2, False, None)])
@@ -98,6 +106,7 @@ def test_where_a_whole_model_that_exists_does_not_fit_adapters_are_named(devices
     assert (words in text) if words else "adapt" not in text
 
 
+@pytest.mark.usefixtures("no_number_fits")
 @pytest.mark.parametrize(("changes", "checkpoint", "advised"), [
     (True, "none", False), (False, "none", True), (False, "full", False)])
 def test_checkpointing_is_advised_only_where_it_was_not_tried(changes, checkpoint, advised):
@@ -106,11 +115,12 @@ def test_checkpointing_is_advised_only_where_it_was_not_tried(changes, checkpoin
     assert ("train.gradient_checkpointing=true" in text.splitlines()[-1]) == advised
 
 
+@pytest.mark.usefixtures("no_number_fits")
 def test_a_shorter_row_is_asked_for_where_rows_are_set():
-    small = machine("rtx3090")
+    job, small = work(BIG, rows=64), machine("rtx3090")
+    ranking = rank(job, small, 1)
     for setting in ("model.context", "data.row_tokens"):
-        job = work(BIG, rows=64, row_setting=setting)
-        assert f"({setting})" in nothing_fits(job, small, 1, rank(job, small, 1))
+        assert f"({setting})" in nothing_fits(replace(job, row_setting=setting), small, 1, ranking)
 
 
 def test_auto_layout_is_quick_and_fits_the_processes(monkeypatch):
