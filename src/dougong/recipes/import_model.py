@@ -4,9 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from dougong import __version__
 from dougong.core.run import RunDirectory
 from dougong.data.prepare import TextData
 from dougong.data.tokenizer import FileConfig
@@ -47,8 +44,7 @@ def imported_recipe(read: HuggingFaceModel, *, name: str, data: str | None, toke
 
 def recorded_facts(read: HuggingFaceModel, source: str, data: str | None) -> dict[str, Any]:
     """What stands beside the recipe as `resolved`: where the model is from, and which data it may be scored on."""
-    return {"dougong": __version__, "torch": torch.__version__,
-            "tokenizer_fingerprint": read.tokenizer.fingerprint,
+    return {"tokenizer_fingerprint": read.tokenizer.fingerprint,
             "imported": {"from": source, "dtype": read.dtype, "data": data}}
 
 

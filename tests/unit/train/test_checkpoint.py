@@ -185,6 +185,19 @@ def test_left_overs_of_a_killed_save_are_cleared_away(run):
     assert [p.name for p in run.checkpoints.iterdir()] == ["step-000002"]
 
 
+def assert_holds(path, kept):
+    resumed = tiny_state(seed=5)
+    load_checkpoint(path, resumed)
+    assert_same(flat(resumed), kept)
+
+
+def assert_alone(run, path, kept):
+    """What the next start leaves: one checkpoint, by its name, of this state."""
+    Checkpointer(run)
+    assert [p.name for p in run.checkpoints.iterdir()] == [path.name]
+    assert_holds(path, kept)
+
+
 @pytest.mark.parametrize("new_is_whole", [True, False])
 def test_a_kill_while_one_checkpoint_makes_way_for_another_leaves_one_of_them(run, new_is_whole):
     """As going back does, which saves again the step that it loaded. Between its two renames neither has its name."""
@@ -198,14 +211,8 @@ def test_a_kill_while_one_checkpoint_makes_way_for_another_leaves_one_of_them(ru
     kept = flat(new if new_is_whole else old)
     found = latest_valid(run)       # what a resume asks before it makes a Checkpointer
     assert found.step == 4 and not found.problems
-    resumed = tiny_state(seed=5)
-    load_checkpoint(found.path, resumed)
-    assert_same(flat(resumed), kept)
-    Checkpointer(run)
-    assert [p.name for p in run.checkpoints.iterdir()] == [path.name]
-    resumed = tiny_state(seed=5)
-    load_checkpoint(path, resumed)
-    assert_same(flat(resumed), kept)
+    assert_holds(found.path, kept)
+    assert_alone(run, path, kept)
 
 
 def test_a_copy_without_a_name_gives_way_to_the_checkpoint_that_has_it(run):
@@ -213,11 +220,7 @@ def test_a_copy_without_a_name_gives_way_to_the_checkpoint_that_has_it(run):
     for name in (f".{path.name}", f".{path.name}-old"):
         shutil.copytree(path, run.checkpoints / name)
     assert latest_valid(run).path == path
-    Checkpointer(run)
-    assert [p.name for p in run.checkpoints.iterdir()] == [path.name]
-    resumed = tiny_state(seed=5)
-    load_checkpoint(path, resumed)
-    assert_same(flat(resumed), kept)
+    assert_alone(run, path, kept)
 
 
 def test_another_recipe_model_or_optimiser_is_refused_before_anything_changes(run):
